@@ -1,0 +1,1 @@
+"""Policy: layouts, orders, plans, methods, families and the one line that switches them on."""

@@ -1,0 +1,78 @@
+"""What a method is: decisions about order, selection, remainder and precision, with validated parameters."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Annotated, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from dit_accel.kernels.spec import Precision, Remainder
+from dit_accel.layout import TokenLayout
+from dit_accel.order import TokenOrder
+from dit_accel.plan import BlockPlan
+from dit_accel.state import CallContext
+
+Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+BlockSize = Annotated[int, Field(ge=1, le=1024)]
+
+
+class Method(BaseModel):
+    """Base class of every method: a frozen record of parameters that makes plans and holds no state.
+
+    A subclass sets `name`, documents its parameters as pydantic fields, and implements `select`. It contains no
+    kernel and no model code. What it must remember between calls lives in `call.memory` or `call.shared`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    """Where the method comes from: arXiv id or "this project"."""
+    is_static: ClassVar[bool] = False
+    """True when order and plan depend on the layout alone: they are then made once and shared by layers and steps."""
+
+    def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
+        """Choose how tokens stand. q, k, v `[B, H, N, D]` in raster order. Default None: raster."""
+        return None
+
+    @abstractmethod
+    def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
+        """Choose the key blocks of each query block. q, k `[B, H, N, D]` stand in the order chosen by `order`."""
+
+    @property
+    def remainder(self) -> Remainder | None:
+        """What becomes of blocks that were not selected. Default None: they are dropped."""
+        return None
+
+    @property
+    def precision(self) -> Precision | None:
+        """The arithmetic of the exact part. Default None: that of the inputs, accumulated in fp32."""
+        return None
+
+    @property
+    def requested_density(self) -> float | None:
+        """The density the user asked for, for the report; None where the method's rule decides."""
+        return getattr(self, "density", None)
+
+    def plan(
+        self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor | None = None, call: CallContext | None = None
+    ) -> tuple[TokenOrder | None, BlockPlan]:
+        """Order and plan for bare tensors q, k, v `[B, H, N, D]`, without a pipeline.
+
+        Args:
+            layout: token geometry; `layout.tokens` must equal N.
+            q, k: queries and keys in raster order.
+            v: values, for the few methods whose choice depends on them. Default: `k`.
+            call: layer, step and memory. Default: layer 0, step 0, empty memory.
+
+        Returns:
+            The order (None: raster) and the plan, whose blocks are blocks of the ordered sequence.
+        """
+        call = CallContext(layout) if call is None else call
+        v = k if v is None else v
+        order = self.order(q, k, v, call)
+        if order is not None:
+            q, k, v = order.apply(q, k, v)
+        return order, self.select(q, k, call)

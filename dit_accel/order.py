@@ -1,0 +1,95 @@
+"""Token orders: a permutation and its inverse, shared by all heads or one per head.
+
+Axis legend: B batch, H heads, N tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import PlanError
+from dit_accel.layout import TokenLayout
+
+
+@dataclass(frozen=True, eq=False)
+class TokenOrder:
+    """How tokens stand while attention is computed: position `p` holds the token `query[..., p]`.
+
+    Args:
+        query: int64 `[N]` (shared) or `[B or 1, H or 1, N]` (per head), a permutation of the query tokens.
+        key: the same for keys and values. Default: the order of the queries.
+
+    Raises:
+        PlanError: not int64 or of another rank. `validate()` checks that it is a permutation.
+    """
+
+    query: Tensor
+    key: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, index in (("query", self.query), ("key", self.key_index)):
+            if index.dtype != torch.int64 or index.ndim not in (1, 3):
+                raise PlanError(f"TokenOrder.{name}: expected int64 [N] or [B, H, N], got {index.dtype} {index.shape}")
+
+    @property
+    def key_index(self) -> Tensor:
+        """The permutation of keys and values."""
+        return self.query if self.key is None else self.key
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all heads, and queries and keys, stand in the same order (such an order can be hoisted)."""
+        return self.query.ndim == 1 and self.key is None
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """The permutation that undoes `query`; same shape."""
+        return torch.empty_like(self.query).scatter_(
+            -1, self.query, torch.arange(self.query.shape[-1], device=self.query.device).expand_as(self.query)
+        )
+
+    def apply(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Put q, k, v `[B, H, N, D]` into this order."""
+        return permute(q, self.query), permute(k, self.key_index), permute(v, self.key_index)
+
+    def restore(self, out: Tensor) -> Tensor:
+        """Put an output `[B, H, N, D]` (or statistics `[B, H, N]`) back into the order of the queries."""
+        return permute(out, self.inverse)
+
+    def validate(self) -> TokenOrder:
+        """Check that both indices are permutations (synchronises) and return self."""
+        for name, index in (("query", self.query), ("key", self.key_index)):
+            expected = torch.arange(index.shape[-1], device=index.device)
+            if not bool((index.sort(-1).values == expected).all()):
+                raise PlanError(f"TokenOrder.{name}: not a permutation of {index.shape[-1]} tokens")
+        return self
+
+    def to(self, device: torch.device | str) -> TokenOrder:
+        """The same order with its indices on `device`; itself when they are there."""
+        if self.query.device == torch.device(device):
+            return self
+        return TokenOrder(self.query.to(device), None if self.key is None else self.key.to(device))
+
+
+def permute(x: Tensor, index: Tensor) -> Tensor:
+    """Gather the token axis of `x` `[B, H, N, D]` or `[B, H, N]` by `index` `[N]` or `[B or 1, H or 1, N]`."""
+    if index.ndim == 1:
+        return x.index_select(2, index)
+    index = index.expand(x.shape[0], x.shape[1], -1)
+    if x.ndim == 3:
+        return x.gather(2, index)
+    return x.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+
+
+def video_order(layout: TokenLayout, video_index: Tensor) -> TokenOrder:
+    """Lift a permutation of the video tokens, int64 `[video]` or `[B or 1, H or 1, video]`, to the whole sequence.
+
+    Text tokens stay where they are.
+    """
+    index = torch.arange(layout.tokens, device=video_index.device).expand(*video_index.shape[:-1], -1).clone()
+    index[..., layout.video_slice()] = video_index + layout.video_start
+    return TokenOrder(index)

@@ -1,0 +1,294 @@
+"""Which key blocks each query block attends: the one value that passes from methods to kernels.
+
+Axis legend: B batch, H heads, N tokens, nq / nk query / key blocks, C selected blocks of the longest row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import PlanError
+
+
+@dataclass(frozen=True, eq=False)
+class Blocking:
+    """A partition of a token axis into consecutive blocks, any of which may be shorter than `size`.
+
+    Args:
+        starts: int64 `[n + 1]` on the CPU, first token of every block and, last, the number of tokens.
+        size: the largest block length allowed, in tokens.
+
+    Raises:
+        PlanError: `starts` does not begin at 0, does not increase, or a block is longer than `size`.
+    """
+
+    starts: Tensor
+    size: int
+    _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        starts = self.starts
+        if starts.dtype != torch.int64 or starts.ndim != 1 or len(starts) < 2 or starts.device.type != "cpu":
+            raise PlanError(f"Blocking.starts: expected int64 [n + 1] on the CPU with n >= 1, got {starts}")
+        lengths = starts.diff()
+        if starts[0] != 0 or lengths.min() < 1 or lengths.max() > self.size:
+            raise PlanError(f"Blocking.starts: blocks must hold 1 to {self.size} tokens and begin at 0")
+
+    @classmethod
+    def uniform(cls, tokens: int, size: int) -> Blocking:
+        """Blocks of `size` tokens; the last one holds the ragged tail."""
+        return cls.segments([tokens], size)
+
+    @classmethod
+    def segments(cls, segments: Iterable[int], size: int) -> Blocking:
+        """Cut every segment (for example text, then video) into blocks of `size`, so that no block crosses a border."""
+        if size < 1:
+            raise PlanError(f"Blocking: block size must be at least 1, got {size}")
+        starts, offset = [0], 0
+        for tokens in segments:
+            starts += [min(offset + i, offset + tokens) for i in range(size, tokens + size, size)]
+            offset += tokens
+        return cls(torch.tensor(starts, dtype=torch.int64), size)
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int] | Tensor, size: int | None = None) -> Blocking:
+        """Blocks of the given lengths (all at least 1); `size` defaults to the longest."""
+        lengths = torch.as_tensor(lengths, dtype=torch.int64).cpu()
+        starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        return cls(starts, int(lengths.max()) if size is None else size)
+
+    @property
+    def count(self) -> int:
+        """Number of blocks."""
+        return len(self.starts) - 1
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return int(self.starts[-1])
+
+    @property
+    def lengths(self) -> Tensor:
+        """True length of every block, int64 `[n]` on the CPU."""
+        return self.starts.diff()
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every block but the last holds exactly `size` tokens."""
+        return bool((self.starts[:-1] == torch.arange(self.count) * self.size).all())
+
+    def on(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Block starts int32 `[n]` and lengths int32 `[n]` on `device`; copied there once."""
+        device = torch.device(device)
+        if device not in self._on:
+            self._on[device] = (
+                self.starts[:-1].to(device=device, dtype=torch.int32),
+                self.lengths.to(device=device, dtype=torch.int32),
+            )
+        return self._on[device]
+
+    def block_of_token(self) -> Tensor:
+        """Index of the block that holds each token, int64 `[N]`."""
+        return torch.repeat_interleave(torch.arange(self.count), self.lengths)
+
+    def same_as(self, other: Blocking) -> bool:
+        """Whether both cut the axis at the same places."""
+        return self.size == other.size and torch.equal(self.starts, other.starts)
+
+
+@dataclass(frozen=True, eq=False)
+class BoxPredicate:
+    """Which tokens of a partial block count: those whose coordinates lie in a box given per query token.
+
+    Key `j` is kept for query `i` iff for every axis c ``lower[i, c] <= coordinates[j, c] < upper[i, c]`` and
+    ``(coordinates[j, c] - lower[i, c]) % stride[c] == 0`` (stride > 1 is a dilated window).
+
+    Args:
+        lower: int32 `[Nq, A]`, first kept coordinate.
+        upper: int32 `[Nq, A]`, one past the last kept coordinate.
+        coordinates: int32 `[Nk, A]`.
+        stride: one step per axis, default 1 everywhere.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    coordinates: Tensor
+    stride: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        axes = self.coordinates.shape[-1]
+        if not self.stride:
+            object.__setattr__(self, "stride", (1,) * axes)
+        if self.lower.shape != self.upper.shape or self.lower.shape[-1] != axes or len(self.stride) != axes:
+            raise PlanError(
+                f"BoxPredicate: lower {tuple(self.lower.shape)}, upper {tuple(self.upper.shape)}, coordinates "
+                f"{tuple(self.coordinates.shape)} and stride {self.stride} must agree in their axes"
+            )
+
+    def keeps(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Bool `[..., len(queries), len(keys)]` for token indices `queries` `[..., Q]` and `keys` `[..., K]`."""
+        lower, upper = self.lower[queries].unsqueeze(-2), self.upper[queries].unsqueeze(-2)
+        at = self.coordinates[keys].unsqueeze(-3)
+        stride = torch.tensor(self.stride, dtype=at.dtype, device=at.device)
+        return ((at >= lower) & (at < upper) & ((at - lower) % stride == 0)).all(-1)
+
+    def to(self, device: torch.device | str) -> BoxPredicate:
+        """The same predicate with its tensors on `device`."""
+        return replace(
+            self, lower=self.lower.to(device), upper=self.upper.to(device), coordinates=self.coordinates.to(device)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """The key blocks that each (batch, head, query block) attends exactly.
+
+    Args:
+        q_blocks: partition of the query axis.
+        k_blocks: partition of the key axis.
+        indices: int32 `[B or 1, H or 1, nq, C]`; the first `counts` entries of a row are valid, the others ignored.
+            Valid entries are unique; full blocks stand first, then partial ones, each group ascending.
+        counts: int32 `[B or 1, H or 1, nq]`, at least 1 (a row with nothing to attend has no softmax).
+        full_counts: int32 like `counts`: how many leading entries are attended whole. None: all of them.
+        predicate: decides token by token inside the partial blocks. Required iff `full_counts` is given.
+
+    A size of 1 in the batch or head axis means: the same for all. Memory is proportional to the number of
+    selected blocks, never to N².
+
+    Raises:
+        PlanError: shapes or dtypes disagree. Contents are checked by `validate()`, which synchronises.
+    """
+
+    q_blocks: Blocking
+    k_blocks: Blocking
+    indices: Tensor
+    counts: Tensor
+    full_counts: Tensor | None = None
+    predicate: BoxPredicate | None = None
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.indices.shape)
+        if self.indices.dtype != torch.int32 or self.counts.dtype != torch.int32:
+            raise PlanError(f"BlockPlan: expected int32, got {self.indices.dtype} and {self.counts.dtype}")
+        if len(shape) != 4 or tuple(self.counts.shape) != shape[:3] or shape[2] != self.q_blocks.count:
+            raise PlanError(
+                f"BlockPlan: expected indices [B, H, {self.q_blocks.count}, C] and counts of its first three "
+                f"axes, got {shape} and {tuple(self.counts.shape)}"
+            )
+        if (self.full_counts is None) != (self.predicate is None):
+            raise PlanError("BlockPlan: full_counts and predicate must be given together")
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, q_blocks: Blocking, k_blocks: Blocking) -> BlockPlan:
+        """Make a plan from a bool block mask `[nq, nk]`, `[H, nq, nk]` or `[B, H, nq, nk]` (True = attend).
+
+        Raises:
+            PlanError: the mask does not fit the blocks, or a row selects nothing.
+        """
+        while mask.ndim < 4:
+            mask = mask.unsqueeze(0)
+        if mask.shape[2:] != (q_blocks.count, k_blocks.count):
+            raise PlanError(
+                f"BlockPlan.from_mask: expected [..., {q_blocks.count}, {k_blocks.count}], got {tuple(mask.shape)}"
+            )
+        counts = mask.sum(-1, dtype=torch.int32)
+        if int(counts.min()) < 1:
+            raise PlanError("BlockPlan.from_mask: every query block must select at least one key block")
+        # A stable sort of "not selected" puts the selected columns first, in ascending order.
+        indices = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(counts.max())]
+        return cls(q_blocks, k_blocks, indices.to(torch.int32).contiguous(), counts)
+
+    @classmethod
+    def full(cls, q_blocks: Blocking, k_blocks: Blocking, device: torch.device | str = "cpu") -> BlockPlan:
+        """The plan that selects everything (its attention equals dense attention)."""
+        row = torch.arange(k_blocks.count, dtype=torch.int32, device=device)
+        indices = row.expand(1, 1, q_blocks.count, -1).contiguous()
+        return cls(q_blocks, k_blocks, indices, torch.full_like(indices[..., 0], k_blocks.count))
+
+    @property
+    def valid(self) -> Tensor:
+        """Bool `[B', H', nq, C]`: which entries of `indices` count."""
+        return torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts.unsqueeze(-1)
+
+    def to_mask(self) -> Tensor:
+        """Bool block mask `[B', H', nq, nk]`; True where selected, partial blocks included."""
+        # One spare column takes the entries that do not count.
+        mask = self.indices.new_zeros((*self.counts.shape, self.k_blocks.count + 1), dtype=torch.bool)
+        column = torch.where(self.valid, self.indices, self.k_blocks.count).long()
+        return mask.scatter_(-1, column, True)[..., :-1]
+
+    def to_token_mask(self) -> Tensor:
+        """Bool token mask `[B', H', Nq, Nk]`, O(N²): for the reference, tests and pictures only."""
+        rows, columns = self.q_blocks.block_of_token(), self.k_blocks.block_of_token()
+        device = self.indices.device
+        mask = self.to_mask()[..., rows.to(device), :][..., columns.to(device)]
+        if self.predicate is None or self.full_counts is None:
+            return mask
+        whole = replace(self, counts=self.full_counts, full_counts=None, predicate=None).to_mask()
+        whole = whole[..., rows.to(device), :][..., columns.to(device)]
+        queries, keys = torch.arange(len(rows)), torch.arange(len(columns))
+        return whole | (mask & self.predicate.to("cpu").keeps(queries, keys).to(device))
+
+    @property
+    def density(self) -> float:
+        """Share of (query, key) token pairs computed, averaged over batch and heads; partial blocks count whole."""
+        return float(self.density_per_head().mean())
+
+    def density_per_head(self) -> Tensor:
+        """Share of token pairs computed, float64 `[B', H']`."""
+        lengths = self.k_blocks.on(self.indices.device)[1].double()
+        index = self.indices.clamp(0, self.k_blocks.count - 1).long()
+        keys = torch.where(self.valid, lengths[index], 0.0).sum(-1)
+        queries = self.q_blocks.on(self.indices.device)[1].double()
+        return (keys * queries).sum(-1) / (self.q_blocks.tokens * self.k_blocks.tokens)
+
+    def validate(self) -> BlockPlan:
+        """Check the contents (synchronises with the device) and return self.
+
+        Raises:
+            PlanError: an empty row, an index out of range, or valid entries not unique and ascending per group.
+        """
+        if int(self.counts.min()) < 1 or int(self.counts.max()) > self.indices.shape[-1]:
+            raise PlanError(f"BlockPlan: counts must lie in [1, {self.indices.shape[-1]}]")
+        valid, index = self.valid, self.indices.long()
+        if bool(((index < 0) | (index >= self.k_blocks.count))[valid].any()):
+            raise PlanError(f"BlockPlan: block indices must lie in [0, {self.k_blocks.count})")
+        ascending = index[..., 1:] > index[..., :-1]
+        if self.full_counts is not None:
+            positions = torch.arange(1, index.shape[-1], device=index.device)
+            ascending = ascending | (positions == self.full_counts.unsqueeze(-1))
+        if not bool(ascending[valid[..., 1:]].all()):
+            raise PlanError("BlockPlan: valid block indices must be unique and ascending in each row")
+        if int(self.to_mask().sum()) != int(self.counts.sum()):
+            raise PlanError("BlockPlan: a block is selected twice in one row")
+        return self
+
+    def to(self, device: torch.device | str) -> BlockPlan:
+        """The same plan with its tensors on `device`; itself when they are there."""
+        if self.indices.device == torch.device(device):
+            return self
+        return replace(
+            self,
+            indices=self.indices.to(device),
+            counts=self.counts.to(device),
+            full_counts=None if self.full_counts is None else self.full_counts.to(device),
+            predicate=None if self.predicate is None else self.predicate.to(device),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as safetensors."""
+        from dit_accel.plan_io import save_plan
+
+        save_plan(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> BlockPlan:
+        """Read a plan written by `save`."""
+        from dit_accel.plan_io import load_plan
+
+        return load_plan(path)

@@ -1,0 +1,56 @@
+"""What is known about the forward pass under way: step, noise level, guidance branch and geometry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dit_accel.layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One forward pass of a transformer, as read from its own arguments and Diffusers' cache context.
+
+    Args:
+        grid: (frames, height, width) in tokens.
+        step: denoising step, counted from 0 in the whole run.
+        steps: number of steps of the run, when the pipeline says it.
+        noise: noise level in [0, 1] (1 = pure noise): timestep / training timesteps, or the scheduler's sigma.
+        branch: guidance branch, as named by the pipeline's `cache_context` ("cond", "uncond"), else "default".
+        generation: how many generations this transformer has begun since it was accelerated.
+        batch: rows in the batch of this pass.
+    """
+
+    grid: tuple[int, int, int]
+    step: int
+    noise: float
+    branch: str = "default"
+    steps: int | None = None
+    generation: int = 0
+    batch: int = 1
+
+
+@dataclass
+class CallContext:
+    """Everything a method may know about one attention call besides q, k and v.
+
+    Args:
+        layout: token geometry of the sequence.
+        layer: index of the attention layer in the transformer, in execution order.
+        step: denoising step.
+        noise: noise level in [0, 1].
+        branch: guidance branch.
+        memory: what this method kept for this (layer, branch); emptied when a generation starts.
+        shared: the same for all layers of this branch; emptied when a generation starts.
+        seed: seed for methods that draw random numbers (routing noise, sampled rows).
+    """
+
+    layout: TokenLayout
+    layer: int = 0
+    step: int = 0
+    noise: float = 1.0
+    branch: str = "default"
+    memory: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
