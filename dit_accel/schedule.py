@@ -1,0 +1,126 @@
+"""When and where the method runs: dense steps, noise windows and layers, refresh, and overrides per layer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from dit_accel.errors import ConfigError
+from dit_accel.methods.registry import config_error
+
+
+def _ranges(value: Any) -> Any:
+    """Accept `n` for "the first n" and a single `[start, end]` besides a list of half-open ranges."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return ((0, value),) if value else ()
+    if isinstance(value, (list, tuple)):
+        if len(value) == 2 and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
+            value = [value]
+        return tuple(tuple(pair) if isinstance(pair, list) else pair for pair in value)
+    return value
+
+
+NonNegative = Annotated[int, Field(ge=0)]
+Level = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+StepRanges = Annotated[tuple[tuple[NonNegative, NonNegative], ...], BeforeValidator(_ranges)]
+NoiseWindows = Annotated[tuple[tuple[Level, Level], ...], BeforeValidator(_ranges)]
+
+
+def _check_ranges(name: str, ranges: tuple[tuple[float, float], ...]) -> None:
+    for low, high in ranges:
+        if low >= high:
+            raise ValueError(f"{name}: expected half-open ranges [low, high) with low < high, got [{low}, {high})")
+    ordered = sorted(ranges)
+    for (_, end), (start, stop) in zip(ordered, ordered[1:]):
+        if start < end:
+            raise ValueError(f"{name}: the range [{start}, {stop}) overlaps one that ends at {end}")
+
+
+class Override(BaseModel):
+    """Other parameters of the method for some layers.
+
+    Args:
+        layers: half-open ranges of layers, `[[0, 4], [10, 12]]`; `n` means the first n.
+        parameters: parameters of the preset's method to replace, for example `{density: 0.5}`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    layers: StepRanges
+    parameters: dict[str, Any]
+
+
+class Schedule(BaseModel):
+    """When a call runs dense, and how long a plan is kept.
+
+    Steps and layers count from 0; every range is half-open, `[start, end)`. An integer n means `[0, n)`.
+
+    Args:
+        dense_steps: step ranges that run dense. Default none.
+        dense_noise: noise-level windows `[low, high)` in [0, 1] that run dense (1 = pure noise; a window that ends at
+            1 includes it). They survive a change of the step count, which step ranges do not. Default none.
+        dense_layers: layer ranges that run dense. Default none.
+        refresh: a plan that depends on q and k is made anew every `refresh` sparse steps. Default 1: at every step.
+        min_tokens: shorter sequences run dense. Default 0.
+        overrides: other method parameters for some layers; a layer may stand in one override only.
+
+    Raises:
+        ConfigError: through `make`, by dotted path, when a value is wrong or ranges overlap.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    dense_steps: StepRanges = ()
+    dense_noise: NoiseWindows = ()
+    dense_layers: StepRanges = ()
+    refresh: Annotated[int, Field(ge=1)] = 1
+    min_tokens: NonNegative = 0
+    overrides: Annotated[tuple[Override, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = ()
+
+    @model_validator(mode="after")
+    def _ranges_are_disjoint(self) -> Schedule:
+        _check_ranges("dense_steps", self.dense_steps)
+        _check_ranges("dense_noise", self.dense_noise)
+        _check_ranges("dense_layers", self.dense_layers)
+        _check_ranges("overrides", tuple(r for override in self.overrides for r in override.layers))
+        return self
+
+    @classmethod
+    def make(cls, path: str = "schedule", **values: Any) -> Schedule:
+        """Validate `values` and return the schedule; faults are `ConfigError`s under `path`."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise config_error(error, path, list(cls.model_fields)) from None
+
+    def dense_reason(self, layer: int, step: int, noise: float, tokens: int) -> str | None:
+        """Why this call must run dense, in one clause, or None when the method may run."""
+        for start, end in self.dense_layers:
+            if start <= layer < end:
+                return f"layer {layer} is in dense_layers [{start}, {end})"
+        for start, end in self.dense_steps:
+            if start <= step < end:
+                return f"step {step} is in dense_steps [{start}, {end})"
+        for low, high in self.dense_noise:
+            if low <= noise < high or (noise >= 1 and high >= 1):
+                return f"noise {noise:.3f} is in dense_noise [{low}, {high})"
+        if tokens < self.min_tokens:
+            return f"{tokens} tokens are fewer than min_tokens {self.min_tokens}"
+        return None
+
+    def parameters_for(self, layer: int) -> dict[str, Any]:
+        """Method parameters that replace the common ones in `layer`; empty for most layers."""
+        for override in self.overrides:
+            if any(start <= layer < end for start, end in override.layers):
+                return override.parameters
+        return {}
+
+    def dense_share(self, steps: int, layers: int) -> float:
+        """Share of the (step, layer) calls of a run that step and layer ranges make dense; noise windows not counted."""
+        dense = {s for a, b in self.dense_steps for s in range(a, min(b, steps))}
+        kept = {x for a, b in self.dense_layers for x in range(a, min(b, layers))}
+        return 1 - (1 - len(dense) / steps) * (1 - len(kept) / layers)
+
+
+__all__ = ["ConfigError", "Override", "Schedule"]
