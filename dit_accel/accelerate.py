@@ -1,0 +1,221 @@
+"""The one line: `accelerate(pipe, ...)` replaces attention processors and returns a handle that can undo it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from dit_accel.engine import Engine
+from dit_accel.errors import ConfigError, UnsupportedError
+from dit_accel.families.base import Family
+from dit_accel.families.registry import family_of
+from dit_accel.families.tracking import track, untrack
+from dit_accel.methods.base import Method
+from dit_accel.methods.registry import get_method
+from dit_accel.presets import Preset, load_preset
+from dit_accel.report import Report
+from dit_accel.schedule import Schedule
+
+_COMPONENTS = ("transformer", "transformer_2")
+_ACTIVE: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class _Installed:
+    """One accelerated transformer, and what is needed to put it back."""
+
+    model: nn.Module
+    engine: Engine
+    originals: tuple[tuple[nn.Module, Any], ...]
+
+
+class Acceleration:
+    """What `accelerate()` returns: a handle, and a context manager that removes itself at the end of its block.
+
+    Args:
+        settings: method, parameters, schedule, preset and backend, for summary and report.
+        installed: the transformers taken over, by component name.
+    """
+
+    def __init__(self, settings: dict[str, Any], installed: dict[str, _Installed]) -> None:
+        self.settings = settings
+        self._installed = installed
+        self._last = Report([], settings)
+        for part in installed.values():
+            _ACTIVE[part.model] = self
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the processors are still installed."""
+        return bool(self._installed)
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """The engine of each accelerated transformer, by component name."""
+        return {name: part.engine for name, part in self._installed.items()}
+
+    def summary(self) -> str:
+        """What is switched on and, after a generation, what was computed."""
+        what = [f"method {self.settings['method']} {self.settings['parameters']}", f"schedule {self.settings['schedule']}"]
+        if not self._installed:
+            return "removed: " + "; ".join(what)
+        where = [f"{name}: {len(part.originals)} attention layers" for name, part in self._installed.items()]
+        calls = self.report()
+        return "\n".join(what + where + ([calls.summary()] if calls.calls else ["no generation yet"]))
+
+    def report(self) -> Report:
+        """The attention calls of the latest generation, over all transformers."""
+        if not self._installed:
+            return self._last
+        calls = [call for part in self._installed.values() for call in part.engine.calls]
+        return Report(calls, self.settings)
+
+    def reset(self) -> None:
+        """Forget all state kept between calls; the next forward pass behaves like the first of a new process."""
+        for part in self._installed.values():
+            part.engine.reset()
+
+    def remove(self) -> None:
+        """Put the original processors back, the very same objects. The report stays readable. A second call does nothing."""
+        self._last = self.report()
+        for part in self._installed.values():
+            for module, processor in part.originals:
+                module.set_processor(processor)
+            untrack(part.model)
+            _ACTIVE.pop(part.model, None)
+        self._installed = {}
+
+    def __enter__(self) -> Acceleration:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def accelerate(
+    pipe: Any,
+    preset: str | Path | Preset | None = None,
+    *,
+    method: str | Method | None = None,
+    schedule: Schedule | Mapping[str, Any] | None = None,
+    backend: str = "auto",
+    break_even: float | None = None,
+    seed: int = 0,
+    **parameters: Any,
+) -> Acceleration:
+    """Accelerate a Diffusers pipeline (or a bare transformer) in place.
+
+    A second call replaces the first; nothing stacks. Weights, schedulers, LoRA and the pipeline's own call stay as
+    they are. Cross-attention is left alone.
+
+    Args:
+        pipe: a pipeline with a `transformer` (and `transformer_2` where the model has two), or the transformer.
+        preset: name, path or `Preset` that gives method, parameters and schedule. Default None: `method` gives them.
+        method: name of a method (see `list_methods`) or a `Method`. Overrides the preset's. Default "dense" when
+            there is no preset either.
+        schedule: a `Schedule` or its fields as a mapping. Default: the preset's, else all calls run the method.
+        backend: backend of `block_attention`. Default "auto".
+        break_even: density above which a call runs dense because dense is faster. Default None: as measured for the
+            backend; 1.0 turns the rule off.
+        seed: seed of methods that draw random numbers. Default 0.
+        parameters: the method's parameters (`density=0.3`) and fields of the schedule (`dense_steps=10`).
+
+    Returns:
+        The handle.
+
+    Raises:
+        ConfigError: unknown preset, method or parameter, wrong type, value out of range; by dotted path.
+        UnsupportedError: no family knows the transformer, or a processor is not Diffusers' own.
+    """
+    resolved = load_preset(preset) if isinstance(preset, (str, Path)) else preset
+    policy, timetable = _resolve(resolved, method, schedule, parameters)
+    models = _transformers(pipe)
+    families = {name: family_of(model) for name, model in models.items()}
+    _check_family(resolved, families)
+    for model in models.values():
+        if model in _ACTIVE:
+            _ACTIVE[model].remove()
+    settings = {
+        "preset": None if resolved is None else resolved.name,
+        "method": policy.name,
+        "parameters": policy.model_dump(mode="json"),
+        "schedule": timetable.model_dump(mode="json", exclude_defaults=True),
+        "backend": backend,
+    }
+    engines = (policy, timetable, backend, break_even, seed)
+    return Acceleration(settings, {n: _install(n, m, families[n], *engines) for n, m in models.items()})
+
+
+def _install(
+    component: str,
+    model: nn.Module,
+    family: Family,
+    method: Method,
+    schedule: Schedule,
+    backend: str,
+    break_even: float | None,
+    seed: int,
+) -> _Installed:
+    layers = family.layers(model)
+    for layer in layers:
+        family.check_processor(layer)
+    engine = Engine(method, schedule, [layer.module for layer in layers], component, backend, break_even, seed)
+    processors = {role: family.processor(role, engine) for role in {layer.role for layer in layers}}
+    originals = tuple((layer.module, layer.module.processor) for layer in layers)
+    for layer in layers:
+        layer.module.set_processor(processors[layer.role])
+    track(model, family, engine.begin)
+    return _Installed(model, engine, originals)
+
+
+def _resolve(
+    preset: Preset | None,
+    method: str | Method | None,
+    schedule: Schedule | Mapping[str, Any] | None,
+    parameters: dict[str, Any],
+) -> tuple[Method, Schedule]:
+    """Merge preset, method, schedule and keyword arguments; what stands later wins."""
+    timing = {key: parameters.pop(key) for key in list(parameters) if key in Schedule.model_fields}
+    base = {} if preset is None else preset.schedule.model_dump(exclude_unset=True)
+    if isinstance(schedule, Schedule):
+        base = schedule.model_dump(exclude_unset=True)
+    elif schedule is not None:
+        base = dict(schedule)
+    timetable = Schedule.make(**{**base, **timing})
+    if isinstance(method, Method):
+        if parameters:
+            method = get_method(method.name, **{**method.model_dump(exclude_unset=True), **parameters})
+        return method, timetable
+    chosen: dict[str, Any] = {}
+    if preset is not None and method in (None, preset.method.name):
+        method, chosen = preset.method.name, dict(preset.method.parameters)
+    policy = get_method(method or "dense", **{**chosen, **parameters})
+    for layer in {start for override in timetable.overrides for start, _ in override.layers}:
+        get_method(policy.name, **{**policy.model_dump(exclude_unset=True), **timetable.parameters_for(layer)})
+    return policy, timetable
+
+
+def _transformers(pipe: Any) -> dict[str, nn.Module]:
+    if isinstance(pipe, nn.Module):
+        return {"transformer": pipe}
+    found = {name: getattr(pipe, name, None) for name in _COMPONENTS}
+    models = {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+    if not models:
+        raise UnsupportedError(f"{type(pipe).__name__}: expected a pipeline with a `transformer`, or a transformer")
+    return models
+
+
+def _check_family(preset: Preset | None, families: dict[str, Family]) -> None:
+    for family in families.values():
+        if preset is not None and preset.family != family.name:
+            raise ConfigError(
+                f"preset {preset.name}", f"is for family {preset.family!r}, but the pipeline is of {family.name!r}"
+            )

@@ -1,0 +1,222 @@
+"""The one path that every attention call of every family and method takes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel.kernels import block_attention
+from dit_accel.kernels.attention import request_of
+from dit_accel.kernels.registry import Backend, choose_backend
+from dit_accel.layout import TextPosition, TokenLayout
+from dit_accel.methods.base import Method
+from dit_accel.methods.registry import get_method
+from dit_accel.order import TokenOrder
+from dit_accel.plan import BlockPlan
+from dit_accel.report import CallRecord
+from dit_accel.schedule import Schedule
+from dit_accel.state import CallContext, RunState
+
+_STATIC_PLANS_KEPT = 16
+
+
+@dataclass(frozen=True)
+class _Planned:
+    order: TokenOrder | None
+    plan: BlockPlan
+    density: float | Tensor
+
+
+@dataclass(frozen=True)
+class TextSpan:
+    """The text tokens of a joint sequence.
+
+    Args:
+        tokens: how many, padding included.
+        position: before or after the video tokens.
+        valid: valid tokens of the whole sequence per batch item (padding last). None: all.
+    """
+
+    tokens: int = 0
+    position: TextPosition = "none"
+    valid: tuple[int, ...] | None = None
+
+
+class Engine:
+    """Runs a method over the attention layers of one transformer.
+
+    Args:
+        method: the policy.
+        schedule: when it runs.
+        layers: attention modules in execution order; a layer's index is its place here.
+        component: name of the transformer in the pipeline, for the report.
+        backend: backend of `block_attention`, default "auto".
+        break_even: density above which a call runs dense because dense is faster. None: as measured for the backend.
+            1.0: never.
+        seed: seed for methods that draw random numbers.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        schedule: Schedule,
+        layers: list[nn.Module],
+        component: str = "transformer",
+        backend: str = "auto",
+        break_even: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.method, self.schedule, self.component, self.backend = method, schedule, component, backend
+        self.break_even, self.seed = break_even, seed
+        self.calls: list[CallRecord] = []
+        self.state: RunState | None = None
+        self._layer_of = {id(module): index for index, module in enumerate(layers)}
+        self._methods = [self._method_for(index) for index in range(len(layers))]
+        self._memory: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._static: OrderedDict[tuple[Any, ...], _Planned] = OrderedDict()
+
+    def begin(self, state: RunState) -> None:
+        """Take note of the forward pass that starts; forget everything when it starts a new generation."""
+        if self.state is None or state.generation != self.state.generation:
+            self.reset()
+            self.calls = [] if self.state is not None else self.calls
+        self.state = state
+
+    def reset(self) -> None:
+        """Forget what was kept between calls (plans that depend on q and k, centroids, statistics)."""
+        self._memory.clear()
+
+    @torch.compiler.disable
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, dense: Callable[[], Tensor], text: TextSpan | None = None
+    ) -> Tensor:
+        """One attention call.
+
+        Args:
+            module: the attention module, which says the layer.
+            q, k, v: `[B, N, H, D]`, the axis order of Diffusers.
+            dense: computes the call as the stock processor would.
+            text: the text tokens in the sequence. Default: none.
+
+        Returns:
+            `[B, N, H, D]`.
+        """
+        state, layer = self._state(), self._layer_of[id(module)]
+        method, layout = self._methods[layer], self._layout(state, text)
+        record = CallRecord(
+            self.component, layer, state.step, state.branch, state.generation, method.name, method.requested_density
+        )
+        self.calls.append(record)
+        record.reason = self._reason(method, layer, state, layout, q)
+        if record.reason is None:
+            out = self._attend(method, layer, layout, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), record)
+            if out is not None:
+                return out.transpose(1, 2)
+        with record.timed("attend", q.device):
+            return dense()
+
+    def _attend(
+        self, method: Method, layer: int, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, record: CallRecord
+    ) -> Tensor | None:
+        """The method's way, q, k, v `[B, H, N, D]`; None, with the reason recorded, when dense is faster."""
+        planned, (q, k, v) = self._planned(method, layer, layout, q, k, v, record)
+        chosen = choose_backend(self.backend, request_of(q, planned.plan, method.remainder, method.precision))
+        limit = chosen.break_even if self.break_even is None else self.break_even
+        if isinstance(planned.density, float) and planned.density > limit:
+            record.reason = f"density {planned.density:.3f} is above the break-even {limit:.2f} of backend {chosen.name!r}"
+            return None
+        record.density, record.backend = planned.density, chosen.name
+        with record.timed("attend", q.device):
+            out = block_attention(
+                q,
+                k,
+                v,
+                planned.plan,
+                remainder=method.remainder,
+                precision=method.precision,
+                kv_len=_valid_lengths(layout, q.device),
+                backend=chosen.name,
+            )
+            return out if planned.order is None else planned.order.restore(out)
+
+    def _planned(
+        self, method: Method, layer: int, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, record: CallRecord
+    ) -> tuple[_Planned, tuple[Tensor, Tensor, Tensor]]:
+        """Order and plan, new or kept, and q, k, v `[B, H, N, D]` in that order."""
+        call = self._call(layer, layout)
+        kept = self._kept(method, layer, layout, call, q.device)
+        if kept is None:
+            with record.timed("order", q.device):
+                order = method.order(q, k, v, call)
+                q, k, v = (q, k, v) if order is None else order.to(q.device).apply(q, k, v)
+            with record.timed("select", q.device):
+                plan = method.select(q, k, call)
+                density = plan.density if q.device.type == "cpu" or method.is_static else plan.density_per_head().mean()
+                kept = _Planned(None if order is None else order.to(q.device), plan.to(q.device), density)
+            self._keep(method, layer, layout, call, kept)
+        elif kept.order is not None:
+            with record.timed("order", q.device):
+                q, k, v = kept.order.apply(q, k, v)
+        return kept, (q, k, v)
+
+    def _kept(
+        self, method: Method, layer: int, layout: TokenLayout, call: CallContext, device: torch.device
+    ) -> _Planned | None:
+        if method.is_static:
+            return self._static.get((method, layout, device))
+        made = call.memory.get("planned")
+        if made is None or not 0 <= call.step - made[0] < self.schedule.refresh or made[1] != (method, layout):
+            return None
+        return made[2]  # type: ignore[no-any-return]
+
+    def _keep(self, method: Method, layer: int, layout: TokenLayout, call: CallContext, planned: _Planned) -> None:
+        if method.is_static:
+            self._static[method, layout, planned.plan.indices.device] = planned
+            if len(self._static) > _STATIC_PLANS_KEPT:
+                self._static.popitem(last=False)
+        elif self.schedule.refresh > 1:
+            call.memory["planned"] = (call.step, (method, layout), planned)
+
+    def _call(self, layer: int, layout: TokenLayout) -> CallContext:
+        state = self._state()
+        memory = self._memory.setdefault((layer, state.branch), {})
+        shared = self._memory.setdefault(("shared", state.branch), {})
+        return CallContext(layout, layer, state.step, state.noise, state.branch, memory, shared, self.seed)
+
+    def _reason(self, method: Method, layer: int, state: RunState, layout: TokenLayout, q: Tensor) -> str | None:
+        if method.name == "dense":
+            return "method is dense"
+        if q.shape[1] != layout.tokens:
+            return f"the call has {q.shape[1]} tokens where the geometry says {layout.tokens}"
+        return self.schedule.dense_reason(layer, state.step, state.noise, layout.tokens)
+
+    def _method_for(self, layer: int) -> Method:
+        changed = self.schedule.parameters_for(layer)
+        if not changed:
+            return self.method
+        return get_method(self.method.name, **{**self.method.model_dump(exclude_unset=True), **changed})
+
+    def _layout(self, state: RunState, text: TextSpan | None) -> TokenLayout:
+        if text is None or not text.tokens:
+            return TokenLayout(state.grid)
+        return TokenLayout(state.grid, text.tokens, text.position, text.valid)
+
+    def _state(self) -> RunState:
+        if self.state is None:
+            raise RuntimeError("attention was called outside the transformer's forward pass, so its geometry is unknown")
+        return self.state
+
+
+def _valid_lengths(layout: TokenLayout, device: torch.device) -> Tensor | None:
+    """Valid keys per batch item, int32 `[B]`; None when nothing is padded."""
+    if not layout.is_padded or layout.valid is None:
+        return None
+    return torch.tensor(layout.valid, dtype=torch.int32, device=device)
+
+
+__all__ = ["Backend", "Engine", "TextSpan"]

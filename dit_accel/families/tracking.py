@@ -1,0 +1,120 @@
+"""A Diffusers model hook that turns every forward pass of a transformer into a `RunState`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, StateManager
+from torch import nn
+
+from dit_accel.families.base import Family, ForwardGeometry, bind_forward
+from dit_accel.state import RunState
+
+HOOK_NAME = "dit_accel_run_state"
+
+
+class RunStateHook(ModelHook):
+    """Reads geometry, step, noise level and guidance branch before each forward pass.
+
+    Step, noise level and branch come from the pipeline's `cache_context` where it gives them. Without it, steps
+    are counted from the timestep argument: a lower timestep is the next step, a repeated one is the next guidance
+    branch of the same step, and a higher one begins a new generation.
+    """
+
+    _is_stateful = True
+
+    def __init__(self, family: Family, begin: Callable[[RunState], None]) -> None:
+        super().__init__()
+        self.family = family
+        self.begin = begin
+        # Diffusers hands the cache context to every StateManager that it finds on a stateful hook.
+        self.contexts = StateManager(BaseState)
+        self.last: RunState | None = None
+        self.generation = -1
+        self._seen: set[str] = set()
+        self._timestep: float | None = None
+
+    @torch.compiler.disable
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Announce the forward pass; its arguments pass through unchanged."""
+        geometry = self.family.read(module, bind_forward(module, args, kwargs))
+        context = getattr(self.contexts, "_context", None)
+        if getattr(context, "step_index", None) is not None:
+            state = self._from_context(context, geometry)
+        else:
+            state = self._from_timestep(getattr(context, "name", None), geometry)
+        self.last = state
+        self.begin(state)
+        return args, kwargs
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        """Called by Diffusers when a generation ends: the next pass begins a new one."""
+        self._seen.clear()
+        self._timestep = None
+        self.contexts.reset()
+        self.last = None
+        return module
+
+    def _from_context(self, context: Any, geometry: ForwardGeometry) -> RunState:
+        step, branch, last = int(context.step_index), str(context.name), self.last
+        if last is not None and step != last.step:
+            self._seen.clear()
+        is_new = last is None or step < last.step or branch in self._seen or self._shape_changed(geometry)
+        if is_new:
+            self._seen.clear()
+        self._seen.add(branch)
+        sigma = context.sigma
+        noise = self._read_noise(geometry) if sigma is None else float(sigma)
+        return self._make(geometry, step, min(noise, 1.0), branch, context.num_inference_steps, is_new)
+
+    def _from_timestep(self, name: str | None, geometry: ForwardGeometry) -> RunState:
+        noise, last = self._read_noise(geometry), self.last
+        branch = "default" if name is None else name
+        same_step = self._timestep is not None and noise == self._timestep
+        if name is None and same_step and "default" in self._seen:
+            # A pipeline without contexts that calls the model twice per step runs two guidance branches.
+            branch = "second"
+        is_new = (
+            last is None
+            or self._timestep is None
+            or noise > self._timestep
+            or (same_step and branch in self._seen)
+            or self._shape_changed(geometry)
+        )
+        if is_new or not same_step:
+            self._seen.clear()
+        if is_new and branch == "second":
+            branch = "default"
+        self._seen.add(branch)
+        self._timestep = noise
+        step = 0 if is_new or last is None else last.step + (0 if same_step else 1)
+        return self._make(geometry, step, min(noise, 1.0), branch, None, is_new)
+
+    def _make(
+        self, geometry: ForwardGeometry, step: int, noise: float, branch: str, steps: int | None, is_new: bool
+    ) -> RunState:
+        self.generation += int(is_new)
+        return RunState(geometry.grid, step, noise, branch, steps, self.generation, geometry.batch)
+
+    def _shape_changed(self, geometry: ForwardGeometry) -> bool:
+        return self.last is not None and (self.last.grid != geometry.grid or self.last.batch != geometry.batch)
+
+    @staticmethod
+    def _read_noise(geometry: ForwardGeometry) -> float:
+        return float(geometry.timestep.max()) / geometry.timestep_scale
+
+
+def track(model: nn.Module, family: Family, begin: Callable[[RunState], None]) -> RunStateHook:
+    """Attach a `RunStateHook` that calls `begin` before every forward pass of `model`."""
+    hook = RunStateHook(family, begin)
+    registry = HookRegistry.check_if_exists_or_initialize(model)
+    registry.register_hook(hook, HOOK_NAME)
+    return hook
+
+
+def untrack(model: nn.Module) -> None:
+    """Remove the hook that `track` attached."""
+    HookRegistry.check_if_exists_or_initialize(model).remove_hook(HOOK_NAME, recurse=False)

@@ -1,0 +1,79 @@
+"""Wan 2.1 and 2.2 (text, image and first-last-frame to video, two experts, TI2V): self-attention over video tokens only.
+
+Cross-attention to text and image tokens keeps Diffusers' own processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel.engine import Engine
+from dit_accel.families.base import AccelProcessor, AttentionLayer, Family, ForwardGeometry, patch_grid
+from dit_accel.families.registry import register_family
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding on interleaved pairs, in the order of operations of Diffusers' Wan.
+
+    Args:
+        x: `[B, N, H, D]`.
+        cos, sin: `[1, N, 1, D]`, every angle repeated twice.
+    """
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    out = torch.empty_like(x)
+    out[..., 0::2] = even * cos - odd * sin
+    out[..., 1::2] = even * sin + odd * cos
+    return out.type_as(x)
+
+
+class WanSelfAttention(AccelProcessor):
+    """Self-attention of a Wan block: the stock projections, norms and rotary embedding around `engine.attend`."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attend `hidden_states` `[B, N, C]` to themselves; the other arguments are those of the stock processor."""
+        self.refuse_parallel()
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+        if rotary_emb is not None:
+            query, key = rotate_pairs(query, *rotary_emb), rotate_pairs(key, *rotary_emb)
+        out = self.engine.attend(attn, query, key, value, dense=lambda: self.dense(query, key, value, attention_mask))
+        out = attn.to_out[0](out.flatten(2, 3).type_as(query))
+        return attn.to_out[1](out)
+
+
+@register_family
+class WanFamily(Family):
+    """`WanTransformer3DModel`: Wan 2.1 T2V, I2V, FLF2V, Wan 2.2 A14B and TI2V-5B."""
+
+    name = "wan"
+    transformer_classes = ("WanTransformer3DModel",)
+
+    def layers(self, model: nn.Module) -> list[AttentionLayer]:
+        """Self-attention `attn1` of every block."""
+        return [AttentionLayer(f"blocks.{i}.attn1", block.attn1) for i, block in enumerate(model.blocks)]
+
+    def processor(self, role: str, engine: Engine) -> Callable[..., Any]:
+        """One shared `WanSelfAttention`."""
+        return WanSelfAttention(engine)
+
+    def read(self, model: nn.Module, arguments: dict[str, Any]) -> ForwardGeometry:
+        """Latents `[B, C, F, H, W]` and the model's patch size give the grid."""
+        latents = arguments["hidden_states"]
+        grid = patch_grid(latents, tuple(model.config.patch_size))
+        return ForwardGeometry(grid, latents.shape[0], arguments["timestep"])
