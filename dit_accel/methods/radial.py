@@ -1,0 +1,145 @@
+"""Radial attention: a diagonal band per frame pair whose width halves when the frame distance doubles.
+
+f frames of s tokens each, in raster order; D = |i - j| is the distance of frames i and j; b the block size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dit_accel.layout import TokenLayout
+from dit_accel.methods.base import BlockSize, Density, Method
+from dit_accel.methods.registry import register
+from dit_accel.plan import BlockPlan
+from dit_accel.state import CallContext
+
+_NO_BAND = -1
+_FLOOR = 128  # the released code thins frames out below this width, whatever the block size
+_SEARCH_STEPS = 12
+
+Width = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@register("radial")
+class Radial(Method):
+    """Radial attention (arXiv 2506.19852), one static plan for all heads.
+
+    Args:
+        variant: "released": the mask that the published code runs; "paper": the mask of the paper's equation 4.
+        decay: factor on the band width of distant frames ("released" only). Default 1.
+        density: choose the largest `decay` whose plan is not denser than this, as far as the rule goes: frames at
+            distance 0 and 1 and the sink stay. Default None: `decay` decides.
+        block: block size in tokens. Default 64; published settings use 64 or 128.
+        sink: every query attends the whole first frame. Default True (Wan); the released HunyuanVideo code has none.
+        neighbor: band width of adjacent frames as a share of the frame. Default 1 (dense); LightX2V uses 0.5.
+        block_rule: when a block counts as kept. "column": more than 60 % of the columns that the band touches have
+            over a third of their rows in it (released code; not a superset of the token mask); "any": the band
+            touches it (a superset). Default: "column" for "released", "any" for "paper".
+    """
+
+    source: ClassVar[str] = "arXiv 2506.19852"
+    is_static: ClassVar[bool] = True
+
+    variant: Literal["released", "paper"] = "released"
+    decay: Width = 1.0
+    density: Density | None = None
+    block: BlockSize = 64
+    sink: bool = True
+    neighbor: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    block_rule: Literal["column", "any"] | None = None
+
+    def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
+        """The band plan. q, k `[B, H, N, D]` are not looked at; text blocks are attended by all and attend all."""
+        layout = call.layout
+        blocks = layout.blocks(self.block)
+        mask = torch.ones(blocks.count, blocks.count, dtype=torch.bool)
+        video = ~layout.text_blocks(blocks)
+        mask[video.unsqueeze(1) & video] = torch.from_numpy(self._video_mask(layout)).flatten()
+        return BlockPlan.from_mask(mask, blocks, blocks)
+
+    def _video_mask(self, layout: TokenLayout) -> np.ndarray:
+        if self.density is None:
+            return self._mask(layout, self.decay)
+        if self.density == 1:
+            return np.ones((-(-layout.video // self.block),) * 2, dtype=bool)
+        low, high = 0.0, 4.0
+        best = self._mask(layout, low)
+        for _ in range(_SEARCH_STEPS):
+            middle = (low + high) / 2
+            mask = self._mask(layout, middle)
+            if mask.mean() <= self.density:
+                low, best = middle, mask
+            else:
+                high = middle
+        return best
+
+    def _mask(self, layout: TokenLayout, decay: float) -> np.ndarray:
+        """Bool block mask `[n, n]` of the video part."""
+        frames, size = layout.frames, layout.frame_tokens
+        count = -(-layout.video // self.block)
+        mask = np.zeros((count, count), dtype=bool)
+        # Frame pairs with the same width and the same place in the block raster have the same blocks.
+        tiles: dict[tuple[int, int, int], np.ndarray] = {}
+        for i in range(frames):
+            for j in range(frames):
+                width = self.half_width(abs(i - j), size, decay) if j > 0 or not self.sink else size
+                if width == _NO_BAND:
+                    continue
+                at = (width, i * size % self.block, j * size % self.block)
+                if at not in tiles:
+                    tiles[at] = self._band_blocks(size, *at)
+                row, column = i * size // self.block, j * size // self.block
+                view = mask[row : row + tiles[at].shape[0], column : column + tiles[at].shape[1]]
+                view |= tiles[at]
+        self._keep_borders(mask, layout.video)
+        return mask
+
+    def _keep_borders(self, mask: np.ndarray, tokens: int) -> None:
+        """The ragged tail is kept whole, as upstream does; so is every block's own diagonal, or thin frames vanish."""
+        np.fill_diagonal(mask, True)
+        if tokens % self.block:
+            mask[-1, :] = True
+            mask[:, -1] = True
+
+    def half_width(self, distance: int, size: int, decay: float) -> int:
+        """Half-width w of the band |k - l| <= w between frames at `distance`, in tokens; -1: the pair is dropped."""
+        if distance == 0:
+            return size
+        if distance == 1:
+            return size if self.neighbor == 1 else int(self.neighbor * size)
+        if self.variant == "paper":
+            return _paper_half_width(distance, size)
+        width = 2.0 ** size.bit_length() / 2.0 ** distance.bit_length()
+        if width < _FLOOR and distance % int(_FLOOR // width) != 0:
+            return _NO_BAND
+        return int(max(decay * width, self.block))
+
+    def _band_blocks(self, size: int, width: int, row_offset: int, column_offset: int) -> np.ndarray:
+        """Which blocks the band of one frame pair keeps, the frame standing at the given offsets in its first block."""
+        block = self.block
+        column = np.arange(size)
+        first = np.arange(0, row_offset + size, block) - row_offset
+        top, bottom = np.maximum(first, 0), np.minimum(first + block, size)
+        # Rows of each block row that the band keeps in each column.
+        rows = np.minimum(column + width, bottom[:, None] - 1) - np.maximum(column - width, top[:, None]) + 1
+        starts = np.maximum(np.arange(0, column_offset + size, block) - column_offset, 0)
+        touched = np.add.reduceat(rows > 0, starts, axis=1, dtype=np.int32)
+        rule = self.block_rule or ("column" if self.variant == "released" else "any")
+        if rule == "any":
+            return touched > 0
+        well_kept = np.add.reduceat(rows > block / 3, starts, axis=1, dtype=np.int32)
+        return well_kept / (touched + 1e-9) > 0.6
+
+
+def _paper_half_width(distance: int, size: int) -> int:
+    """Equation 4: |k - l| + 1 <= s / 2^r, r = floor(log2 D); beyond that, the diagonal of every m-th frame."""
+    reach = 2 ** int(math.log2(distance))
+    if reach <= size:
+        return math.floor(size / reach) - 1
+    return 0 if distance % math.ceil(reach / size) == 0 else _NO_BAND
