@@ -62,7 +62,10 @@ class Acceleration:
 
     def summary(self) -> str:
         """What is switched on and, after a generation, what was computed."""
-        what = [f"method {self.settings['method']} {self.settings['parameters']}", f"schedule {self.settings['schedule']}"]
+        what = [
+            f"method {self.settings['method']} {self.settings['parameters']}",
+            f"schedule {self.settings['schedule']}",
+        ]
         if not self._installed:
             return "removed: " + "; ".join(what)
         where = [f"{name}: {len(part.originals)} attention layers" for name, part in self._installed.items()]

@@ -93,7 +93,14 @@ class Engine:
 
     @torch.compiler.disable
     def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, dense: Callable[[], Tensor], text: TextSpan | None = None
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        dense: Callable[[], Tensor],
+        text: TextSpan | None = None,
     ) -> Tensor:
         """One attention call.
 
@@ -128,7 +135,9 @@ class Engine:
         chosen = choose_backend(self.backend, request_of(q, planned.plan, method.remainder, method.precision))
         limit = chosen.break_even if self.break_even is None else self.break_even
         if isinstance(planned.density, float) and planned.density > limit:
-            record.reason = f"density {planned.density:.3f} is above the break-even {limit:.2f} of backend {chosen.name!r}"
+            record.reason = (
+                f"density {planned.density:.3f} is above the break-even {limit:.2f} of backend {chosen.name!r}"
+            )
             return None
         record.density, record.backend = planned.density, chosen.name
         with record.timed("attend", q.device):
@@ -208,7 +217,9 @@ class Engine:
 
     def _state(self) -> RunState:
         if self.state is None:
-            raise RuntimeError("attention was called outside the transformer's forward pass, so its geometry is unknown")
+            raise RuntimeError(
+                "attention was called outside the transformer's forward pass, so its geometry is unknown"
+            )
         return self.state
 
 
