@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Literal, overload
 
 import torch
-from dit_accel.kernels.registry import Request, choose_backend
-from dit_accel.kernels.spec import Precision, Remainder
 from torch import Tensor
 
 from dit_accel.errors import PlanError
+from dit_accel.kernels.registry import Request, choose_backend
+from dit_accel.kernels.spec import Precision, Remainder
 from dit_accel.plan import BlockPlan
 
 

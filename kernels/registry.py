@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from dit_accel.kernels.spec import Precision, Remainder
 from torch import Tensor
 
 from dit_accel.errors import UnsupportedError, near_matches
+from dit_accel.kernels.spec import Precision, Remainder
 from dit_accel.plan import BlockPlan
 
 
