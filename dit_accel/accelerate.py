@@ -32,7 +32,7 @@ class _Installed:
 
     model: nn.Module
     engine: Engine
-    originals: tuple[tuple[nn.Module, Any], ...]
+    originals: tuple[tuple[Any, Any], ...]
 
 
 class Acceleration:
@@ -85,7 +85,7 @@ class Acceleration:
             part.engine.reset()
 
     def remove(self) -> None:
-        """Put the original processors back, the very same objects. The report stays readable. A second call does nothing."""
+        """Put the original processors back, the very same objects; the report stays. A second call does nothing."""
         self._last = self.report()
         for part in self._installed.values():
             for module, processor in part.originals:
@@ -200,7 +200,7 @@ def _resolve(
     chosen: dict[str, Any] = {}
     if preset is not None and method in (None, preset.method.name):
         method, chosen = preset.method.name, dict(preset.method.parameters)
-    policy = get_method(method or "dense", **{**chosen, **parameters})
+    policy = get_method(str(method or "dense"), **{**chosen, **parameters})
     for layer in {start for override in timetable.overrides for start, _ in override.layers}:
         get_method(policy.name, **{**policy.model_dump(exclude_unset=True), **timetable.parameters_for(layer)})
     return policy, timetable

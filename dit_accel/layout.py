@@ -118,6 +118,6 @@ class TokenLayout:
     @cached_property
     def coordinates(self) -> Tensor:
         """(frame, row, column) of every video token in raster order, int32 `[video, 3]` on the CPU."""
-        frames, height, width = self.grid
+        _, height, width = self.grid
         index = torch.arange(self.video, dtype=torch.int32)
         return torch.stack([index // (height * width), index // width % height, index % width], dim=-1)

@@ -44,7 +44,7 @@ def load_plan(path: str | Path) -> BlockPlan:
         meta = file.metadata() or {}
         if meta.get("format") != _FORMAT:
             raise PlanError(f"{path}: expected a {_FORMAT} file, got format {meta.get('format')!r}")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     q_size, k_size = json.loads(meta["sizes"])
     predicate = None
     if "stride" in meta:

@@ -168,7 +168,7 @@ class Report:
 def _reason_group(reason: str) -> str:
     """Reasons that differ only in the layer or step they name count as one in the summary."""
     words = reason.split()
-    return " ".join(["each"] + words[2:]) if words[0] in ("step", "layer", "noise") else reason
+    return " ".join(["each", *words[2:]]) if words[0] in ("step", "layer", "noise") else reason
 
 
 def environment() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -32,7 +33,7 @@ def _check_ranges(name: str, ranges: tuple[tuple[float, float], ...]) -> None:
         if low >= high:
             raise ValueError(f"{name}: expected half-open ranges [low, high) with low < high, got [{low}, {high})")
     ordered = sorted(ranges)
-    for (_, end), (start, stop) in zip(ordered, ordered[1:]):
+    for (_, end), (start, stop) in pairwise(ordered):
         if start < end:
             raise ValueError(f"{name}: the range [{start}, {stop}) overlaps one that ends at {end}")
 
@@ -117,7 +118,7 @@ class Schedule(BaseModel):
         return {}
 
     def dense_share(self, steps: int, layers: int) -> float:
-        """Share of the (step, layer) calls of a run that step and layer ranges make dense; noise windows not counted."""
+        """Share of the (step, layer) calls that step and layer ranges make dense; noise windows are not counted."""
         dense = {s for a, b in self.dense_steps for s in range(a, min(b, steps))}
         kept = {x for a, b in self.dense_layers for x in range(a, min(b, layers))}
         return 1 - (1 - len(dense) / steps) * (1 - len(kept) / layers)

@@ -1,4 +1,4 @@
-"""What a model family is: which transformer it knows, where its attention layers are, and how to read a forward pass."""
+"""What a model family is: its transformer, where its attention layers are, and how to read a forward pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from dit_accel.errors import UnsupportedError
@@ -29,7 +28,7 @@ class AttentionLayer:
     """
 
     name: str
-    module: nn.Module
+    module: Any
     role: str = "self"
 
 
@@ -59,7 +58,7 @@ class Family(ABC):
     """Names of the Diffusers transformer classes, so that none is imported before it is needed."""
 
     @abstractmethod
-    def layers(self, model: nn.Module) -> list[AttentionLayer]:
+    def layers(self, model: Any) -> list[AttentionLayer]:
         """The attention layers to take over, in execution order."""
 
     @abstractmethod
@@ -67,7 +66,7 @@ class Family(ABC):
         """A processor for `role` that computes q, k, v as the stock one does and calls `engine.attend`."""
 
     @abstractmethod
-    def read(self, model: nn.Module, arguments: dict[str, Any]) -> ForwardGeometry:
+    def read(self, model: Any, arguments: dict[str, Any]) -> ForwardGeometry:
         """Read the geometry from the bound arguments of `model.forward`."""
 
     def check_processor(self, layer: AttentionLayer) -> None:
@@ -90,7 +89,7 @@ def bind_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 @cache
-def _forward_signature(cls: type[nn.Module]) -> inspect.Signature:
+def _forward_signature(cls: Any) -> inspect.Signature:
     return inspect.signature(cls.forward)
 
 
@@ -133,9 +132,3 @@ class AccelProcessor:
                 f"method {self.engine.method.name!r} under Diffusers' context parallelism: every rank holds only a "
                 "part of the sequence; use method='dense', or parallelise over prompts"
             )
-
-
-def no_grad_graph(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep `fn` out of `torch.compile` graphs (it reads Python state that changes at every step)."""
-    disabled: Callable[..., Any] = torch.compiler.disable(fn)
-    return disabled

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 (text, image and first-last-frame to video, two experts, TI2V): self-attention over video tokens only.
+"""Wan 2.1 and 2.2 (text, image, first-last-frame to video, two experts, TI2V): self-attention over video tokens.
 
 Cross-attention to text and image tokens keeps Diffusers' own processor.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_accel.engine import Engine
 from dit_accel.families.base import AccelProcessor, AttentionLayer, Family, ForwardGeometry, patch_grid
@@ -36,7 +36,7 @@ class WanSelfAttention(AccelProcessor):
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -52,9 +52,12 @@ class WanSelfAttention(AccelProcessor):
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
         if rotary_emb is not None:
             query, key = rotate_pairs(query, *rotary_emb), rotate_pairs(key, *rotary_emb)
-        out = self.engine.attend(attn, query, key, value, dense=lambda: self.dense(query, key, value, attention_mask))
+        out: Tensor = self.engine.attend(
+            attn, query, key, value, dense=lambda: self.dense(query, key, value, attention_mask)
+        )
         out = attn.to_out[0](out.flatten(2, 3).type_as(query))
-        return attn.to_out[1](out)
+        out = attn.to_out[1](out)
+        return out
 
 
 @register_family
@@ -64,7 +67,7 @@ class WanFamily(Family):
     name = "wan"
     transformer_classes = ("WanTransformer3DModel",)
 
-    def layers(self, model: nn.Module) -> list[AttentionLayer]:
+    def layers(self, model: Any) -> list[AttentionLayer]:
         """Self-attention `attn1` of every block."""
         return [AttentionLayer(f"blocks.{i}.attn1", block.attn1) for i, block in enumerate(model.blocks)]
 
@@ -72,7 +75,7 @@ class WanFamily(Family):
         """One shared `WanSelfAttention`."""
         return WanSelfAttention(engine)
 
-    def read(self, model: nn.Module, arguments: dict[str, Any]) -> ForwardGeometry:
+    def read(self, model: Any, arguments: dict[str, Any]) -> ForwardGeometry:
         """Latents `[B, C, F, H, W]` and the model's patch size give the grid."""
         latents = arguments["hidden_states"]
         grid = patch_grid(latents, tuple(model.config.patch_size))
