@@ -139,7 +139,7 @@ def accelerate(
         UnsupportedError: no family knows the transformer, or a processor is not Diffusers' own.
     """
     resolved = load_preset(preset) if isinstance(preset, (str, Path)) else preset
-    policy, timetable = _resolve(resolved, method, schedule, parameters)
+    policy, timetable = resolve_policy(resolved, method, schedule, parameters)
     models = _transformers(pipe)
     families = {name: family_of(model) for name, model in models.items()}
     _check_family(resolved, families)
@@ -179,7 +179,7 @@ def _install(
     return _Installed(model, engine, originals)
 
 
-def _resolve(
+def resolve_policy(
     preset: Preset | None,
     method: str | Method | None,
     schedule: Schedule | Mapping[str, Any] | None,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import UnsupportedError, near_matches
-from dit_accel.kernels.spec import Precision, Remainder
+from dit_accel.kernels.spec import Remainder
 from dit_accel.plan import BlockPlan
 
 
@@ -24,7 +24,6 @@ class Request:
         head_dim: D.
         has_predicate: the plan has partial blocks.
         remainder: see `Remainder`; None drops.
-        precision: see `Precision`; None is that of the inputs.
         return_lse: the log-sum-exp is wanted too.
         is_uniform: all blocks of queries and of keys have one length but the last.
         q_size: block size of the queries.
@@ -36,7 +35,6 @@ class Request:
     head_dim: int
     has_predicate: bool = False
     remainder: Remainder | None = None
-    precision: Precision | None = None
     return_lse: bool = False
     is_uniform: bool = True
     q_size: int = 64
@@ -55,7 +53,6 @@ class BackendFunction(Protocol):
         *,
         scale: float,
         remainder: Remainder | None,
-        precision: Precision | None,
         kv_len: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the output `[B, H, Nq, D]` and the log-sum-exp, fp32 (fp64 for fp64 inputs) `[B, H, Nq]`."""

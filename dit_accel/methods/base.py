@@ -1,4 +1,4 @@
-"""What a method is: decisions about order, selection, remainder and precision, with validated parameters."""
+"""What a method is: decisions about order, selection and remainder, with validated parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from dit_accel.kernels.spec import Precision, Remainder
+from dit_accel.kernels.spec import Remainder
 from dit_accel.layout import TokenLayout
 from dit_accel.order import TokenOrder
 from dit_accel.plan import BlockPlan
@@ -44,11 +44,6 @@ class Method(BaseModel):
     @property
     def remainder(self) -> Remainder | None:
         """What becomes of blocks that were not selected. Default None: they are dropped."""
-        return None
-
-    @property
-    def precision(self) -> Precision | None:
-        """The arithmetic of the exact part. Default None: that of the inputs, accumulated in fp32."""
         return None
 
     @property

@@ -1,0 +1,1 @@
+"""The commands `generate-video` and `dit-accel`."""

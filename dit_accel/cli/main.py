@@ -1,0 +1,115 @@
+"""`dit-accel`: presets, methods and what this machine can run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from dit_accel.cli.app import console, run_app, version_option
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
+presets_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="List the presets, or show one.")
+methods_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="List the methods, or show one.")
+app.add_typer(presets_app, name="presets")
+app.add_typer(methods_app, name="methods")
+
+
+@app.callback()
+def root(version: Annotated[bool, typer.Option("--version", callback=version_option, is_eager=True)] = False) -> None:
+    """Training-free acceleration of the diffusion transformers in Diffusers."""
+
+
+@presets_app.callback()
+def presets(
+    context: typer.Context, family: Annotated[str | None, typer.Option(help="Only those of this family.")] = None
+) -> None:
+    """List the presets with their size, method and predicted gain."""
+    if context.invoked_subcommand:
+        return
+    from dit_accel.estimate import estimate
+    from dit_accel.presets import list_presets, load_preset
+
+    table = Table("preset", "task", "size", "method", "density", "attention", "gain")
+    for name in list_presets(family):
+        preset = load_preset(name)
+        guess, size = estimate(preset), preset.generation
+        table.add_row(
+            name,
+            preset.task,
+            f"{size.height}x{size.width}x{size.num_frames}",
+            preset.method.name,
+            "?" if guess.density is None else f"{guess.density:.2f}",
+            f"{guess.attention_share:.0%}",
+            "?" if guess.gain is None else f"{guess.gain:.2f}x",
+        )
+    console.print(table)
+
+
+@presets_app.command("show")
+def show_preset(
+    name: str, export: Annotated[Path | None, typer.Option(help="Write the YAML to this file.")] = None
+) -> None:
+    """Print a resolved preset as YAML."""
+    from dit_accel.presets import load_preset
+
+    text = load_preset(name).to_yaml()
+    if export is None:
+        console.print(text, markup=False, end="")
+    else:
+        export.write_text(text, encoding="utf-8")
+        console.print(f"written: {export}", markup=False)
+
+
+@methods_app.callback()
+def methods(context: typer.Context) -> None:
+    """List the methods."""
+    if context.invoked_subcommand:
+        return
+    from dit_accel.methods.registry import list_methods, method_class
+
+    table = Table("method", "source", "what it does")
+    for name in list_methods():
+        cls = method_class(name)
+        table.add_row(name, cls.source, (cls.__doc__ or "").splitlines()[0])
+    console.print(table)
+
+
+@methods_app.command("show")
+def show_method(name: str) -> None:
+    """Print a method's description, parameters and defaults."""
+    import inspect
+
+    from dit_accel.methods.registry import method_class
+
+    cls = method_class(name)
+    console.print(inspect.cleandoc(cls.__doc__ or ""), markup=False)
+    console.print(f"\nSource: {cls.source}\n\nDefaults:", markup=False)
+    for field, info in cls.model_fields.items():
+        console.print(f"  {field}: {info.default!r}", markup=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can run: versions, devices, and each backend or why it cannot run."""
+    import torch
+
+    from dit_accel.kernels import backends
+    from dit_accel.report import environment
+
+    for name, value in environment().items():
+        console.print(f"{name}: {value}", markup=False)
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        console.print(f"cuda: compute capability {major}.{minor}, torch built for CUDA {torch.version.cuda}")
+    else:
+        console.print("cuda: no device; models run on the CPU in float32")
+    for name, reason in backends().items():
+        console.print(f"backend {name}: {'usable' if reason is None else 'not usable: ' + reason}", markup=False)
+
+
+def main() -> None:
+    """Entry point of `dit-accel`."""
+    run_app(app, "dit-accel")

@@ -1,0 +1,91 @@
+"""Write videos and images: the path is checked before the first step, the file appears under its name when complete."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+import imageio.v2 as imageio
+import numpy as np
+
+from dit_accel.errors import ConfigError
+
+EXTENSIONS = (".mp4", ".gif", ".png")
+
+
+class OutputFile:
+    """A file to be written at the end of a long run.
+
+    Makes the folder, and proves that it can be written to. An existing file is replaced only when the new one is
+    complete. ".png" holds a single image, for a video its first frame.
+
+    Args:
+        path: where the result goes; the extension says the format.
+
+    Raises:
+        ConfigError: unknown extension, a directory, or a folder that cannot be made or written to.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if self.path.suffix.lower() not in EXTENSIONS:
+            raise ConfigError("output", f"expected a name that ends in {', '.join(EXTENSIONS)}, got {str(path)!r}")
+        if self.path.is_dir():
+            raise ConfigError("output", f"{path} is a directory; give a file name in it")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=".partial-", suffix=self.path.suffix.lower(), dir=self.path.parent)
+        except OSError as error:
+            raise ConfigError("output", f"cannot write in {self.path.parent}: {error.strerror}") from None
+        os.close(handle)
+        self._partial = Path(name)
+
+    def write(self, frames: np.ndarray, fps: int) -> None:
+        """Write `frames` and give the file its name.
+
+        Args:
+            frames: `[T, H, W, 3]`, uint8, or float in [0, 1].
+            fps: frames per second.
+        """
+        pixels = to_uint8(frames)
+        suffix = self.path.suffix.lower()
+        if suffix == ".png":
+            imageio.imwrite(self._partial, pixels[0])
+        elif suffix == ".gif":
+            imageio.mimwrite(self._partial, list(pixels), duration=1000 / fps, loop=0)
+        else:
+            write_mp4(self._partial, pixels, fps)
+        self._partial.chmod(0o644)
+        os.replace(self._partial, self.path)
+
+    def __enter__(self) -> OutputFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._partial.unlink(missing_ok=True)
+
+
+def to_uint8(frames: np.ndarray) -> np.ndarray:
+    """Frames `[T, H, W, 3]` as uint8; floats are taken as [0, 1]."""
+    if frames.dtype == np.uint8:
+        return frames
+    return np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
+
+
+def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
+    """H.264, yuv420p, index at the front: what ordinary players open. Odd sizes are cut by one pixel.
+
+    Args:
+        path: file to write.
+        frames: uint8 `[T, H, W, 3]`.
+        fps: frames per second.
+    """
+    height, width = (size - size % 2 for size in frames.shape[1:3])
+    options = {"codec": "libx264", "pixelformat": "yuv420p", "quality": 8, "macro_block_size": 2}
+    with imageio.get_writer(path, fps=fps, output_params=["-movflags", "+faststart"], **options) as writer:
+        for frame in frames:
+            writer.append_data(np.ascontiguousarray(frame[:height, :width]))

@@ -1,0 +1,62 @@
+"""Muon: momentum orthogonalised by a Newton-Schulz iteration (Jordan et al. 2024), for matrices and convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+_A, _B, _C = 3.4445, -4.7750, 2.0315  # coefficients of the quintic iteration
+
+
+def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
+    """Nearly the closest semi-orthogonal matrix to `update` `[rows, columns]`."""
+    x = update / (update.norm() + 1e-7)
+    is_tall = x.shape[0] > x.shape[1]
+    x = x.T if is_tall else x
+    for _ in range(steps):
+        gram = x @ x.T
+        x = _A * x + (_B * gram + _C * gram @ gram) @ x
+    return x.T if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Optimiser for weights of two or more axes; the others belong to AdamW (see `split_parameters`).
+
+    Args:
+        parameters: weights.
+        lr: step size. Default 0.02.
+        momentum: default 0.95.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 0.02, momentum: float = 0.95) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all weights that have a gradient."""
+        for group in self.param_groups:
+            for weight in (p for p in group["params"] if p.grad is not None):
+                state = self.state[weight]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(weight)
+                state["momentum"].mul_(group["momentum"]).add_(weight.grad)
+                update = weight.grad.add(state["momentum"], alpha=group["momentum"]).flatten(1)
+                rows, columns = update.shape
+                scale = max(1.0, rows / columns) ** 0.5
+                weight.add_(orthogonalize(update).view_as(weight), alpha=-group["lr"] * scale)
+
+
+def split_parameters(model: nn.Module, skip: tuple[str, ...] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Weights for Muon (hidden matrices and convolutions) and the rest for AdamW.
+
+    Args:
+        model: the model.
+        skip: parts of names that go to AdamW whatever their shape (embeddings, first and last layers).
+    """
+    hidden, rest = [], []
+    for name, weight in model.named_parameters():
+        is_hidden = weight.ndim >= 2 and min(weight.shape[:2]) > 8 and not any(part in name for part in skip)
+        (hidden if is_hidden else rest).append(weight)
+    return hidden, rest

@@ -1,0 +1,164 @@
+"""Last stages of training: the transformer with its text encoder by flow matching, and the export."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+from dit_accel.samples.muon import Muon, split_parameters
+from dit_accel.samples.tiny_wan_model import (
+    TinyWanSizes,
+    make_text_encoder,
+    make_tokenizer,
+    make_transformer,
+    make_vae,
+    save_pipeline,
+)
+from dit_accel.samples.tiny_wan_vae import Bank
+
+_TEXT = 24  # text tokens in training; the last is always padding
+_PIPELINE_TEXT = 512  # text tokens that WanPipeline attends
+_DROP_CAPTION = 0.12
+_EXPORT_EVERY = 400
+_EMA = 0.995
+
+
+class PaddedCrossAttention:
+    """Cross-attention of training: one padding key stands for the many that WanPipeline attends.
+
+    WanPipeline pads text embeddings with zeros to 512 tokens and masks nothing. All padding keys are equal, so one
+    of them with the bias ln(their number) gives the same output for a twentieth of the work.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self) -> None:
+        self.bias = torch.zeros(1, 1, 1, _TEXT)
+        self.bias[..., -1] = math.log(_PIPELINE_TEXT - _TEXT + 1)
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Attend `hidden_states` `[B, N, C]` to `encoder_hidden_states` `[B, 24, C]`."""
+        q = attn.norm_q(attn.to_q(hidden_states))
+        k, v = attn.norm_k(attn.to_k(encoder_hidden_states)), attn.to_v(encoder_hidden_states)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias.to(q.dtype))
+        projected: Tensor = attn.to_out[0](out.transpose(1, 2).flatten(2, 3))
+        return projected
+
+
+class Captioner(nn.Module):
+    """Captions to padded embeddings `[B, 24, text_dim]`, zero beyond each caption, as WanPipeline makes them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel) -> None:
+        super().__init__()
+        self.tokenizer, self.encoder = tokenizer, encoder
+
+    def forward(self, captions: list[str]) -> Tensor:
+        """Embed `captions`; each must be shorter than 24 tokens."""
+        batch = self.tokenizer(captions, padding="max_length", max_length=_TEXT, return_tensors="pt")
+        mask = batch["attention_mask"]
+        hidden: Tensor = self.encoder(batch["input_ids"], mask).last_hidden_state
+        return hidden * mask.unsqueeze(-1)
+
+
+def flow_loss(
+    model: WanTransformer3DModel, text: Captioner, latents: Tensor, captions: list[str], shift: float
+) -> Tensor:
+    """Flow-matching loss on clean `latents` `[B, C, T, H, W]`: predict noise - latents at a random noise level."""
+    captions = ["" if torch.rand(()) < _DROP_CAPTION else caption for caption in captions]
+    level = torch.sigmoid(torch.randn(len(captions)))
+    level = shift * level / (1 + (shift - 1) * level)
+    noise = torch.randn_like(latents)
+    mix = level.view(-1, 1, 1, 1, 1)
+    predicted = model(
+        hidden_states=(1 - mix) * latents + mix * noise,
+        timestep=level * 1000,
+        encoder_hidden_states=text(captions),
+        return_dict=False,
+    )[0]
+    return F.mse_loss(predicted, noise - latents)
+
+
+def train_transformer(
+    work: Path,
+    output: Path,
+    sizes: TinyWanSizes,
+    banks: list[Bank],
+    batches: list[int],
+    shares: list[float],
+    arguments: argparse.Namespace,
+) -> None:
+    """Train (or resume) the transformer and its text encoder; export every few hundred steps and at the end."""
+    tokenizer = make_tokenizer()
+    model, text = make_transformer(sizes), Captioner(tokenizer, make_text_encoder(sizes, tokenizer))
+    both = nn.ModuleDict({"transformer": model, "text": text})
+    stock = model.attn_processors
+    cross = PaddedCrossAttention()
+    model.set_attn_processor({name: cross if "attn2" in name else p for name, p in stock.items()})
+    hidden, rest = split_parameters(both, skip=("patch_embedding", "proj_out", "shared", "relative", "scale_shift"))
+    optimizers = [(Muon(hidden), 0.02), (torch.optim.AdamW(rest, betas=(0.9, 0.97), weight_decay=0.0), 2e-3)]
+    average = {name: value.detach().clone() for name, value in both.state_dict().items()}
+    checkpoint, first, begun, smooth = work / "flow_checkpoint.pt", 0, time.time(), 1.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        first, average = state["step"], state["average"]
+        both.load_state_dict(state["model"])
+        for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    for step in range(first, arguments.steps):
+        kind = int(torch.multinomial(torch.tensor(shares), 1))
+        rows = torch.randint(len(banks[kind].captions), (batches[kind],))
+        captions = [banks[kind].captions[i] for i in rows]
+        loss = flow_loss(model, text, banks[kind].latents[rows], captions, sizes.flow_shift)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(rest, 1.0)
+        rate = min(1.0, (step + 1) / 50) * min(1.0, 0.02 + 1.6 * (1 - step / arguments.steps))
+        for optimizer, lr in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * rate
+            optimizer.step()
+            optimizer.zero_grad()
+        decay = min(_EMA, (step + 1) / (step + 10))
+        for name, value in both.state_dict().items():
+            average[name].lerp_(value, 1 - decay) if value.is_floating_point() else average[name].copy_(value)
+        smooth += 0.02 * (loss.item() - smooth)
+        if step % 25 == 0:
+            print(f"flow step {step}/{arguments.steps} loss {smooth:.4f} {time.time() - begun:.0f} s", flush=True)
+        if step % _EXPORT_EVERY == _EXPORT_EVERY - 1 or step == arguments.steps - 1:
+            saved = [optimizer.state_dict() for optimizer, _ in optimizers]
+            state = {"step": step + 1, "model": both.state_dict(), "average": average, "optimizers": saved}
+            torch.save(state, checkpoint.with_suffix(".tmp"))
+            checkpoint.with_suffix(".tmp").rename(checkpoint)
+            export(work, output, sizes, average)
+
+
+def export(work: Path, output: Path, sizes: TinyWanSizes, average: dict[str, Tensor]) -> None:
+    """Write the averaged weights as a pipeline folder, under a temporary name that is renamed when complete."""
+    tokenizer = make_tokenizer()
+    model, encoder = make_transformer(sizes), make_text_encoder(sizes, tokenizer)
+    nn.ModuleDict({"transformer": model, "text": Captioner(tokenizer, encoder)}).load_state_dict(average)
+    statistics = json.loads((work / "vae.json").read_text())
+    vae = make_vae(sizes, statistics["mean"], statistics["std"])
+    vae.load_state_dict(load_file(work / "vae.safetensors"))
+    fresh = output.with_name(output.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    save_pipeline(fresh, vae, model, encoder, tokenizer, sizes)
+    output.mkdir(parents=True, exist_ok=True)
+    for part in fresh.iterdir():
+        if (output / part.name).is_dir():
+            shutil.rmtree(output / part.name)
+        part.rename(output / part.name)
+    fresh.rmdir()
