@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dit_accel.accelerate import Acceleration, accelerate
+    from dit_accel.acceleration import Acceleration, accelerate
     from dit_accel.errors import ConfigError, DitAccelError, PlanError, UnsupportedError
     from dit_accel.layout import TokenLayout
     from dit_accel.methods.registry import get_method, list_methods
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # Name -> module. Imported at first use, so that the command line starts without loading torch.
 _PUBLIC = {
-    "Acceleration": "dit_accel.accelerate",
-    "accelerate": "dit_accel.accelerate",
+    "Acceleration": "dit_accel.acceleration",
+    "accelerate": "dit_accel.acceleration",
     "ConfigError": "dit_accel.errors",
     "DitAccelError": "dit_accel.errors",
     "PlanError": "dit_accel.errors",

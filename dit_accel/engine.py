@@ -180,7 +180,7 @@ class Engine:
         made = call.memory.get("planned")
         if made is None or not 0 <= call.step - made[0] < self.schedule.refresh or made[1] != (method, layout):
             return None
-        return made[2]  # type: ignore[no-any-return]
+        return made[2]
 
     def _keep(self, method: Method, layer: int, layout: TokenLayout, call: CallContext, planned: _Planned) -> None:
         if method.is_static:

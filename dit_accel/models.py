@@ -89,7 +89,7 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "auto", pipelin
     from diffusers import DiffusionPipeline
 
     try:
-        pipe = (pipeline_class or DiffusionPipeline).from_pretrained(source, torch_dtype=kind, use_safetensors=True)
+        pipe = (pipeline_class or DiffusionPipeline).from_pretrained(source, dtype=kind, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError("model", f"cannot load {model}: {str(error).splitlines()[0]}") from error
     return pipe.to(where)

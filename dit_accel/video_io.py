@@ -6,6 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import imageio.v2 as imageio
 import numpy as np
@@ -85,7 +86,8 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
         fps: frames per second.
     """
     height, width = (size - size % 2 for size in frames.shape[1:3])
-    options = {"codec": "libx264", "pixelformat": "yuv420p", "quality": 8, "macro_block_size": 2}
-    with imageio.get_writer(path, fps=fps, output_params=["-movflags", "+faststart"], **options) as writer:
+    options: dict[str, Any] = {"codec": "libx264", "pixelformat": "yuv420p", "quality": 8, "macro_block_size": 2}
+    writer: Any = imageio.get_writer(path, fps=fps, output_params=["-movflags", "+faststart"], **options)
+    with writer:
         for frame in frames:
             writer.append_data(np.ascontiguousarray(frame[:height, :width]))

@@ -216,4 +216,4 @@ def _why_not(request: Request) -> str | None:
     return None
 
 
-BACKEND = Backend("torch", run, _why_not, priority=1, break_even=0.5)
+BACKEND = Backend("torch", run, _why_not, priority=1, break_even=0.7)

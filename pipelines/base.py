@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dit_accel.accelerate import Acceleration, accelerate
+from dit_accel.acceleration import Acceleration, accelerate
 from dit_accel.errors import ConfigError
 from dit_accel.models import load_pipeline
 from dit_accel.presets import Preset, load_preset
@@ -48,6 +49,12 @@ class FromPreset:
         pipe.preset = preset
         pipe.acceleration = accelerate(pipe, preset, **overrides)
         return pipe
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save as the Diffusers pipeline that this is, so that plain Diffusers loads it again."""
+        stock = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("diffusers."))
+        config = {key: value for key, value in self.config.items() if key in signature(stock).parameters}  # type: ignore[attr-defined]
+        stock(**{**config, **self.components}).save_pretrained(*args, **kwargs)  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate, as the Diffusers pipeline does; arguments left out take the preset's values."""

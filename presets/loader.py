@@ -11,8 +11,8 @@ import yaml
 from pydantic import ValidationError
 
 from dit_accel.errors import ConfigError, near_matches
-from dit_accel.methods.registry import config_error
-from dit_accel.presets.schema import Generation, MethodSpec, ModelFacts, Preset
+from dit_accel.methods.registry import config_error, get_method
+from dit_accel.presets.schema import Generation, MethodSpec, ModelFacts, Preset, check_size
 from dit_accel.schedule import Schedule
 
 _PARTS = (Generation, MethodSpec, ModelFacts, Preset, Schedule)
@@ -119,7 +119,13 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _check(where: str, data: dict[str, Any]) -> Preset:
     try:
-        return Preset(**data)
+        preset = Preset(**data)
     except ValidationError as error:
         known = sorted({name for part in _PARTS for name in part.model_fields} | {"extends"})
         raise config_error(error, f"preset {where}", known) from None
+    try:
+        get_method(preset.method.name, **preset.method.parameters)
+        check_size(preset.model, preset.generation)
+    except ConfigError as error:
+        raise ConfigError(f"preset {where}.{error.path}", error.message) from None
+    return preset

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from dit_accel.errors import ConfigError
-from dit_accel.methods.registry import get_method
 from dit_accel.schedule import Schedule
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -107,29 +106,26 @@ class Preset(BaseModel):
     schedule: Schedule = Schedule()
     source: str
 
-    @model_validator(mode="after")
-    def _method_exists(self) -> Preset:
-        get_method(self.method.name, **self.method.parameters)
-        check_size(self.model, self.generation.height, self.generation.width, self.generation.num_frames)
-        return self
-
     def to_yaml(self) -> str:
         """The resolved preset as YAML; loading it gives an equal preset."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
 
 
-def check_size(model: ModelFacts, height: int, width: int, num_frames: int) -> None:
-    """Refuse a size that the model cannot make.
+def check_size(model: ModelFacts, generation: Generation, where: str = "generation") -> None:
+    """Refuse a size that the model cannot make; `where` is the dotted path of the values.
 
     Raises:
         ConfigError: names the argument, what fits near it, and what was got.
     """
-    for name, value in (("height", height), ("width", width)):
+    for name, value in (("height", generation.height), ("width", generation.width)):
         near = max(model.size_multiple, round(value / model.size_multiple) * model.size_multiple)
-        if value < 1 or value % model.size_multiple:
-            raise ConfigError(name, f"expected a multiple of {model.size_multiple}, got {value}; {near} would do")
-    if num_frames < 1 or (num_frames - 1) % model.vae_temporal:
-        near = max(0, round((num_frames - 1) / model.vae_temporal)) * model.vae_temporal + 1
+        if value % model.size_multiple:
+            raise ConfigError(
+                f"{where}.{name}", f"expected a multiple of {model.size_multiple}, got {value}; {near} would do"
+            )
+    frames, factor = generation.num_frames, model.vae_temporal
+    if (frames - 1) % factor:
+        near = round((frames - 1) / factor) * factor + 1
         raise ConfigError(
-            "num_frames", f"expected 1 plus a multiple of {model.vae_temporal}, got {num_frames}; {near} would do"
+            f"{where}.num_frames", f"expected 1 plus a multiple of {factor}, got {frames}; {near} would do"
         )

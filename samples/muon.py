@@ -55,7 +55,8 @@ def split_parameters(model: nn.Module, skip: tuple[str, ...] = ()) -> tuple[list
         model: the model.
         skip: parts of names that go to AdamW whatever their shape (embeddings, first and last layers).
     """
-    hidden, rest = [], []
+    hidden: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, weight in model.named_parameters():
         is_hidden = weight.ndim >= 2 and min(weight.shape[:2]) > 8 and not any(part in name for part in skip)
         (hidden if is_hidden else rest).append(weight)

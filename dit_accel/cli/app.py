@@ -36,7 +36,6 @@ def run_app(app: typer.Typer, name: str) -> None:
     except (DitAccelError, OSError, ValueError, RuntimeError) as error:
         code = _fail(error, EXIT_FAILURE)
     except KeyboardInterrupt:
-        errors.print("interrupted; nothing was written", markup=False)
         code = EXIT_INTERRUPTED
     sys.exit(code)
 

@@ -10,7 +10,7 @@ import typer
 
 from dit_accel.cli.app import console, run_app, version_option
 from dit_accel.errors import ConfigError
-from dit_accel.presets import Generation, Preset, list_presets, load_preset
+from dit_accel.presets import Generation, MethodSpec, Preset, list_presets, load_preset
 from dit_accel.presets.schema import check_size
 from dit_accel.report import environment
 from dit_accel.video_io import OutputFile
@@ -48,7 +48,7 @@ def generate(
     show_presets: Annotated[bool, typer.Option("--list-presets", help="List the presets and leave.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=version_option, is_eager=True)] = False,
 ) -> None:
-    """Generate a video with an accelerated diffusion transformer. Without --preset, the small model that ships."""
+    """Generate a video with an accelerated diffusion transformer. Default: the small model that ships."""
     if show_presets:
         console.print("\n".join(list_presets()), markup=False)
         return
@@ -86,17 +86,16 @@ def _override(preset: Preset, values: dict[str, Any]) -> Preset:
         generation = Generation(**{**preset.generation.model_dump(), **given})
     except ValidationError as error:
         raise config_error(error, "generation", list(Generation.model_fields)) from None
-    check_size(preset.model, generation.height, generation.width, generation.num_frames)
+    check_size(preset.model, generation)
     return preset.model_copy(update={"generation": generation})
 
 
 def _apply_method(preset: Preset, method: str | None, changes: dict[str, Any]) -> Preset:
-    from dit_accel.accelerate import resolve_policy
+    from dit_accel.acceleration import resolve_policy
 
     policy, schedule = resolve_policy(preset, method, None, dict(changes))
-    chosen = {"name": policy.name, "parameters": policy.model_dump(mode="json", exclude_unset=True)}
-    update = {"method": type(preset.method)(**chosen), "schedule": schedule}
-    return preset.model_copy(update=update)
+    chosen = MethodSpec(name=policy.name, parameters=policy.model_dump(mode="json", exclude_unset=True))
+    return preset.model_copy(update={"method": chosen, "schedule": schedule})
 
 
 def _show(preset: Preset, model: str | None) -> None:
@@ -113,8 +112,8 @@ def _show(preset: Preset, model: str | None) -> None:
         return
     console.print(f"expected density: {guess.density:.3f} in sparse calls, {guess.dense_share:.0%} of the calls dense")
     console.print(
-        f"predicted gain of the denoising loop: {guess.gain:.2f}x (assuming sparse pairs run at {EFFICIENCY:.0%} of the "
-        f"dense speed and {OVERHEAD:.0%} of dense attention time for selecting)"
+        f"predicted gain of the denoising loop: {guess.gain:.2f}x (if a sparse pair costs {1 / EFFICIENCY:.1f} dense "
+        f"pairs, and selecting {OVERHEAD:.0%} of dense attention)"
     )
 
 
@@ -133,10 +132,11 @@ def _make(
     """Check the output path, load, generate, write."""
     report = report or target.with_suffix(".json")
     with OutputFile(target) as file:
-        from dit_accel.accelerate import accelerate
-        from dit_accel.cli.running import call_pipeline
+        from dit_accel.acceleration import accelerate
+        from dit_accel.cli.running import call_pipeline, quiet_loading
         from dit_accel.models import load_pipeline
 
+        quiet_loading()
         first_frame = None if image is None else _open_image(image, preset)
         console.print(f"{preset.name}: loading {model}", markup=False)
         begun = time.perf_counter()

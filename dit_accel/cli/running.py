@@ -14,6 +14,15 @@ from dit_accel.cli.app import errors
 from dit_accel.presets import Generation
 
 
+def quiet_loading() -> None:
+    """Switch off the libraries' own bars for loading weights; our line says what is loaded."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def call_pipeline(
     pipe: Any, generation: Generation, prompt: str, seed: int, image: Any = None
 ) -> tuple[np.ndarray, dict[str, Any]]:

@@ -85,7 +85,8 @@ class Family(ABC):
 
 def bind_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call of `model.forward` by name."""
-    return dict(_forward_signature(type(model)).bind_partial(model, *args, **kwargs).arguments)
+    cls: Any = type(model)
+    return dict(_forward_signature(cls).bind_partial(model, *args, **kwargs).arguments)
 
 
 @cache

@@ -1,0 +1,19 @@
+"""Shared fixtures: a random pipeline folder, made once per session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_accel.samples.tiny_random import random_wan_pipeline
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "random-wan"
+    random_wan_pipeline().save_pretrained(folder)
+    return folder

@@ -1,0 +1,175 @@
+"""Both commands, in a process of their own where that matters, else in this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v2 as imageio
+import pytest
+
+from dit_accel.cli import generate, main
+from dit_accel.cli.app import dashes
+
+SMALL = ["--height", "32", "--width", "48", "--num-frames", "9", "--num-inference-steps", "2"]
+
+
+def run(monkeypatch, capsys, entry, *arguments):
+    """Call a command's entry point: exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        entry()
+    captured = capsys.readouterr()
+    return left.value.code or 0, captured.out, captured.err
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: run(monkeypatch, capsys, generate.main, *arguments)
+
+
+def test_a_prompt_becomes_a_video_and_a_report(command, pipeline_folder, tmp_path):
+    code, out, err = command("--prompt", "a red ball", "--model", pipeline_folder, "--output", "clip.mp4", *SMALL)
+    assert code == 0, err
+    assert "video: clip.mp4" in out
+    assert "report: clip.json" in out
+    assert len(imageio.mimread(tmp_path / "clip.mp4")) == 9
+    report = json.loads((tmp_path / "clip.json").read_text())
+    assert report["prompt"] == "a red ball"
+    assert report["preset"]["name"] == "tiny-wan"
+    assert len(report["times"]["steps"]) == 2
+    assert sum(report["dense_reasons"].values()) == len(report["calls"]) == 2 * 2 * 2
+    assert report["environment"]["torch"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.json", "clip.mp4"]
+
+
+def test_every_flag_is_obeyed(command, pipeline_folder, tmp_path):
+    settings = ["--method", "radial", "--density", "0.9", "--dense_steps", "1", "--seed", "7", "--fps", "5"]
+    files = ["--output", "o.gif", "--report", "r.json", "--backend", "torch", "--device", "cpu", "--dtype", "float32"]
+    words = ["--prompt", "x", "--negative-prompt", "blue", "--guidance-scale", "2.5"]
+    code, _, err = command(*words, "--model", pipeline_folder, *SMALL, *settings, *files)
+    assert code == 0, err
+    report = json.loads((tmp_path / "r.json").read_text())
+    generation = report["preset"]["generation"]
+    assert generation["guidance_scale"] == 2.5
+    assert generation["negative_prompt"] == "blue"
+    assert generation["fps"] == 5
+    assert report["seed"] == 7
+    assert report["preset"]["method"]["parameters"]["density"] == 0.9
+    assert {c["step"] for c in report["calls"] if "dense_steps" in (c["reason"] or "")} == {0}
+    assert report["settings"]["backend"] == "torch"
+
+
+def test_the_default_name_never_comes_from_the_prompt(command, pipeline_folder, tmp_path):
+    code, _, err = command("--prompt", "../../evil/日本語", "--model", pipeline_folder, *SMALL)
+    assert code == 0, err
+    (video,) = (tmp_path / "outputs").glob("*.mp4")
+    assert video.name.endswith("tiny-wan-seed0.mp4")
+
+
+def test_the_same_seed_gives_the_same_file(command, pipeline_folder, tmp_path):
+    for name in ("a.png", "b.png"):
+        assert command("--prompt", "x", "--model", pipeline_folder, "--output", name, *SMALL)[0] == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_dry_run_shows_tokens_and_gain_and_loads_nothing(command):
+    code, out, _ = command("--preset", "wan2.1-t2v-14b-720p", "--dry-run")
+    assert code == 0
+    assert "video tokens: 75600" in out
+    assert "72% of the transformer's operations" in out
+    assert "predicted gain" in out
+    assert "not loaded" in out
+
+
+def test_presets_are_listed(command):
+    code, out, _ = command("--list-presets")
+    assert code == 0
+    assert "tiny-wan/dense" in out.split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "tiny-wam", "--prompt", "x"], "did you mean 'tiny-wan'"),
+        (["--prompt", "x", "--density", "nan"], "finite"),
+        (["--prompt", "x", "--density", "1.5"], "less than or equal to 1"),
+        (["--prompt", "x", "--height", "81"], "generation.height: expected a multiple of 16, got 81; 80 would do"),
+        (["--prompt", "x", "--num-frames", "10"], "1 plus a multiple of 2"),
+        (["--prompt", "x", "--num-inference-steps", "0"], "generation.num_inference_steps"),
+        (["--prompt", "x", "--method", "radail"], "did you mean 'radial'"),
+        (["--prompt", "x", "--output", "clip.avi"], "ends in .mp4"),
+        (["--prompt", "x", "--output", "/proc/none/clip.mp4"], "cannot write in"),
+        (["--prompt", "x", "--model", "nowhere"], "no such folder: nowhere"),
+        (["--prompt", "x", "--model", "."], "not a Diffusers pipeline"),
+        (["--prompt", "x", "--device", "cuda"], "no CUDA device"),
+        (["--prompt", "x", "--dtype", "int8"], "expected one of auto, float32"),
+        (["--prompt", "x", "--image", "a.png"], "does not take an image"),
+        (["--prompt", "x", "--preset", "wan2.1-i2v-14b-480p"], "needs an image"),
+        ([], "--prompt"),
+        (["--no-such-flag"], "No such option"),
+        (["--seed", "true", "--prompt", "x"], "not a valid int"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(command, arguments, message, pipeline_folder, tmp_path):
+    if "--device" in arguments or "--dtype" in arguments:
+        arguments = [*arguments, "--model", str(pipeline_folder)]
+    code, _, err = command(*arguments)
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_an_unknown_backend_fails_with_one_line_and_leaves_no_file(command, pipeline_folder, tmp_path):
+    arguments = ["--prompt", "x", "--model", pipeline_folder, "--backend", "troch", "--density", "0.9", *SMALL]
+    code, _, err = command(*arguments, "--dense-steps", "0", "--output", "clip.mp4")
+    assert code == 1
+    assert "did you mean 'torch'" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_underscores_become_dashes_in_names_of_options_only():
+    assert dashes(["--num_frames=9", "--prompt", "a_b", "x_y"]) == ["--num-frames=9", "--prompt", "a_b", "x_y"]
+
+
+def test_an_interrupt_leaves_130_and_no_file(pipeline_folder, tmp_path):
+    arguments = [sys.executable, "-c", "from dit_accel.cli.generate import main; main()", "--prompt", "x"]
+    size = ["--height", "32", "--width", "48", "--num-frames", "9", "--num-inference-steps", "100000"]
+    process = subprocess.Popen(
+        [*arguments, "--model", str(pipeline_folder), "--output", "clip.mp4", *size],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".partial-*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert b"Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dit_accel_lists_shows_and_examines(monkeypatch, capsys, tmp_path):
+    code, out, _ = run(monkeypatch, capsys, main.main, "presets", "--family", "wan")
+    assert code == 0
+    assert "tiny-wan" in out
+    exported = Path(tmp_path / "p.yaml")
+    assert run(monkeypatch, capsys, main.main, "presets", "show", "tiny-wan", "--export", exported)[0] == 0
+    assert "name: tiny-wan" in exported.read_text()
+    assert "radial" in run(monkeypatch, capsys, main.main, "methods")[1]
+    shown = run(monkeypatch, capsys, main.main, "methods", "show", "radial")[1]
+    assert "arXiv 2506.19852" in shown
+    assert "decay: 1.0" in shown
+    assert "backend torch: usable" in run(monkeypatch, capsys, main.main, "doctor")[1]
+    assert run(monkeypatch, capsys, main.main, "methods", "show", "radail")[0] == 2

@@ -1,0 +1,64 @@
+"""Output files: checked first, complete or absent, playable."""
+
+from __future__ import annotations
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+
+from dit_accel.errors import ConfigError
+from dit_accel.video_io import OutputFile
+
+
+def clip(frames=5, height=48, width=64):
+    ramp = np.linspace(0, 1, frames)[:, None, None, None]
+    return np.broadcast_to(ramp, (frames, height, width, 3)).copy()
+
+
+@pytest.mark.parametrize("height", [48, 47])
+def test_mp4_holds_all_frames_in_a_format_players_open(tmp_path, height):
+    path = tmp_path / "new" / "clip.mp4"
+    with OutputFile(path) as file:
+        file.write(clip(height=height), fps=8)
+    with imageio.get_reader(path) as reader:
+        meta = reader.get_meta_data()
+    frames = imageio.mimread(path)
+    assert meta["codec"] == "h264"
+    assert "yuv420p" in meta["pix_fmt"]
+    assert meta["fps"] == 8
+    assert len(frames) == 5
+    assert frames[0].mean() < 20
+    assert frames[-1].mean() > 235
+    assert path.read_bytes().index(b"moov") < path.read_bytes().index(b"mdat")
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_gif_and_png(tmp_path):
+    for name, count in (("a.gif", 5), ("a.png", 1)):
+        with OutputFile(tmp_path / name) as file:
+            file.write(clip(), fps=10)
+        assert len(imageio.mimread(tmp_path / name)) == count
+
+
+def test_a_failure_leaves_the_old_file_and_no_partial_one(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), OutputFile(path):
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("clip.avi", "ends in .mp4"), ("clip", "ends in .mp4"), ("folder.mp4", "is a directory")]
+)
+def test_bad_names_are_refused_before_anything_runs(tmp_path, name, message):
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(ConfigError, match=message):
+        OutputFile(tmp_path / name)
+
+
+def test_a_path_through_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write in"):
+        OutputFile(tmp_path / "file" / "clip.mp4")
