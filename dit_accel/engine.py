@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dit_accel.kernels import block_attention
 from dit_accel.kernels.attention import request_of
-from dit_accel.kernels.registry import Backend, choose_backend
+from dit_accel.kernels.registry import choose_backend
 from dit_accel.layout import TextPosition, TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method
@@ -227,6 +227,3 @@ def _valid_lengths(layout: TokenLayout, device: torch.device) -> Tensor | None:
     if not layout.is_padded or layout.valid is None:
         return None
     return torch.tensor(layout.valid, dtype=torch.int32, device=device)
-
-
-__all__ = ["Backend", "Engine", "TextSpan"]

@@ -30,7 +30,7 @@ def save_plan(plan: BlockPlan, path: str | Path) -> None:
         tensors["coordinates"] = box.coordinates
         meta["stride"] = json.dumps(box.stride)
     temporary = f"{path}.tmp"
-    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=meta)
+    save_file({name: t.cpu().clone().contiguous() for name, t in tensors.items()}, temporary, metadata=meta)
     os.replace(temporary, path)
 
 

@@ -1,0 +1,116 @@
+"""The clip generator, the judge of prompt following, and the small model that ships."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from dit_accel.models import shipped_model
+from dit_accel.samples.clips import caption, captioned_clips, draw_scene, is_held_out, render, vocabulary
+from dit_accel.samples.evaluate_tiny_wan import judge
+from dit_accel.samples.muon import orthogonalize
+from dit_accel.samples.tiny_random import random_wan_pipeline
+from dit_accel.samples.tiny_wan_flow import Captioner, PaddedCrossAttention
+from dit_accel.samples.tiny_wan_model import make_tokenizer
+
+
+def test_clips_are_the_same_for_a_seed():
+    first, second = (list(islice(captioned_clips(3, 5, 32, 40), 4)) for _ in range(2))
+    assert [words for _, words in first] == [words for _, words in second]
+    assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(first, second, strict=True))
+    assert first[0][0].shape == (5, 32, 40, 3)
+
+
+def test_held_out_combinations_never_appear_in_training():
+    rng = np.random.default_rng(0)
+    for held_out in (False, True):
+        scenes = [draw_scene(rng, held_out) for _ in range(200)]
+        assert {is_held_out(s.color, s.shape, s.direction) for s in scenes} == {held_out}
+
+
+def test_every_caption_is_in_the_vocabulary():
+    tokenizer, rng = make_tokenizer(), np.random.default_rng(1)
+    captions = [caption(draw_scene(rng), rng) for _ in range(300)]
+    assert {word for text in captions for word in text.split()} <= set(vocabulary())
+    ids = tokenizer(captions)["input_ids"]
+    assert not any(tokenizer.unk_token_id in row for row in ids)
+    assert all(row[-1] == tokenizer.eos_token_id for row in ids)
+    assert max(map(len, ids)) < 24
+    assert tokenizer.unk_token_id in tokenizer("a giraffe")["input_ids"]
+
+
+def test_the_judge_agrees_with_what_was_drawn():
+    rng = np.random.default_rng(2)
+    verdicts = []
+    for _ in range(60):
+        scene = draw_scene(rng)
+        verdicts.append(judge(render(scene, 21, 80, 80), scene))
+    for criterion in ("color", "direction", "background"):
+        assert sum(v[criterion] for v in verdicts) >= 58
+    assert sum(v["shape"] for v in verdicts) >= 54
+
+
+def test_the_judge_tells_a_wrong_clip():
+    rng = np.random.default_rng(3)
+    scene, other = draw_scene(rng), draw_scene(rng)
+    assert scene.color != other.color
+    assert not judge(render(other, 21, 80, 80), scene)["color"]
+    assert not any(list(judge(np.zeros((5, 80, 80, 3), np.uint8), scene).values())[1:])
+
+
+def test_muon_makes_orthogonal_updates():
+    update = orthogonalize(torch.randn(8, 20, generator=torch.Generator().manual_seed(0)))
+    singular = torch.linalg.svdvals(update)
+    assert singular.min() > 0.5
+    assert singular.max() < 1.5
+
+
+@torch.no_grad()
+def test_one_biased_padding_key_stands_for_all_of_the_pipelines():
+    pipe = random_wan_pipeline()
+    model = pipe.transformer
+    torch.nn.init.normal_(model.condition_embedder.text_embedder.linear_1.bias)
+    latents, timestep = torch.randn(2, 4, 3, 4, 4), torch.tensor([500.0, 500.0])
+    captions = ["a red ball", ""]
+    embeds, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+    stock = model(latents, timestep, embeds, return_dict=False)[0]
+    cross = PaddedCrossAttention()
+    model.set_attn_processor({n: cross if "attn2" in n else p for n, p in model.attn_processors.items()})
+    short = Captioner(pipe.tokenizer, pipe.text_encoder)(captions)
+    torch.testing.assert_close(model(latents, timestep, short, return_dict=False)[0], stock, atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return WanPipeline.from_pretrained(shipped_model("tiny-wan"))
+
+
+def test_the_shipped_model_is_small_and_long(shipped):
+    folder = shipped_model("tiny-wan")
+    files = [f for f in folder.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 40e6
+    assert not [f for f in files if f.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+    assert shipped.transformer.config.attention_head_dim == 64
+    assert {p.dtype for p in shipped.transformer.parameters()} == {torch.float32}
+
+
+def test_the_shipped_model_draws_what_the_prompt_says(shipped):
+    shipped.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    size = {"height": 48, "width": 48, "num_frames": 9}
+    frames = shipped(
+        "a red ball moving right",
+        num_inference_steps=12,
+        guidance_scale=4.0,
+        generator=generator,
+        output_type="np",
+        **size,
+    ).frames[0]
+    reddest = (frames[..., 0] - frames[..., 1:].max(-1)).reshape(9, -1)
+    assert (reddest > 0.3).mean(-1).min() > 0.02
+    columns = [np.nonzero((f[..., 0] - f[..., 1:].max(-1)) > 0.3)[1].mean() for f in frames]
+    assert columns[-1] > columns[0] + 2
