@@ -105,14 +105,16 @@ def main() -> None:
         generation = generation.model_copy(update={"num_inference_steps": arguments.steps})
     pipe = load_pipeline(arguments.model or preset.repository)
     rng = np.random.default_rng(arguments.seed + 99)
-    results = []
+    results: list[dict[str, bool]] = []
+    texts: list[str] = []
     with dit_accel.accelerate(pipe, preset):
         for number in range(arguments.num_prompts):
             scene = draw_scene(rng, held_out=True)
             text = caption(scene, rng)
             frames, _ = call_pipeline(pipe, generation, text, arguments.seed + number)
             verdict = judge(np.round(frames * 255).astype(np.uint8), scene)
-            results.append({"prompt": text, **verdict})
+            results.append(verdict)
+            texts.append(text)
             print(text, {name: verdict[name] for name in CRITERIA}, flush=True)
     print(", ".join(f"{name} {value}" for name, value in environment().items()), time.strftime("%Y-%m-%d"))
     print(f"preset {preset.name}, {generation}")
@@ -120,7 +122,8 @@ def main() -> None:
     shares = [f"{sum(r[name] for r in results) / len(results):.0%}" for name in CRITERIA]
     print(f"| {len(results)} | " + " | ".join(shares) + " |")
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(results, indent=1))
+        rows = [{"prompt": text, **verdict} for text, verdict in zip(texts, results, strict=True)]
+        arguments.output.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

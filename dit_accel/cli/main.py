@@ -87,8 +87,8 @@ def show_method(name: str) -> None:
     cls = method_class(name)
     console.print(inspect.cleandoc(cls.__doc__ or ""), markup=False)
     console.print(f"\nSource: {cls.source}\n\nDefaults:", markup=False)
-    for field, info in cls.model_fields.items():
-        console.print(f"  {field}: {info.default!r}", markup=False)
+    for field, default in cls.parameters().items():
+        console.print(f"  {field}: {default!r}", markup=False)
 
 
 @app.command()

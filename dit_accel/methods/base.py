@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -25,7 +25,7 @@ class Method(BaseModel):
     kernel and no model code. What it must remember between calls lives in `call.memory` or `call.shared`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, serialize_by_alias=True)
 
     name: ClassVar[str]
     source: ClassVar[str]
@@ -45,6 +45,11 @@ class Method(BaseModel):
     def remainder(self) -> Remainder | None:
         """What becomes of blocks that were not selected. Default None: they are dropped."""
         return None
+
+    @classmethod
+    def parameters(cls) -> dict[str, Any]:
+        """Names of the parameters, as users write them, with their defaults."""
+        return {info.alias or name: info.default for name, info in cls.model_fields.items()}
 
     @property
     def requested_density(self) -> float | None:

@@ -70,7 +70,7 @@ def get_method(name: str, **parameters: Any) -> Method:
     try:
         return cls(**parameters)
     except ValidationError as error:
-        raise config_error(error, f"method.{name}", list(cls.model_fields)) from None
+        raise config_error(error, f"method.{name}", list(cls.parameters())) from None
 
 
 def config_error(error: ValidationError, path: str, known: list[str]) -> ConfigError:
