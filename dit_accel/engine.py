@@ -84,7 +84,7 @@ class Engine:
         """Take note of the forward pass that starts; forget everything when it starts a new generation."""
         if self.state is None or state.generation != self.state.generation:
             self.reset()
-            self.calls = [] if self.state is not None else self.calls
+            self.calls = []
         self.state = state
 
     def reset(self) -> None:

@@ -102,7 +102,7 @@ class CallRecord:
 
 
 class Report:
-    """All attention calls of the latest generation (or of all, see `Acceleration.report`).
+    """All attention calls of the latest generation.
 
     Args:
         calls: the records.
