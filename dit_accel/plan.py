@@ -184,14 +184,26 @@ class BlockPlan:
             raise PlanError("BlockPlan: full_counts and predicate must be given together")
 
     @classmethod
-    def from_mask(cls, mask: Tensor, q_blocks: Blocking, k_blocks: Blocking) -> BlockPlan:
+    def from_mask(
+        cls,
+        mask: Tensor,
+        q_blocks: Blocking,
+        k_blocks: Blocking,
+        whole: Tensor | None = None,
+        predicate: BoxPredicate | None = None,
+    ) -> BlockPlan:
         """Make a plan from a bool block mask `[nq, nk]`, `[H, nq, nk]` or `[B, H, nq, nk]` (True = attend).
+
+        Args:
+            mask: the selected blocks.
+            q_blocks, k_blocks: the partitions.
+            whole: bool like `mask`, the selected blocks that are attended whole; needs `predicate` for the others.
+            predicate: decides token by token in the partial blocks.
 
         Raises:
             PlanError: the mask does not fit the blocks, or a row selects nothing.
         """
-        while mask.ndim < 4:
-            mask = mask.unsqueeze(0)
+        mask = _four_axes(mask)
         if mask.shape[2:] != (q_blocks.count, k_blocks.count):
             raise PlanError(
                 f"BlockPlan.from_mask: expected [..., {q_blocks.count}, {k_blocks.count}], got {tuple(mask.shape)}"
@@ -199,9 +211,15 @@ class BlockPlan:
         counts = mask.sum(-1, dtype=torch.int32)
         if int(counts.min()) < 1:
             raise PlanError("BlockPlan.from_mask: every query block must select at least one key block")
-        # A stable sort of "not selected" puts the selected columns first, in ascending order.
-        indices = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(counts.max())]
-        return cls(q_blocks, k_blocks, indices.to(torch.int32).contiguous(), counts)
+        # A stable sort puts whole blocks first, then partial ones, then what is not selected; each group ascends.
+        rank = (~mask).to(torch.uint8) * 2
+        full_counts = None
+        if whole is not None:
+            whole = _four_axes(whole) & mask
+            rank += mask.to(torch.uint8) - whole.to(torch.uint8)
+            full_counts = whole.sum(-1, dtype=torch.int32)
+        indices = rank.argsort(dim=-1, stable=True)[..., : int(counts.max())].to(torch.int32).contiguous()
+        return cls(q_blocks, k_blocks, indices, counts, full_counts, predicate)
 
     @classmethod
     def full(cls, q_blocks: Blocking, k_blocks: Blocking, device: torch.device | str = "cpu") -> BlockPlan:
@@ -292,3 +310,9 @@ class BlockPlan:
         from dit_accel.plan_io import load_plan
 
         return load_plan(path)
+
+
+def _four_axes(mask: Tensor) -> Tensor:
+    while mask.ndim < 4:
+        mask = mask.unsqueeze(0)
+    return mask
