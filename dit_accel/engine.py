@@ -32,21 +32,6 @@ class _Planned:
     density: float | Tensor
 
 
-@dataclass(frozen=True)
-class TextSpan:
-    """The text tokens of a joint sequence.
-
-    Args:
-        tokens: how many, padding included.
-        position: before or after the video tokens.
-        valid: valid tokens of the whole sequence per batch item (padding last). None: all.
-    """
-
-    tokens: int = 0
-    position: TextPosition = "none"
-    valid: tuple[int, ...] | None = None
-
-
 class Engine:
     """Runs a method over the attention layers of one transformer.
 
@@ -100,7 +85,7 @@ class Engine:
         v: Tensor,
         *,
         dense: Callable[[], Tensor],
-        text: TextSpan | None = None,
+        text: TextPosition = "none",
     ) -> Tensor:
         """One attention call.
 
@@ -108,13 +93,13 @@ class Engine:
             module: the attention module, which says the layer.
             q, k, v: `[B, N, H, D]`, the axis order of Diffusers.
             dense: computes the call as the stock processor would.
-            text: the text tokens in the sequence. Default: none.
+            text: where text stands in the sequence; its tokens are those beyond the grid. Default: there is none.
 
         Returns:
             `[B, N, H, D]`.
         """
         state, layer = self._state(), self._layer_of[id(module)]
-        method, layout = self._methods[layer], self._layout(state, text)
+        method, layout = self._methods[layer], self._layout(state, text, q.shape[1])
         record = CallRecord(
             self.component, layer, state.step, state.branch, state.generation, method.name, method.requested_density
         )
@@ -209,10 +194,14 @@ class Engine:
             return self.method
         return get_method(self.method.name, **{**self.method.model_dump(exclude_unset=True), **changed})
 
-    def _layout(self, state: RunState, text: TextSpan | None) -> TokenLayout:
-        if text is None or not text.tokens:
-            return TokenLayout(state.grid)
-        return TokenLayout(state.grid, text.tokens, text.position, text.valid)
+    @staticmethod
+    def _layout(state: RunState, text: TextPosition, tokens: int) -> TokenLayout:
+        video = TokenLayout(state.grid)
+        words = tokens - video.tokens
+        if text == "none" or words <= 0:
+            return video
+        valid = None if state.text_valid is None else tuple(video.tokens + n for n in state.text_valid)
+        return TokenLayout(state.grid, words, text, valid)
 
     def _state(self) -> RunState:
         if self.state is None:

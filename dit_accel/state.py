@@ -20,6 +20,7 @@ class RunState:
         branch: guidance branch, as named by the pipeline's `cache_context` ("cond", "uncond"), else "default".
         generation: how many generations this transformer has begun since it was accelerated.
         batch: rows in the batch of this pass.
+        text_valid: valid text tokens per batch item, where the model pads its text. None: all.
     """
 
     grid: tuple[int, int, int]
@@ -29,6 +30,7 @@ class RunState:
     steps: int | None = None
     generation: int = 0
     batch: int = 1
+    text_valid: tuple[int, ...] | None = None
 
 
 @dataclass

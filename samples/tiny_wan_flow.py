@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -28,11 +28,15 @@ from dit_accel.samples.tiny_wan_model import (
 )
 from dit_accel.samples.tiny_wan_vae import Bank
 
+if TYPE_CHECKING:
+    from dit_accel.samples.train_tiny_wan import Canvas
+
 _TEXT = 24  # text tokens in training; the last is always padding
 _PIPELINE_TEXT = 512  # text tokens that WanPipeline attends
 _DROP_CAPTION = 0.12
 _EXPORT_EVERY = 400
 _EMA = 0.995
+_LATE = 0.85  # from this share of the steps on, canvases are drawn by their late share
 
 
 class PaddedCrossAttention:
@@ -97,9 +101,8 @@ def train_transformer(
     output: Path,
     sizes: TinyWanSizes,
     banks: list[Bank],
-    batches: list[int],
-    shares: list[float],
-    arguments: argparse.Namespace,
+    canvases: Sequence[Canvas],
+    steps: int,
 ) -> None:
     """Train (or resume) the transformer and its text encoder; export every few hundred steps and at the end."""
     tokenizer = make_tokenizer()
@@ -118,14 +121,15 @@ def train_transformer(
         both.load_state_dict(state["model"])
         for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    for step in range(first, arguments.steps):
+    for step in range(first, steps):
+        shares = [c.late_share if step >= _LATE * steps else c.share for c in canvases]
         kind = int(torch.multinomial(torch.tensor(shares), 1))
-        rows = torch.randint(len(banks[kind].captions), (batches[kind],))
+        rows = torch.randint(len(banks[kind].captions), (canvases[kind].batch,))
         captions = [banks[kind].captions[i] for i in rows]
         loss = flow_loss(model, text, banks[kind].latents[rows], captions, sizes.flow_shift)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
-        rate = min(1.0, (step + 1) / 50) * min(1.0, 0.02 + 1.6 * (1 - step / arguments.steps))
+        rate = min(1.0, (step + 1) / 50) * min(1.0, 0.02 + 1.6 * (1 - step / steps))
         for optimizer, lr in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * rate
@@ -136,8 +140,8 @@ def train_transformer(
             average[name].lerp_(value, 1 - decay) if value.is_floating_point() else average[name].copy_(value)
         smooth += 0.02 * (loss.item() - smooth)
         if step % 25 == 0:
-            print(f"flow step {step}/{arguments.steps} loss {smooth:.4f} {time.time() - begun:.0f} s", flush=True)
-        if step % _EXPORT_EVERY == _EXPORT_EVERY - 1 or step == arguments.steps - 1:
+            print(f"flow step {step}/{steps} loss {smooth:.4f} {time.time() - begun:.0f} s", flush=True)
+        if step % _EXPORT_EVERY == _EXPORT_EVERY - 1 or step == steps - 1:
             saved = [optimizer.state_dict() for optimizer, _ in optimizers]
             state = {"step": step + 1, "model": both.state_dict(), "average": average, "optimizers": saved}
             torch.save(state, checkpoint.with_suffix(".tmp"))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from dit_accel.errors import UnsupportedError
+from dit_accel.layout import TextPosition
 
 if TYPE_CHECKING:
     from dit_accel.engine import Engine
@@ -41,13 +42,15 @@ class ForwardGeometry:
         batch: rows in the batch.
         timestep: the model's timestep argument; reading its value synchronises, so it is read only when
             the pipeline says no noise level.
-        timestep_scale: timestep value of pure noise (1000 for all models so far, 1 where it is a fraction).
+        timestep_scale: timestep value of pure noise (1000, or 1 where the timestep is a fraction).
+        text_valid: valid text tokens per batch item, where the model pads its text. None: all.
     """
 
     grid: tuple[int, int, int]
     batch: int
     timestep: Tensor
     timestep_scale: float = 1000.0
+    text_valid: tuple[int, ...] | None = None
 
 
 class Family(ABC):
@@ -56,6 +59,8 @@ class Family(ABC):
     name: ClassVar[str]
     transformer_classes: ClassVar[tuple[str, ...]]
     """Names of the Diffusers transformer classes, so that none is imported before it is needed."""
+    stock_processors: ClassVar[tuple[str, ...]]
+    """Names of Diffusers' own processors, the only ones that are replaced."""
 
     @abstractmethod
     def layers(self, model: Any) -> list[AttentionLayer]:
@@ -75,10 +80,10 @@ class Family(ABC):
         Raises:
             UnsupportedError: names the layer and the processor found.
         """
-        found, stock = type(layer.module.processor), getattr(layer.module, "_default_processor_cls", None)
-        if stock is not None and found is not stock:
+        found = type(layer.module.processor).__name__
+        if found not in self.stock_processors:
             raise UnsupportedError(
-                f"{layer.name}: expected Diffusers' own {stock.__name__}, found {found.__name__}; "
+                f"{layer.name}: expected Diffusers' own {' or '.join(self.stock_processors)}, found {found}; "
                 "remove the other processor first (for example with set_attn_processor)"
             )
 
@@ -121,6 +126,20 @@ class AccelProcessor:
             query, key, value, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
         )
         return out
+
+    def attend_joint(
+        self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, text: TextPosition
+    ) -> Tensor:
+        """Attention over video and text together, all `[B, N, H, D]`, text `before` or `after` the video.
+
+        Returns `[B, N, H * D]`.
+        """
+
+        def dense() -> Tensor:
+            return self.dense(query, key, value, mask)
+
+        out = self.engine.attend(attn, query, key, value, dense=dense, text=text)
+        return out.flatten(2, 3).type_as(query)
 
     def refuse_parallel(self) -> None:
         """Refuse context parallelism, under which this rank would see only a part of the sequence.

@@ -52,10 +52,7 @@ class WanSelfAttention(AccelProcessor):
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
         if rotary_emb is not None:
             query, key = rotate_pairs(query, *rotary_emb), rotate_pairs(key, *rotary_emb)
-        out: Tensor = self.engine.attend(
-            attn, query, key, value, dense=lambda: self.dense(query, key, value, attention_mask)
-        )
-        out = attn.to_out[0](out.flatten(2, 3).type_as(query))
+        out: Tensor = attn.to_out[0](self.attend_joint(attn, query, key, value, attention_mask, "none"))
         out = attn.to_out[1](out)
         return out
 
@@ -66,6 +63,7 @@ class WanFamily(Family):
 
     name = "wan"
     transformer_classes = ("WanTransformer3DModel",)
+    stock_processors = ("WanAttnProcessor",)
 
     def layers(self, model: Any) -> list[AttentionLayer]:
         """Self-attention `attn1` of every block."""

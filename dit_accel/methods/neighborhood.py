@@ -91,7 +91,7 @@ class Neighborhood(Method):
         sizes = [-(-n // d) if d == 1 else n // d for n, d in zip(layout.grid, self._dilation(layout), strict=True)]
         wanted = self.window
         if self.density is not None:
-            wanted = tuple(max(1, round(n * self.density ** (1 / _long_axes(layout)))) for n in layout.grid)  # type: ignore[assignment]
+            wanted = tuple(max(1, round(n * self.density ** (1 / _long_axes(layout)))) for n in layout.grid)
         found = [n if w == 0 else min(w, n) for w, n in zip(wanted, sizes, strict=True)]
         return found[0], found[1], found[2]
 
