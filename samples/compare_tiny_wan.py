@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -16,6 +17,7 @@ import dit_accel
 from dit_accel.cli.running import call_pipeline
 from dit_accel.models import load_pipeline
 from dit_accel.report import environment
+from dit_accel.video_io import OutputFile
 
 PROMPTS = (
     "a red ball moving right",
@@ -39,6 +41,7 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="pipeline folder instead of the preset's")
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=Path, default=None, help="folder for the videos of both")
     arguments = parser.parse_args()
     preset = dit_accel.load_preset(arguments.preset)
     pipe = load_pipeline(arguments.model or preset.repository)
@@ -52,6 +55,10 @@ def main() -> None:
         with dit_accel.accelerate(pipe, preset) as acceleration:
             clip, fast = call_pipeline(pipe, preset.generation, prompt, seed)
             density = acceleration.report().density
+        if arguments.save is not None:
+            for name, frames in (("dense", reference), ("accelerated", clip)):
+                with OutputFile(arguments.save / f"{number}-{name}.mp4") as file:
+                    file.write(frames, preset.generation.fps)
         ratio = dense["denoise"] / fast["denoise"]
         rows.append((dense["denoise"], fast["denoise"], ratio, density, *psnr_and_ssim(clip, reference)))
         print(_row(prompt, rows[-1]), flush=True)
