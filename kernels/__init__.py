@@ -2,10 +2,11 @@
 
 from dit_accel.kernels import reference, torch_backend
 from dit_accel.kernels.attention import block_attention
+from dit_accel.kernels.merge import merge
 from dit_accel.kernels.registry import Backend, backends, register_backend
-from dit_accel.kernels.spec import Remainder
+from dit_accel.kernels.spec import Precision, Remainder
 
 for _backend in (reference.BACKEND, torch_backend.BACKEND):
     register_backend(_backend)
 
-__all__ = ["Backend", "Remainder", "backends", "block_attention", "register_backend"]
+__all__ = ["Backend", "Precision", "Remainder", "backends", "block_attention", "merge", "register_backend"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dit_accel.errors import PlanError
 from dit_accel.kernels.registry import Request, choose_backend
-from dit_accel.kernels.spec import Remainder
+from dit_accel.kernels.spec import Precision, Remainder
 from dit_accel.plan import BlockPlan
 
 
@@ -22,6 +22,7 @@ def block_attention(
     *,
     scale: float | None = ...,
     remainder: Remainder | None = ...,
+    precision: Precision | None = ...,
     kv_len: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     backend: str = ...,
@@ -37,6 +38,7 @@ def block_attention(
     *,
     scale: float | None = ...,
     remainder: Remainder | None = ...,
+    precision: Precision | None = ...,
     kv_len: Tensor | None = ...,
     return_lse: Literal[True],
     backend: str = ...,
@@ -51,6 +53,7 @@ def block_attention(
     *,
     scale: float | None = None,
     remainder: Remainder | None = None,
+    precision: Precision | None = None,
     kv_len: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -63,6 +66,7 @@ def block_attention(
         plan: which key blocks each query block attends; axes of size 1 are shared.
         scale: factor on the logits. Default 1 / sqrt(D).
         remainder: what becomes of the key blocks that are not selected. Default None: dropped.
+        precision: arithmetic of the exact part. Default None: that of the inputs, accumulated in fp32.
         kv_len: int `[B]`, how many leading keys are real; the others get exactly zero weight. Default: all.
         return_lse: also return the natural-log sum of exponentials of the scaled logits, for merging parts.
         backend: "auto", or a name from `backends()`; an explicit one never falls back silently.
@@ -76,13 +80,21 @@ def block_attention(
         UnsupportedError: no backend, or not the one asked for, can run the call; the message says why.
     """
     _check(q, k, v, plan, kv_len)
-    chosen = choose_backend(backend, request_of(q, plan, remainder, return_lse))
+    chosen = choose_backend(backend, request_of(q, plan, remainder, return_lse, precision))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = chosen.run(q, k, v, plan.to(q.device), scale=scale, remainder=remainder, kv_len=kv_len)
+    out, lse = chosen.run(
+        q, k, v, plan.to(q.device), scale=scale, remainder=remainder, precision=precision, kv_len=kv_len
+    )
     return (out, lse) if return_lse else out
 
 
-def request_of(q: Tensor, plan: BlockPlan, remainder: Remainder | None, return_lse: bool = False) -> Request:
+def request_of(
+    q: Tensor,
+    plan: BlockPlan,
+    remainder: Remainder | None,
+    return_lse: bool = False,
+    precision: Precision | None = None,
+) -> Request:
     """Describe a call for `choose_backend`. q `[B, H, N, D]`."""
     return Request(
         device=q.device,
@@ -91,6 +103,7 @@ def request_of(q: Tensor, plan: BlockPlan, remainder: Remainder | None, return_l
         has_predicate=plan.predicate is not None,
         remainder=remainder,
         return_lse=return_lse,
+        precision=precision,
         is_uniform=plan.q_blocks.is_uniform and plan.k_blocks.is_uniform,
         q_size=plan.q_blocks.size,
         k_size=plan.k_blocks.size,

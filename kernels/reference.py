@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.registry import Backend, Request
-from dit_accel.kernels.spec import Remainder
-from dit_accel.plan import BlockPlan
+from dit_accel.kernels.spec import Precision, Remainder
+from dit_accel.plan import Blocking, BlockPlan
 
 
 def run(
@@ -18,6 +18,7 @@ def run(
     *,
     scale: float,
     remainder: Remainder | None,
+    precision: Precision | None,
     kv_len: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `BackendFunction`. q `[B, H, Nq, D]`; k, v `[B, H, Nk, D]`."""
@@ -25,15 +26,43 @@ def run(
     real = torch.ones(k.shape[0], 1, 1, k.shape[2], dtype=torch.bool, device=k.device)
     if kv_len is not None:
         real = (torch.arange(k.shape[2], device=k.device) < kv_len[:, None]).view(real.shape)
+    queries = q.to(work)
     keys, values = (x.to(work).masked_fill(~real.transpose(-1, -2), 0) for x in (k, v))
-    logits = scale * (q.to(work) @ keys.transpose(-1, -2))
+    logits = scale * _scores(queries, keys, real, plan, precision)
     logits = logits.masked_fill(~(plan.to_token_mask() & real), -torch.inf)
+    rows = values
     if remainder is not None:
-        extra, summary = _summaries(q.to(work), keys, values, real, plan, scale, remainder)
-        logits, values = torch.cat([logits, extra], -1), torch.cat([values, summary], 2)
+        extra, summary = _summaries(queries, keys, values, real, plan, scale, remainder)
+        logits, rows = torch.cat([logits, extra], -1), torch.cat([values, summary], 2)
     lse = logits.logsumexp(-1)
     weights = (logits - lse.unsqueeze(-1)).exp().masked_fill(lse.isneginf().unsqueeze(-1), 0)
-    return (weights @ values).to(q.dtype), lse
+    out = weights @ rows
+    if remainder is not None and remainder.first_order != "none":
+        tail = weights[..., -plan.k_blocks.count :]
+        out = out + scale * _first_order(queries, keys, values, real, plan.k_blocks, tail, remainder)
+    return out.to(q.dtype), lse
+
+
+def _scores(q: Tensor, k: Tensor, real: Tensor, plan: BlockPlan, precision: Precision | None) -> Tensor:
+    """Unscaled q·k `[B, H, Nq, Nk]` of the exact part, in the arithmetic asked for."""
+    if precision is None or precision.qk == "input":
+        return q @ k.transpose(-1, -2)
+    mean = torch.zeros_like(k[:, :, :1])
+    if precision.smooth_k:
+        mean = k.sum(2, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1)
+    smooth = (k - mean).masked_fill(~real.transpose(-1, -2), 0)
+    scores = _int8(q, plan.q_blocks) @ _int8(smooth, plan.k_blocks).transpose(-1, -2)
+    # What smoothing takes from every logit of a row is given back, so that the log-sum-exp is that of the keys given.
+    return scores + (q * mean).sum(-1, keepdim=True)
+
+
+def _int8(x: Tensor, blocks: Blocking) -> Tensor:
+    """Every block of tokens rounded to 255 levels, as floating-point numbers again. x `[B, H, N, D]`."""
+    parts = []
+    for part in x.split(blocks.lengths.tolist(), 2):
+        step = part.abs().amax((2, 3), keepdim=True) / 127 + 1e-7
+        parts.append((part / step + 0.5 * part.sign()).trunc() * step)
+    return torch.cat(parts, 2)
 
 
 def _summaries(
@@ -42,8 +71,8 @@ def _summaries(
     """Logits `[B, H, Nq, nk]` of the summary keys and their values `[B, H, nk, D]`, block by block."""
     selected = plan.to_mask()[..., plan.q_blocks.block_of_token().to(q.device), :]
     logits, values = [], []
-    for j, block in enumerate(plan.k_blocks.block_of_token().unique_consecutive().tolist()):
-        inside = slice(int(plan.k_blocks.starts[block]), int(plan.k_blocks.starts[block + 1]))
+    for j in range(plan.k_blocks.count):
+        inside = slice(int(plan.k_blocks.starts[j]), int(plan.k_blocks.starts[j + 1]))
         count = real[..., inside].sum(-1).to(q.dtype).unsqueeze(-1)  # [B, 1, 1, 1]
         mean = k[:, :, inside].sum(2, keepdim=True) / count.clamp(min=1)
         spread = (k[:, :, inside] - mean).square() * real[..., inside].transpose(-1, -2)
@@ -56,8 +85,27 @@ def _summaries(
     return torch.stack(logits, -1), torch.stack(values, 2)
 
 
+def _first_order(
+    q: Tensor, k: Tensor, v: Tensor, real: Tensor, blocks: Blocking, tail: Tensor, remainder: Remainder
+) -> Tensor:
+    """Σ_g (p_g / t_g) q·H_g `[B, H, Nq, D]` from the weights `tail` `[B, H, Nq, nk]` of the summary keys."""
+    total, size = torch.zeros_like(q), remainder.blocks_per_group(blocks.count)
+    for first in range(0, blocks.count, size):
+        covariance, tokens = q.new_zeros(*q.shape[:2], q.shape[3], q.shape[3]), q.new_zeros(len(q), 1, 1, 1)
+        for j in range(first, min(first + size, blocks.count)):
+            inside = slice(int(blocks.starts[j]), int(blocks.starts[j + 1]))
+            here = real[..., inside].transpose(-1, -2)
+            count = here.sum(2, keepdim=True).to(q.dtype)
+            mean = k[:, :, inside].sum(2, keepdim=True) / count.clamp(min=1)
+            covariance += ((k[:, :, inside] - mean) * here).transpose(-1, -2) @ v[:, :, inside]
+            tokens += count
+        mass = tail[..., first : first + size].sum(-1, keepdim=True) / tokens.clamp(min=1)
+        total += mass * (q @ covariance)
+    return total
+
+
 def _why_not(request: Request) -> str | None:
     return None
 
 
-BACKEND = Backend("reference", run, _why_not, priority=-1, break_even=1.0)
+BACKEND = Backend("reference", run, _why_not, priority=-1, break_even=1.0, needs_self_test=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import UnsupportedError, near_matches
-from dit_accel.kernels.spec import Remainder
+from dit_accel.kernels.spec import Precision, Remainder
 from dit_accel.plan import BlockPlan
 
 
@@ -25,6 +25,7 @@ class Request:
         has_predicate: the plan has partial blocks.
         remainder: see `Remainder`; None drops.
         return_lse: the log-sum-exp is wanted too.
+        precision: see `Precision`; None is that of the inputs.
         is_uniform: all blocks of queries and of keys have one length but the last.
         q_size: block size of the queries.
         k_size: block size of the keys.
@@ -36,6 +37,7 @@ class Request:
     has_predicate: bool = False
     remainder: Remainder | None = None
     return_lse: bool = False
+    precision: Precision | None = None
     is_uniform: bool = True
     q_size: int = 64
     k_size: int = 64
@@ -53,6 +55,7 @@ class BackendFunction(Protocol):
         *,
         scale: float,
         remainder: Remainder | None,
+        precision: Precision | None,
         kv_len: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the output `[B, H, Nq, D]` and the log-sum-exp, fp32 (fp64 for fp64 inputs) `[B, H, Nq]`."""
@@ -68,6 +71,8 @@ class Backend:
         why_not: returns None when it can serve the request, else the reason why not, in one clause.
         priority: "auto" takes the usable backend with the highest; below 0 it is never taken unasked.
         break_even: above this density dense attention is faster on this backend's usual device.
+        needs_self_test: compare it with the `torch` backend on its first use per (device type, dtype, head size), and
+            disable it there when it is wrong. Default True; False for plain PyTorch code.
     """
 
     name: str
@@ -75,15 +80,20 @@ class Backend:
     why_not: Callable[[Request], str | None]
     priority: int
     break_even: float
+    needs_self_test: bool = True
 
 
 _BACKENDS: dict[str, Backend] = {}
 _DISABLED: dict[tuple[str, str, torch.dtype, int], str] = {}
+_TESTED: set[tuple[str, str, torch.dtype, int]] = set()
 
 
 def register_backend(backend: Backend) -> None:
-    """Enter a backend into the table; a second entry under the same name replaces the first."""
+    """Enter a backend into the table; a second entry under the same name replaces the first, and its test results."""
     _BACKENDS[backend.name] = backend
+    for key in [key for key in _TESTED | set(_DISABLED) if key[0] == backend.name]:
+        _TESTED.discard(key)
+        _DISABLED.pop(key, None)
 
 
 def disable_backend(name: str, request: Request, reason: str) -> None:
@@ -112,6 +122,8 @@ def backends(request: Request | None = None) -> dict[str, str | None]:
 def choose_backend(name: str, request: Request) -> Backend:
     """The backend called `name`, or for "auto" the usable one with the highest priority.
 
+    A backend that fails its self-test is disabled on the way: "auto" then takes the next one.
+
     Raises:
         UnsupportedError: an explicit backend cannot serve the request (it never falls back silently), no backend
             can, or the name is unknown. The message gives every reason.
@@ -119,12 +131,30 @@ def choose_backend(name: str, request: Request) -> Backend:
     if name != "auto":
         if name not in _BACKENDS:
             raise UnsupportedError(f"backend: unknown backend {name!r}{near_matches(name, ['auto', *_BACKENDS])}")
-        reason = why_not(_BACKENDS[name], request)
+        reason = why_not(_BACKENDS[name], request) or _self_test(_BACKENDS[name], request)
         if reason:
             raise UnsupportedError(f"backend {name!r} cannot run this call: {reason}; use backend='auto' or another")
         return _BACKENDS[name]
-    reasons = {b.name: why_not(b, request) for b in _BACKENDS.values() if b.priority >= 0}
-    usable = [_BACKENDS[n] for n, reason in reasons.items() if reason is None]
-    if not usable:
-        raise UnsupportedError("no backend can run this call: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
-    return max(usable, key=lambda b: b.priority)
+    reasons = {}
+    for backend in sorted(_BACKENDS.values(), key=lambda b: -b.priority):
+        if backend.priority >= 0:
+            reason = why_not(backend, request) or _self_test(backend, request)
+            if reason is None:
+                return backend
+            reasons[backend.name] = reason
+    raise UnsupportedError("no backend can run this call: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
+
+
+def _self_test(backend: Backend, request: Request) -> str | None:
+    """Test `backend` on its first use for this (device type, dtype, head size); the reason why it was disabled."""
+    key = (backend.name, request.device.type, request.dtype, request.head_dim)
+    if not backend.needs_self_test or key in _TESTED:
+        return None
+    # Imported here because the test runs the torch backend, which is itself entered in this table.
+    from dit_accel.kernels.selftest import fault_of
+
+    _TESTED.add(key)
+    fault = fault_of(backend, request)
+    if fault is not None:
+        disable_backend(backend.name, request, fault)
+    return fault

@@ -1,9 +1,13 @@
-"""What tells a kernel how to treat the blocks that were not selected. Methods name it, backends obey it."""
+"""What tells a kernel how to compute: remainder and precision. Methods name them, backends obey them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from dit_accel.errors import PlanError
+
+FirstOrder = Literal["none", "block", "grouped", "global"]
 
 
 @dataclass(frozen=True)
@@ -11,12 +15,46 @@ class Remainder:
     """How the key blocks that a query block did not select enter its softmax: one summary key per block.
 
     A block of n keys with mean key m and mean value u enters with the logit scale * q·m + ln n + w and the value u.
-    Exact and summary keys share one softmax and one maximum.
+    Exact and summary keys share one softmax and one maximum. A first-order term changes the numerator alone, because
+    the deviations from the mean key sum to zero: for blocks g with weight p_g in that softmax and t_g keys it adds
+    Σ_g (p_g / t_g) * scale * q·H_g, where H_g = Σ (k - m) vᵀ over the keys of g, each with the mean of its own block.
 
     Args:
         mass: the correction w to the block's log-mass. "mean": w = 0, low by Jensen's inequality (the pooled branch of
             piecewise sparse attention, arXiv 2602.01077); "diagonal": w = ½ Σ_d (scale * q_d)² var_d, the second-order
             term with a diagonal covariance, capped at ln n, the largest value it can have.
+        first_order: over what H is summed. "none": no such term; "block": every block alone (exact to first order,
+            costs head_dim / block size of dense attention); "grouped": `group` neighbouring blocks, selected ones
+            included, as in arXiv 2604.12219; "global": all blocks of the head, as in arXiv 2602.01077.
+        group: blocks per group for "grouped". Default 32.
+
+    Raises:
+        PlanError: `group` is below 1.
     """
 
     mass: Literal["mean", "diagonal"] = "mean"
+    first_order: FirstOrder = "none"
+    group: int = 32
+
+    def __post_init__(self) -> None:
+        if self.group < 1:
+            raise PlanError(f"Remainder.group: expected at least 1, got {self.group}")
+
+    def blocks_per_group(self, blocks: int) -> int:
+        """How many of `blocks` key blocks share one H; 0 without a first-order term."""
+        return {"none": 0, "block": 1, "grouped": min(self.group, blocks), "global": blocks}[self.first_order]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The arithmetic of the exact part.
+
+    Args:
+        qk: "input": the dtype of q and k, accumulated in fp32; "int8": q and k are quantised symmetrically, one scale
+            per block of the plan: max|x| / 127 + 1e-7, rounded half away from zero (arXiv 2410.02367).
+        smooth_k: with "int8", subtract the mean of all real keys of a head first; the softmax does not change, and
+            the log-sum-exp is corrected for it.
+    """
+
+    qk: Literal["input", "int8"] = "input"
+    smooth_k: bool = True
