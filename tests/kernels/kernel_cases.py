@@ -1,0 +1,68 @@
+"""Inputs, random plans and the comparison that every test of the kernels shares."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from dit_accel.kernels import block_attention
+from dit_accel.plan import Blocking, BlockPlan, BoxPredicate
+
+
+def tensors(batch=1, heads=2, queries=100, keys=None, dim=16, factor=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    keys = queries if keys is None else keys
+
+    def draw(n):
+        return torch.randn(batch, heads, n, dim, generator=generator, dtype=torch.float64)
+
+    return draw(queries) * factor, draw(keys), draw(keys)
+
+
+def random_plan(q_blocks, k_blocks, share=0.4, axes=(1, 2), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(*axes, q_blocks.count, k_blocks.count, generator=generator) < share
+    mask[..., 0] |= ~mask.any(-1)
+    return BlockPlan.from_mask(mask, q_blocks, k_blocks)
+
+
+def window_plan(q_blocks, k_blocks, reach, stride=1, all_partial=False):
+    """A one-dimensional dilated window; blocks wholly inside are full unless `all_partial`."""
+    at = torch.arange(k_blocks.tokens, dtype=torch.int32).unsqueeze(-1)
+    centre = torch.arange(q_blocks.tokens, dtype=torch.int32).unsqueeze(-1)
+    box = BoxPredicate(centre - reach * stride, centre + reach * stride + 1, at, (stride,))
+    tokens = box.keeps(torch.arange(q_blocks.tokens), torch.arange(k_blocks.tokens))
+    inside = torch.zeros(q_blocks.count, k_blocks.count, dtype=torch.bool)
+    whole = torch.zeros_like(inside)
+    for i, rows in enumerate(tokens.split(q_blocks.lengths.tolist(), 0)):
+        for j, part in enumerate(rows.split(k_blocks.lengths.tolist(), 1)):
+            inside[i, j], whole[i, j] = part.any(), part.all() and not all_partial
+    return BlockPlan.from_mask(inside, q_blocks, k_blocks, whole, box).validate(), tokens
+
+
+def agree(q, k, v, plan, **options):
+    """The fast backend in fp32 may be at most twice as far from fp64 as dense fp32 attention is."""
+    expected, lse = block_attention(q, k, v, plan, backend="reference", return_lse=True, **options)
+    got, got_lse = block_attention(q.float(), k.float(), v.float(), plan, backend="torch", return_lse=True, **options)
+    clean_k, clean_v = k.nan_to_num(), v.nan_to_num()
+    exact = F.scaled_dot_product_attention(q, clean_k, clean_v)
+    dense = F.scaled_dot_product_attention(q.float(), clean_k.float(), clean_v.float())
+    budget = 2 * (dense - exact).abs().max().item() + 2e-6
+    assert (got - expected).abs().max().item() <= budget
+    finite = ~lse.isneginf()
+    assert torch.equal(finite, ~got_lse.isneginf())
+    torch.testing.assert_close(got_lse.double()[finite], lse[finite], atol=1e-4, rtol=1e-5)
+    return expected
+
+
+def both(q, k, v, plan, **options):
+    """(output, log-sum-exp) of the fast backend in fp64, checked against the reference to fp64 rounding."""
+    expected = block_attention(q, k, v, plan, backend="reference", return_lse=True, **options)
+    got = block_attention(q, k, v, plan, backend="torch", return_lse=True, **options)
+    torch.testing.assert_close(got, expected, atol=1e-11, rtol=1e-10)
+    return got
+
+
+def uniform(tokens, size):
+    blocks = Blocking.uniform(tokens, size)
+    return blocks, blocks
