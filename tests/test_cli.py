@@ -114,7 +114,7 @@ def test_presets_are_listed(command):
         (["--prompt", "x", "--preset", "wan2.1-i2v-14b-480p"], "needs an image"),
         ([], "--prompt"),
         (["--no-such-flag"], "No such option"),
-        (["--seed", "true", "--prompt", "x"], "not a valid int"),
+        (["--seed", "true", "--prompt", "x"], "valid integer"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(command, arguments, message, pipeline_folder, tmp_path):
