@@ -39,9 +39,9 @@ class Canvas:
 
 
 CANVASES = (
-    Canvas(7, 40, 40, clips=6000, batch=12, share=0.80, late_share=0.10),
-    Canvas(11, 56, 56, clips=800, batch=4, share=0.14, late_share=0.25),
-    Canvas(21, 80, 80, clips=160, batch=1, share=0.06, late_share=0.65),
+    Canvas(7, 40, 40, clips=6000, batch=12, share=0.80, late_share=0.45),
+    Canvas(11, 56, 56, clips=800, batch=4, share=0.14, late_share=0.35),
+    Canvas(21, 80, 80, clips=160, batch=1, share=0.06, late_share=0.20),
 )
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("work/tiny-wan"), help="folder of checkpoints and logs")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny-wan", help="folder of the result")
     parser.add_argument("--vae-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=2000, help="steps of the transformer")
+    parser.add_argument("--steps", type=int, default=1850, help="steps of the transformer")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
