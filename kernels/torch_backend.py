@@ -21,7 +21,7 @@ from dit_accel.kernels.spec import Precision, Remainder
 from dit_accel.plan import BlockPlan
 
 # Gathered keys and values per thread: larger chunks leave the cache, smaller ones synchronise the threads too often.
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES = 2 << 20
 
 # What is to be done about an entry of a row; entries stand in this order, so that only the last need a mask.
 _WHOLE, _PADDED, _PARTIAL, _VOID = range(4)
