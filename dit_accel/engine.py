@@ -117,7 +117,7 @@ class Engine:
     ) -> Tensor | None:
         """The method's way, q, k, v `[B, H, N, D]`; None, with the reason recorded, when dense is faster."""
         planned, (q, k, v) = self._planned(method, layer, layout, q, k, v, record)
-        chosen = choose_backend(self.backend, request_of(q, planned.plan, method.remainder))
+        chosen = choose_backend(self.backend, request_of(q, planned.plan, method.remainder, precision=method.precision))
         limit = chosen.break_even if self.break_even is None else self.break_even
         if isinstance(planned.density, float) and planned.density > limit:
             record.reason = (
@@ -132,6 +132,7 @@ class Engine:
                 v,
                 planned.plan,
                 remainder=method.remainder,
+                precision=method.precision,
                 kv_len=_valid_lengths(layout, q.device),
                 backend=chosen.name,
             )

@@ -48,8 +48,8 @@ DIRECTIONS = {
 }
 VERBS = ("moving", "sliding", "gliding", "going")
 DEFAULT_BACKGROUND = "black"
-RADIUS = (8.0, 13.0)
-SPEED = (1.2, 2.2)  # pixels per frame
+RADIUS = (8.0, 12.0)
+SPEED = (0.7, 1.4)  # pixels per frame
 _SUBPIXEL = 4  # fractional bits of OpenCV's drawing coordinates
 
 

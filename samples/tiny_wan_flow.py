@@ -29,14 +29,14 @@ from dit_accel.samples.tiny_wan_model import (
 from dit_accel.samples.tiny_wan_vae import Bank
 
 if TYPE_CHECKING:
-    from dit_accel.samples.train_tiny_wan import Canvas
+    from dit_accel.samples.train_tiny_wan import Draw
 
 _TEXT = 24  # text tokens in training; the last is always padding
 _PIPELINE_TEXT = 512  # text tokens that WanPipeline attends
 _DROP_CAPTION = 0.12
 _EXPORT_EVERY = 400
-_EMA = 0.995
-_LATE = 0.85  # from this share of the steps on, canvases are drawn by their late share
+_EMA = 0.998
+_PHASES = (0.3, 0.75)  # shares of the steps at which the second and the third phase begin
 
 
 class PaddedCrossAttention:
@@ -101,7 +101,7 @@ def train_transformer(
     output: Path,
     sizes: TinyWanSizes,
     banks: list[Bank],
-    canvases: Sequence[Canvas],
+    draws: Sequence[Draw],
     steps: int,
 ) -> None:
     """Train (or resume) the transformer and its text encoder; export every few hundred steps and at the end."""
@@ -122,11 +122,13 @@ def train_transformer(
         for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     for step in range(first, steps):
-        shares = [c.late_share if step >= _LATE * steps else c.share for c in canvases]
-        kind = int(torch.multinomial(torch.tensor(shares), 1))
-        rows = torch.randint(len(banks[kind].captions), (canvases[kind].batch,))
-        captions = [banks[kind].captions[i] for i in rows]
-        loss = flow_loss(model, text, banks[kind].latents[rows], captions, sizes.flow_shift)
+        phase = sum(step >= share * steps for share in _PHASES)
+        draw = draws[int(torch.multinomial(torch.tensor([d.shares[phase] for d in draws]), 1))]
+        bank = banks[draw.bank]
+        rows = torch.randint(len(bank.captions), (draw.batch,))
+        captions = [bank.captions[i] for i in rows]
+        latents = bank.latents[rows, :, : draw.latent_frames]
+        loss = flow_loss(model, text, latents, captions, sizes.flow_shift)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         rate = min(1.0, (step + 1) / 50) * min(1.0, 0.02 + 1.6 * (1 - step / steps))
@@ -138,8 +140,8 @@ def train_transformer(
         decay = min(_EMA, (step + 1) / (step + 10))
         for name, value in both.state_dict().items():
             average[name].lerp_(value, 1 - decay) if value.is_floating_point() else average[name].copy_(value)
-        smooth += 0.02 * (loss.item() - smooth)
-        if step % 25 == 0:
+        smooth += 0.01 * (loss.item() - smooth)
+        if step % 50 == 0:
             print(f"flow step {step}/{steps} loss {smooth:.4f} {time.time() - begun:.0f} s", flush=True)
         if step % _EXPORT_EVERY == _EXPORT_EVERY - 1 or step == steps - 1:
             saved = [optimizer.state_dict() for optimizer, _ in optimizers]

@@ -24,24 +24,44 @@ class Canvas:
     Args:
         frames, height, width: pixels; frames is odd.
         clips: how many are encoded into the bank.
-        batch: clips per training step.
-        share: how often a training step takes this size.
-        late_share: the same for the last steps, which are for motion on large canvases.
     """
 
     frames: int
     height: int
     width: int
     clips: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One kind of training step.
+
+    Args:
+        bank: index of the canvas whose clips are used.
+        latent_frames: how many latent frames of each clip, from its start (the autoencoder is causal in time, so a
+            prefix of the latents encodes a prefix of the clip).
+        batch: clips per step.
+        shares: how often a step is of this kind, in each phase of the training.
+    """
+
+    bank: int
+    latent_frames: int
     batch: int
-    share: float
-    late_share: float
+    shares: tuple[float, float, float]
 
 
 CANVASES = (
-    Canvas(7, 40, 40, clips=6000, batch=12, share=0.80, late_share=0.45),
-    Canvas(11, 56, 56, clips=800, batch=4, share=0.14, late_share=0.35),
-    Canvas(21, 80, 80, clips=160, batch=1, share=0.06, late_share=0.20),
+    Canvas(5, 64, 64, clips=6000),
+    Canvas(17, 64, 64, clips=1500),
+    Canvas(33, 64, 64, clips=200),
+)
+# Single frames are cheap and teach what things look like; clips then teach motion; long clips come last.
+DRAWS = (
+    Draw(bank=0, latent_frames=1, batch=8, shares=(0.60, 0.10, 0.05)),
+    Draw(bank=0, latent_frames=3, batch=3, shares=(0.40, 0.50, 0.20)),
+    Draw(bank=1, latent_frames=5, batch=2, shares=(0.00, 0.30, 0.35)),
+    Draw(bank=1, latent_frames=9, batch=1, shares=(0.00, 0.10, 0.25)),
+    Draw(bank=2, latent_frames=17, batch=1, shares=(0.00, 0.00, 0.15)),
 )
 
 
@@ -51,7 +71,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("work/tiny-wan"), help="folder of checkpoints and logs")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny-wan", help="folder of the result")
     parser.add_argument("--vae-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=1850, help="steps of the transformer")
+    parser.add_argument("--steps", type=int, default=6000, help="steps of the transformer")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -59,7 +79,7 @@ def main() -> None:
     sizes = TinyWanSizes()
     vae = train_vae(arguments.work, sizes, arguments.vae_steps, arguments.seed)
     banks = [encode_bank(arguments.work, vae, canvas, arguments.seed) for canvas in CANVASES]
-    train_transformer(arguments.work, arguments.output, sizes, banks, CANVASES, arguments.steps)
+    train_transformer(arguments.work, arguments.output, sizes, banks, DRAWS, arguments.steps)
 
 
 if __name__ == "__main__":

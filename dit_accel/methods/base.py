@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from dit_accel.kernels.spec import Remainder
+from dit_accel.kernels.spec import Precision, Remainder
 from dit_accel.layout import TokenLayout
 from dit_accel.order import TokenOrder
 from dit_accel.plan import BlockPlan
@@ -44,6 +44,11 @@ class Method(BaseModel):
     @property
     def remainder(self) -> Remainder | None:
         """What becomes of blocks that were not selected. Default None: they are dropped."""
+        return None
+
+    @property
+    def precision(self) -> Precision | None:
+        """The arithmetic of the exact part. Default None: that of the inputs."""
         return None
 
     @classmethod

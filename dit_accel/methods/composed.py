@@ -8,7 +8,7 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from dit_accel.kernels.spec import Remainder
+from dit_accel.kernels.spec import Precision, Remainder
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import BlockSize, Density, Method
 from dit_accel.methods.registry import register
@@ -33,6 +33,7 @@ class Composed(Method):
         density: share of key blocks that each query block attends exactly.
         remainder: "drop"; "mean": the rest enters the softmax as one mean key and value per block (order 0);
             "diagonal": the same with a second-order correction of the blocks' mass.
+        precision: "input", or "int8": queries and keys of the exact part are quantised to 8 bits, keys smoothed.
         sink_frames: leading frames that every query attends. Default 0.
     """
 
@@ -43,6 +44,7 @@ class Composed(Method):
     block: BlockSize = 64
     density: Density = 0.25
     remainder_: Literal["drop", "mean", "diagonal"] = Field(default="diagonal", alias="remainder")
+    precision_: Literal["input", "int8"] = Field(default="input", alias="precision")
     sink_frames: Annotated[int, Field(ge=0)] = 0
 
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
@@ -70,3 +72,8 @@ class Composed(Method):
     def remainder(self) -> Remainder | None:
         """As chosen."""
         return None if self.remainder_ == "drop" else Remainder(self.remainder_)
+
+    @property
+    def precision(self) -> Precision | None:
+        """As chosen."""
+        return None if self.precision_ == "input" else Precision(self.precision_)

@@ -133,3 +133,17 @@ def test_parameters_are_called_by_their_public_names():
         get_method("composed", remaindr="drop")
     method = get_method("composed", order="raster")
     assert get_method("composed", **method.model_dump()) == method
+
+
+def test_int8_is_asked_of_the_kernel():
+    layout = TokenLayout((2, 4, 4))
+    q, k, v = tensors(layout)
+    method = get_method("composed", precision="int8", density=1.0, tile=[2, 2, 2])
+    assert method.precision is not None
+    assert method.precision.qk == "int8"
+    order, plan = method.plan(layout, q, k, v)
+    plain, rounded = (
+        order.restore(block_attention(*order.apply(q, k, v), plan, precision=precision))
+        for precision in (None, method.precision)
+    )
+    assert 1e-5 < (plain - rounded).norm() / plain.norm() < 0.05
