@@ -121,6 +121,7 @@ def train_transformer(
         both.load_state_dict(state["model"])
         for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+    torch.manual_seed(first)  # a resumed run must not draw the batches of its first steps again
     for step in range(first, steps):
         phase = sum(step >= share * steps for share in _PHASES)
         draw = draws[int(torch.multinomial(torch.tensor([d.shares[phase] for d in draws]), 1))]

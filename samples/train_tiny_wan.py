@@ -57,10 +57,10 @@ CANVASES = (
 )
 # Single frames are cheap and teach what things look like; clips then teach motion; long clips come last.
 DRAWS = (
-    Draw(bank=0, latent_frames=1, batch=8, shares=(0.60, 0.10, 0.05)),
-    Draw(bank=0, latent_frames=3, batch=3, shares=(0.40, 0.50, 0.20)),
-    Draw(bank=1, latent_frames=5, batch=2, shares=(0.00, 0.30, 0.35)),
-    Draw(bank=1, latent_frames=9, batch=1, shares=(0.00, 0.10, 0.25)),
+    Draw(bank=0, latent_frames=1, batch=12, shares=(0.60, 0.10, 0.05)),
+    Draw(bank=0, latent_frames=3, batch=5, shares=(0.40, 0.50, 0.20)),
+    Draw(bank=1, latent_frames=5, batch=3, shares=(0.00, 0.30, 0.35)),
+    Draw(bank=1, latent_frames=9, batch=2, shares=(0.00, 0.10, 0.25)),
     Draw(bank=2, latent_frames=17, batch=1, shares=(0.00, 0.00, 0.15)),
 )
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("work/tiny-wan"), help="folder of checkpoints and logs")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny-wan", help="folder of the result")
     parser.add_argument("--vae-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=6000, help="steps of the transformer")
+    parser.add_argument("--steps", type=int, default=4000, help="steps of the transformer")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
