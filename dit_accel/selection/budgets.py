@@ -1,0 +1,177 @@
+"""How many of the ranked key blocks are kept: fixed top-k, top-p, a threshold, and classes of heads.
+
+A budget sees candidates ranked from best to worst along the last axis and returns how many of them to keep.
+Axis legend: `[...]` leading axes (batch, heads, rows), L candidates of one ranking.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import ConfigError
+
+Rounding = Literal["round", "floor", "ceil", "plus_one"]
+Share = float | Tensor
+
+# Keeps 0.3 * 10 from counting as 3.0000000004 when it is rounded up.
+_SLACK = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """Candidates from best to worst: those forced first, those that must not be chosen last.
+
+    Args:
+        scores: `[..., L]`, -inf where a candidate must not be chosen.
+        shares: `[..., L]`, the share of the attention mass that each is thought to hold; rows sum to 1.
+        forced: int64 `[...]`, how many leading candidates are kept whatever the budget says.
+        total: int64 `[...]`, how many candidates a share of blocks is a share of.
+    """
+
+    scores: Tensor
+    shares: Tensor
+    forced: Tensor
+    total: Tensor
+
+    @property
+    def available(self) -> Tensor:
+        """How many candidates may be chosen, int64 `[...]`."""
+        return (~self.scores.isneginf()).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """Base of all budgets, with the limits they share.
+
+    Args:
+        scope: "row": every query block has its own ranking; "head": one ranking over all rows of a head, so that rows
+            differ in width. Each row still keeps its best block.
+        least: share of the blocks that is kept at least, rounded down. Default 0: one block.
+        most: share of the blocks that is kept at most, rounded down but at least one block. Default 1.
+    """
+
+    scope: Literal["row", "head"] = "row"
+    least: float = 0.0
+    most: float = 1.0
+
+    def counts(self, ranked: Ranked) -> Tensor:
+        """How many leading candidates to keep, int64 `[...]`: within the limits, the forced ones, and what there is."""
+        low, high = (rounded(limit, ranked.total, "floor").clamp(min=1) for limit in (self.least, self.most))
+        kept = self.wanted(ranked).clamp(min=low).clamp(max=high)
+        return kept.clamp(min=ranked.forced).clamp(max=ranked.available)
+
+    def wanted(self, ranked: Ranked) -> Tensor:
+        """How many leading candidates the rule itself asks for, int64 `[...]`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class TopK(Budget):
+    """A fixed number of blocks.
+
+    Args:
+        share: share of the blocks, a number or a tensor `[H]` or `[B, H]` (one per head).
+        rounding: how share times blocks becomes a number: "round" (half up), "floor", "ceil" or "plus_one" (floor + 1).
+        count: the number itself, instead of a share.
+    """
+
+    share: Share = 1.0
+    rounding: Rounding = "round"
+    count: int | None = None
+
+    def wanted(self, ranked: Ranked) -> Tensor:
+        """See `Budget`."""
+        if self.count is not None:
+            return torch.full_like(ranked.total, self.count)
+        return rounded(self.share, ranked.total, self.rounding)
+
+
+@dataclass(frozen=True, eq=False)
+class TopP(Budget):
+    """The fewest best blocks that hold a share of the mass.
+
+    Args:
+        mass: share of the mass in (0, 1], a number or a tensor `[H]` or `[B, H]`. 1 keeps everything.
+        crossing: whether the block that crosses the share is kept ("keep": kept mass >= share) or not ("drop": kept
+            mass <= share).
+    """
+
+    mass: Share = 0.9
+    crossing: Literal["keep", "drop"] = "keep"
+
+    def wanted(self, ranked: Ranked) -> Tensor:
+        """See `Budget`."""
+        # In fp64, as many small shares add up to little.
+        shares = ranked.shares.double()
+        reached = shares.cumsum(-1)
+        mass = per_head(self.mass, ranked.total).unsqueeze(-1)
+        below = reached - shares < mass - 1e-12 if self.crossing == "keep" else reached <= mass + 1e-12
+        return (below | (mass >= 1)).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Threshold(Budget):
+    """The blocks whose score exceeds mean + tau · sigma of the scores of their ranking (arXiv 2607.24027).
+
+    Args:
+        tau: number of standard deviations above the mean; larger keeps fewer.
+    """
+
+    tau: float = 0.5
+
+    def wanted(self, ranked: Ranked) -> Tensor:
+        """See `Budget`; forced blocks count beside those above the threshold."""
+        real = ~ranked.scores.isneginf()
+        scores, count = ranked.scores.masked_fill(~real, 0), real.sum(-1, keepdim=True).clamp(min=1)
+        mean = scores.sum(-1, keepdim=True) / count
+        sigma = ((scores - mean).square() * real).sum(-1, keepdim=True).div(count).sqrt()
+        place = torch.arange(scores.shape[-1], device=scores.device)
+        return (real & ((scores > mean + self.tau * sigma) | (place < ranked.forced.unsqueeze(-1)))).sum(-1)
+
+
+def rounded(share: Share, total: Tensor, rounding: Rounding) -> Tensor:
+    """`share` of `total` `[B, H, ...]` as a number of blocks, int64."""
+    exact = per_head(share, total) * total
+    if rounding == "ceil":
+        return (exact - _SLACK).ceil().long()
+    return (exact + {"floor": _SLACK, "round": 0.5 + _SLACK, "plus_one": 1 + _SLACK}[rounding]).floor().long()
+
+
+def per_head(value: Share, like: Tensor) -> Tensor:
+    """A number, or one value per head `[H]` or `[B, H]`, as fp64 that broadcasts against `like` `[B, H, ...]`."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=torch.float64, device=like.device)
+    heads = like.shape[1]
+    if value.ndim not in (1, 2) or value.shape[-1] not in (1, heads):
+        raise ConfigError("budget", f"expected one value per head, [{heads}] or [B, {heads}], got {tuple(value.shape)}")
+    value = value.to(like.device, torch.float64)
+    value = value.unsqueeze(0) if value.ndim == 1 else value
+    return value.reshape(*value.shape, *[1] * (like.ndim - 2))
+
+
+def head_classes(recall: Tensor, density: float, gate: float = 0.8) -> Tensor:
+    """Density of every head in three classes: easy heads give blocks to hard ones, the mean stays (arXiv 2502.21079).
+
+    n heads reach the gate; the n of highest recall get half the density, the n of lowest recall that much more. In
+    the paper's words: sparsity s becomes (1 + s) / 2 and (3s - 1) / 2. Unspecified there: n is at most half the heads,
+    and a hard head never exceeds density 1.
+
+    Args:
+        recall: `[B, H]`, share of its mass that each head keeps at the common density.
+        density: common share of blocks.
+        gate: recall above which a head counts as easy. Default 0.8.
+
+    Returns:
+        fp64 `[B, H]`.
+    """
+    heads = recall.shape[-1]
+    easy = (recall > gate).sum(-1, keepdim=True).clamp(max=heads // 2)
+    order = recall.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(heads, device=order.device).expand_as(order))
+    shift = min(density / 2, 1 - density)
+    move = (rank >= heads - easy).double() - (rank < easy).double()
+    return density + shift * move

@@ -1,0 +1,194 @@
+"""From scores to a plan: one ranking, one tie-break, one treatment of forced blocks, text and padding.
+
+Axis legend: B batch, H heads, nq / nk query / key blocks.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dit_accel.layout import TokenLayout
+from dit_accel.plan import Blocking, BlockPlan
+from dit_accel.selection.budgets import Budget, Ranked, TopK, head_classes
+from dit_accel.selection.forced import own_blocks
+
+Normalisation = Literal["softmax", "sum", "min_max"]
+
+
+def shares_of(scores: Tensor, normalisation: Normalisation = "softmax") -> Tensor:
+    """Scores `[..., L]` as shares of the mass: rows sum to 1 (0 where nothing may be chosen), -inf gets 0.
+
+    Args:
+        scores: -inf where a block must not be chosen.
+        normalisation: "softmax": scores are log-masses; "sum": they are masses, at least 0; "min_max": they are
+            first mapped linearly to [0, 1], the lowest to 0 (arXiv 2506.23858).
+    """
+    real = ~scores.isneginf()
+    if normalisation == "softmax":
+        return scores.softmax(-1).nan_to_num(0.0)
+    if normalisation == "min_max":
+        low = scores.masked_fill(~real, torch.inf).amin(-1, keepdim=True)
+        span = scores.amax(-1, keepdim=True) - low
+        scores = torch.where(span > 0, (scores - low) / span, 1.0)
+    mass = scores.masked_fill(~real, 0)
+    return mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+
+
+def select_blocks(
+    scores: Tensor,
+    budget: Budget,
+    forced: Tensor | None = None,
+    *,
+    counted: bool = True,
+    normalisation: Normalisation = "softmax",
+) -> Tensor:
+    """Which key blocks are kept, bool `[B, H, nq, nk]`; ties go to the lower index.
+
+    Args:
+        scores: `[B, H, nq, nk]`, higher is better, -inf where a block must not be chosen.
+        budget: how many.
+        forced: bool that broadcasts against `scores`, blocks that are kept whatever their score. Default: none.
+        counted: whether forced blocks are part of the budget (and of the mass that top-p counts), or are left out of
+            the ranking and come on top of it.
+        normalisation: how scores become shares of the mass, see `shares_of`.
+    """
+    real = ~scores.isneginf()
+    always = torch.zeros_like(real) if forced is None else forced.to(scores.device).expand_as(real) & real
+    total = real.sum(-1)
+    rows = scores if counted else scores.masked_fill(always, -torch.inf)
+    shares = shares_of(rows, normalisation)
+    first = always if counted else torch.zeros_like(always)
+    if budget.scope == "head":
+        # Each row keeps its best block, or a row of small scores would be left with nothing to attend.
+        best = torch.zeros_like(real).scatter_(-1, rows.argmax(-1, keepdim=True), True) & ~rows.isneginf()
+        first = first | (best & ~first.any(-1, keepdim=True))
+        rows, shares, first = (x.flatten(-2).unsqueeze(-2) for x in (rows, shares / scores.shape[-2], first))
+        mask = _keep(rows, shares, first, total.sum(-1, keepdim=True), budget).view_as(real)
+    else:
+        mask = _keep(rows, shares, first, total, budget)
+    return mask | always
+
+
+def _keep(rows: Tensor, shares: Tensor, first: Tensor, total: Tensor, budget: Budget) -> Tensor:
+    order = rows.masked_fill(first, torch.inf).argsort(dim=-1, descending=True, stable=True)
+    ranked = Ranked(rows.gather(-1, order), shares.gather(-1, order), first.sum(-1), total)
+    place = torch.arange(rows.shape[-1], device=rows.device)
+    kept = place < budget.counts(ranked).unsqueeze(-1)
+    return torch.zeros_like(first).scatter_(-1, order, kept)
+
+
+def select_plan(
+    scores: Tensor,
+    budget: Budget,
+    q_blocks: Blocking,
+    k_blocks: Blocking,
+    layout: TokenLayout,
+    forced: Tensor | None = None,
+    *,
+    counted: bool = True,
+    normalisation: Normalisation = "softmax",
+) -> BlockPlan:
+    """The plan that `select_blocks` makes, with text and padding treated alike for every method.
+
+    Text blocks attend everything and are attended by everything; text keys count inside the budget like any forced
+    block. A row of padding, which has no key of its own, attends itself: its output is not used.
+
+    Args:
+        scores: `[B, H, nq, nk]`, -inf at key blocks without real tokens.
+        budget: how many blocks each row keeps.
+        q_blocks, k_blocks: the partitions, made by `layout.blocks`.
+        layout: token geometry.
+        forced: bool that broadcasts against `scores`, further blocks that are always kept.
+        counted, normalisation: see `select_blocks`.
+    """
+    device = scores.device
+    always = layout.text_blocks(k_blocks).to(device).expand(1, 1, q_blocks.count, -1)
+    always = always if forced is None else always | forced.to(device)
+    mask = select_blocks(scores, budget, always, counted=counted, normalisation=normalisation)
+    return plan_of_mask(mask, q_blocks, k_blocks, layout, ~scores.isneginf())
+
+
+def plan_of_mask(mask: Tensor, q_blocks: Blocking, k_blocks: Blocking, layout: TokenLayout, real: Tensor) -> BlockPlan:
+    """A plan from the selected blocks `[B, H, nq, nk]`: text rows and columns whole, padding never but for itself.
+
+    Args:
+        mask: bool, the selected blocks.
+        q_blocks, k_blocks: the partitions, made by `layout.blocks`.
+        layout: token geometry.
+        real: bool that broadcasts against `mask`, key blocks that hold a real token.
+    """
+    device = mask.device
+    text_rows = layout.text_blocks(q_blocks).to(device).unsqueeze(-1)
+    mask = (mask | text_rows | layout.text_blocks(k_blocks).to(device)) & real
+    mask |= ~mask.any(-1, keepdim=True) & own_blocks(q_blocks, k_blocks).to(device)
+    return BlockPlan.from_mask(mask, q_blocks, k_blocks)
+
+
+def adapt_heads(
+    scores: Tensor,
+    density: float,
+    forced: Tensor | None = None,
+    *,
+    normalisation: Normalisation = "softmax",
+    gate: float = 0.8,
+) -> Tensor:
+    """Density of each head by `head_classes`, from the mass its scores say it keeps at the common density.
+
+    Args:
+        scores: `[B, H, nq, nk]`.
+        density: common share of blocks.
+        forced: bool that broadcasts against `scores`, blocks that are always kept.
+        normalisation: how scores become shares, see `shares_of`.
+        gate: recall above which a head counts as easy.
+
+    Returns:
+        fp64 `[B, H]`, for `TopK.share`.
+    """
+    mask = select_blocks(scores, TopK(share=density, rounding="ceil"), forced, normalisation=normalisation)
+    # Each row is normalised by its own sum, so that scores made with a stale normaliser can be used too.
+    kept = (shares_of(scores, normalisation) * mask).sum(-1)
+    return head_classes(kept.mean(-1), density, gate)
+
+
+def routing_noise(scores: Tensor, amplitude: float, seed: int, layer: int, step: int) -> Tensor:
+    """Scores with Gaussian noise of `amplitude` times the spread of their row, against flicker from hard choices.
+
+    Drawn from (seed, layer, step), and shared by the batch, so that a row of a batch is what it is alone.
+
+    Args:
+        scores: `[B, H, nq, nk]`; -inf stays.
+        amplitude: standard deviation of the noise in units of the row's own. 0 returns `scores` as they are.
+        seed, layer, step: what the draw depends on.
+    """
+    if amplitude == 0:
+        return scores
+    real = ~scores.isneginf()
+    count = real.sum(-1, keepdim=True).clamp(min=1)
+    mean = scores.masked_fill(~real, 0).sum(-1, keepdim=True) / count
+    spread = (scores - mean).masked_fill(~real, 0).square().sum(-1, keepdim=True).div(count).sqrt()
+    noise = torch.randn(
+        scores.shape[1:], generator=generator_for(scores.device, seed, layer, step), device=scores.device
+    )
+    return scores + amplitude * spread * noise.to(scores.dtype)
+
+
+def generator_for(device: torch.device, *key: int) -> torch.Generator:
+    """A generator on `device` seeded by a few integers, the same in every process."""
+    return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
+
+
+def top_k_plan(scores: Tensor, keep: int, blocks: Blocking, layout: TokenLayout, forced: Tensor) -> BlockPlan:
+    """Keep the `keep` best key blocks of each row; ties go to the lower index.
+
+    Args:
+        scores: `[B, H, nq, nk]`, -inf where a block must not be chosen.
+        keep: blocks per row; the forced ones are counted in it.
+        blocks: partition of queries and keys.
+        layout: token geometry. Text blocks attend everything and are attended by everything.
+        forced: bool `[nq, nk]`, blocks that are always kept.
+    """
+    return select_plan(scores, TopK(count=keep), blocks, blocks, layout, forced)

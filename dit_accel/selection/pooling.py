@@ -1,0 +1,106 @@
+"""Tokens gathered by block, and the scores that need one mean per block.
+
+Axis legend: B batch, H heads, N tokens, D head size, n blocks, S slots of a block, nq / nk query / key blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.layout import TokenLayout
+from dit_accel.plan import Blocking
+
+Valid = tuple[int, ...] | None
+
+
+def working(x: Tensor) -> Tensor:
+    """`x` in the arithmetic of scores, fp32 (fp64 for fp64): in bf16 many scores tie, and ties favour early blocks."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def real_tokens(tokens: int, valid: Valid, device: torch.device) -> Tensor:
+    """Bool `[B or 1, N]`: which tokens are no padding. `valid`: leading tokens that count per batch item; None: all."""
+    if valid is None:
+        return torch.ones(1, tokens, dtype=torch.bool, device=device)
+    return torch.arange(tokens, device=device) < torch.tensor(valid, device=device).unsqueeze(-1)
+
+
+def gather_blocks(x: Tensor, blocks: Blocking, valid: Valid = None) -> tuple[Tensor, Tensor]:
+    """The tokens of every block side by side, for any partition.
+
+    Args:
+        x: `[B, H, N, D]`.
+        blocks: partition of the token axis; S = `blocks.size`.
+        valid: leading tokens that count, per batch item. None: all.
+
+    Returns:
+        Tokens, fp32 (fp64 for fp64) `[B, H, n, S, D]`, 0 where a slot holds no real token; bool `[B or 1, n, S]`, which
+        slots hold one.
+    """
+    starts, lengths = blocks.on(x.device)
+    place = torch.arange(blocks.size, device=x.device)
+    inside = place < lengths.unsqueeze(-1)
+    token = torch.where(inside, starts.unsqueeze(-1) + place, 0)
+    real = real_tokens(x.shape[2], valid, x.device)[:, token] & inside
+    rows = working(x).index_select(2, token.flatten()).unflatten(2, token.shape)
+    return rows.masked_fill(~real[:, None, :, :, None], 0), real
+
+
+def block_means(x: Tensor, blocks: Blocking, valid: Valid = None) -> tuple[Tensor, Tensor]:
+    """Mean of the tokens of every block, and how many count.
+
+    Args:
+        x: `[B, H, N, D]`.
+        blocks: partition of the token axis.
+        valid: leading tokens that count, per batch item. None: all.
+
+    Returns:
+        Means, fp32 (fp64 for fp64) `[B, H, n, D]`, 0 for a block without valid tokens; counts `[B or 1, 1, n]`.
+    """
+    rows, real = gather_blocks(x, blocks, valid)
+    counts = real.sum(-1).to(rows.dtype).unsqueeze(1)
+    return rows.sum(3) / counts.clamp(min=1).unsqueeze(-1), counts
+
+
+def smooth_keys(k: Tensor, valid: Valid = None) -> Tensor:
+    """Keys less the mean of the real keys of their head: the softmax is the same, pooling and rounding lose less.
+
+    k `[B, H, N, D]`; the result is fp32 (fp64 for fp64), 0 at padding. Source: arXiv 2410.02367.
+    """
+    padding = ~real_tokens(k.shape[2], valid, k.device)[:, None, :, None]
+    k = working(k).masked_fill(padding, 0)
+    count = (~padding).sum(2, keepdim=True)
+    return (k - k.sum(2, keepdim=True) / count).masked_fill(padding, 0)
+
+
+def self_similarity(x: Tensor, blocks: Blocking, valid: Valid = None) -> Tensor:
+    """How much the tokens of a block agree: the mean cosine over all pairs of real tokens, in [0, 1], `[B, H, n]`.
+
+    The sum over all pairs is the squared length of the sum of unit vectors, so no pair is ever formed. A block without
+    real tokens gets 1. x `[B, H, N, D]`. Source: arXiv 2502.18137, in the form of its released code.
+    """
+    rows, real = gather_blocks(x, blocks, valid)
+    total = torch.nn.functional.normalize(rows, dim=-1).sum(3)
+    count = real.sum(-1).unsqueeze(1)
+    similarity = total.square().sum(-1) / count.clamp(min=1).square()
+    return similarity.clamp(max=1).masked_fill(count == 0, 1)
+
+
+def pooled_scores(
+    q: Tensor, k: Tensor, blocks: Blocking, layout: TokenLayout, k_blocks: Blocking | None = None
+) -> Tensor:
+    """Log-mass of each key block as seen by the mean query of each query block, `[B, H, nq, nk]`.
+
+    The score of a block of n keys is q̄·k̄ / sqrt(D) + ln n; -inf for a block without valid tokens.
+
+    Args:
+        q, k: `[B, H, N, D]`.
+        blocks: partition of the queries, and of the keys unless `k_blocks` is given.
+        layout: token geometry.
+        k_blocks: partition of the keys. Default: `blocks`.
+    """
+    mean_q, _ = block_means(q, blocks, layout.valid)
+    mean_k, counts = block_means(k, blocks if k_blocks is None else k_blocks, layout.valid)
+    scores: Tensor = q.shape[-1] ** -0.5 * (mean_q @ mean_k.transpose(-1, -2)) + counts.log().unsqueeze(-2)
+    return scores
