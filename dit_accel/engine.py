@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dit_accel.kernels import block_attention
 from dit_accel.kernels.attention import request_of
-from dit_accel.kernels.registry import choose_backend
+from dit_accel.kernels.registry import Backend, choose_backend
 from dit_accel.layout import TextPosition, TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method
@@ -22,7 +22,8 @@ from dit_accel.report import CallRecord
 from dit_accel.schedule import Schedule
 from dit_accel.state import CallContext, RunState
 
-_STATIC_PLANS_KEPT = 16
+# A head table may give every layer a dozen modes.
+_STATIC_PLANS_KEPT = 32
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,17 @@ class _Planned:
     order: TokenOrder | None
     plan: BlockPlan
     density: float | Tensor
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Heads that run under one method (`heads` None: all of them), with q, k, v `[B, H', N, D]` in its order."""
+
+    heads: Tensor | None
+    method: Method
+    planned: _Planned
+    qkv: tuple[Tensor, Tensor, Tensor]
+    backend: Backend
 
 
 class Engine:
@@ -63,6 +75,7 @@ class Engine:
         self._layer_of = {id(module): index for index, module in enumerate(layers)}
         self._methods = [self._method_for(index) for index in range(len(layers))]
         self._memory: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._heads: dict[tuple[int, int, torch.device], list[tuple[Method, Tensor]]] = {}
         self._static: OrderedDict[tuple[Any, ...], _Planned] = OrderedDict()
 
     def begin(self, state: RunState) -> None:
@@ -116,33 +129,52 @@ class Engine:
         self, method: Method, layer: int, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, record: CallRecord
     ) -> Tensor | None:
         """The method's way, q, k, v `[B, H, N, D]`; None, with the reason recorded, when dense is faster."""
-        planned, (q, k, v) = self._planned(method, layer, layout, q, k, v, record)
-        chosen = choose_backend(self.backend, request_of(q, planned.plan, method.remainder, precision=method.precision))
-        limit = chosen.break_even if self.break_even is None else self.break_even
-        if isinstance(planned.density, float) and planned.density > limit:
-            record.reason = (
-                f"density {planned.density:.3f} is above the break-even {limit:.2f} of backend {chosen.name!r}"
-            )
+        parts = self._parts(method, layer, layout, q, k, v, record)
+        shares = [1.0 if part.heads is None else len(part.heads) / q.shape[1] for part in parts]
+        density = sum((s * part.planned.density for s, part in zip(shares, parts, strict=True)), start=0.0)
+        names = ", ".join(dict.fromkeys(part.backend.name for part in parts))
+        limit = max((part.backend.break_even for part in parts), default=1.0)
+        limit = limit if self.break_even is None else self.break_even
+        if isinstance(density, float) and density > limit:
+            record.reason = f"density {density:.3f} is above the break-even {limit:.2f} of backend {names!r}"
             return None
-        record.density, record.backend = planned.density, chosen.name
+        record.density, record.backend = density, names or "none"
         with record.timed("attend", q.device):
-            out = block_attention(
-                q,
-                k,
-                v,
-                planned.plan,
-                remainder=method.remainder,
-                precision=method.precision,
-                kv_len=_valid_lengths(layout, q.device),
-                backend=chosen.name,
-            )
-            return out if planned.order is None else planned.order.restore(out)
+            return _join(parts, layout, q)
+
+    def _parts(
+        self, method: Method, layer: int, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, record: CallRecord
+    ) -> list[_Part]:
+        """Order and plan of every group of heads; skipped heads have none."""
+        parts = []
+        for member, heads in self._groups(method, layer, q.shape[1], q.device):
+            q_part, k_part, v_part = (x if heads is None else x.index_select(1, heads) for x in (q, k, v))
+            planned, qkv = self._planned(member, layer, layout, q_part, k_part, v_part, record)
+            request = request_of(qkv[0], planned.plan, member.remainder, precision=member.precision)
+            parts.append(_Part(heads, member, planned, qkv, choose_backend(self.backend, request)))
+        return parts
+
+    def _groups(
+        self, method: Method, layer: int, heads: int, device: torch.device
+    ) -> Sequence[tuple[Method, Tensor | None]]:
+        """The methods of a layer and the heads that run under each, int64 on `device`; None: all heads."""
+        table = self.schedule.head_table
+        if table is None:
+            return [(method, None)]
+        key = (layer, heads, device)
+        if key not in self._heads:
+            table.check_size(len(self._methods), heads)
+            groups = table.groups(layer, method)
+            self._heads[key] = [
+                (group.method, torch.tensor(group.heads, device=device)) for group in groups if group.method is not None
+            ]
+        return self._heads[key]
 
     def _planned(
         self, method: Method, layer: int, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, record: CallRecord
     ) -> tuple[_Planned, tuple[Tensor, Tensor, Tensor]]:
         """Order and plan, new or kept, and q, k, v `[B, H, N, D]` in that order."""
-        call = self._call(layer, layout)
+        call = self._call(method, layer, layout)
         kept = self._kept(method, layer, layout, call, q.device)
         if kept is None:
             with record.timed("order", q.device):
@@ -162,7 +194,10 @@ class Engine:
         self, method: Method, layer: int, layout: TokenLayout, call: CallContext, device: torch.device
     ) -> _Planned | None:
         if method.is_static:
-            return self._static.get((method, layout, device))
+            found = self._static.get((method, layout, device))
+            if found is not None:
+                self._static.move_to_end((method, layout, device))
+            return found
         made = call.memory.get("planned")
         if made is None or not 0 <= call.step - made[0] < self.schedule.refresh or made[1] != (method, layout):
             return None
@@ -176,14 +211,16 @@ class Engine:
         elif self.schedule.refresh > 1:
             call.memory["planned"] = (call.step, (method, layout), planned)
 
-    def _call(self, layer: int, layout: TokenLayout) -> CallContext:
+    def _call(self, method: Method, layer: int, layout: TokenLayout) -> CallContext:
         state = self._state()
-        memory = self._memory.setdefault((layer, state.branch), {})
-        shared = self._memory.setdefault(("shared", state.branch), {})
+        # Groups of heads keep apart what they remember; one that is alone shares with all layers.
+        group = None if self.schedule.head_table is None else method
+        memory = self._memory.setdefault((layer, state.branch, group), {})
+        shared = self._memory.setdefault(("shared", state.branch, group), {})
         return CallContext(layout, layer, state.step, state.noise, state.branch, memory, shared, self.seed)
 
     def _reason(self, method: Method, layer: int, state: RunState, layout: TokenLayout, q: Tensor) -> str | None:
-        if method.name == "dense":
+        if method.name == "dense" and self.schedule.head_table is None:
             return "method is dense"
         if q.shape[1] != layout.tokens:
             return f"the call has {q.shape[1]} tokens where the geometry says {layout.tokens}"
@@ -210,6 +247,30 @@ class Engine:
                 "attention was called outside the transformer's forward pass, so its geometry is unknown"
             )
         return self.state
+
+
+def _join(parts: list[_Part], layout: TokenLayout, q: Tensor) -> Tensor:
+    """The outputs of all parts as one, like q `[B, H, N, D]`; zero for skipped heads."""
+    if parts and parts[0].heads is None:
+        return _compute(parts[0], layout)
+    out = torch.zeros_like(q)
+    for part in parts:
+        if part.heads is not None:
+            out.index_copy_(1, part.heads, _compute(part, layout))
+    return out
+
+
+def _compute(part: _Part, layout: TokenLayout) -> Tensor:
+    """The output of one part `[B, H', N, D]`, in the raster's order."""
+    out = block_attention(
+        *part.qkv,
+        part.planned.plan,
+        remainder=part.method.remainder,
+        precision=part.method.precision,
+        kv_len=_valid_lengths(layout, part.qkv[0].device),
+        backend=part.backend.name,
+    )
+    return out if part.planned.order is None else part.planned.order.restore(out)
 
 
 def _valid_lengths(layout: TokenLayout, device: torch.device) -> Tensor | None:

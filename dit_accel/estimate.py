@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from dit_accel.head_table import HeadTable
 from dit_accel.layout import TokenLayout
+from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method
 from dit_accel.presets.schema import Generation, ModelFacts, Preset
 from dit_accel.state import CallContext
@@ -80,9 +82,27 @@ def estimate(preset: Preset) -> Estimate:
     if preset.method.name == "dense":
         return Estimate(grid, share, 1.0, 1.0, 1.0)
     method = get_method(preset.method.name, **preset.method.parameters)
-    density = method.requested_density
-    if method.is_static:
-        nothing = torch.empty(0)
-        density = method.select(nothing, nothing, CallContext(TokenLayout(grid))).density
+    density = _density(method, preset.schedule.head_table, TokenLayout(grid))
     gain = None if density is None else speed_up(share, density, kept)
     return Estimate(grid, share, density, kept, gain)
+
+
+def _density(method: Method, table: HeadTable | None, layout: TokenLayout) -> float | None:
+    """Density of the sparse calls, over all heads; None where it depends on queries and keys."""
+    if table is None:
+        if not method.is_static:
+            return method.requested_density
+        nothing = torch.empty(0)
+        return method.select(nothing, nothing, CallContext(layout)).density
+    total, known = 0.0, dict[Method, float | None]()
+    for layer in range(table.layer_count):
+        for group in table.groups(layer, method):
+            if group.method is None:
+                continue
+            if group.method not in known:
+                known[group.method] = _density(group.method, None, layout)
+            density = known[group.method]
+            if density is None:
+                return None
+            total += density * len(group.heads)
+    return total / (table.layer_count * table.head_count)

@@ -46,7 +46,7 @@ class CallRecord:
     reason: str | None = None
     backend: str = "dense"
     _density: float | Tensor = 1.0
-    _marks: dict[str, Any] = field(default_factory=dict)
+    _marks: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def density(self) -> float:
@@ -61,28 +61,28 @@ class CallRecord:
 
     def milliseconds(self, phase: str) -> float:
         """Time of "order", "select" or "attend" in ms; 0 where the phase did not run."""
-        mark = self._marks.get(phase)
-        if mark is None:
-            return 0.0
-        if isinstance(mark, tuple):
-            start, end = mark
-            end.synchronize()
-            mark = self._marks[phase] = float(start.elapsed_time(end))
-        return float(mark)
+        marks = self._marks.get(phase, [])
+        for index, mark in enumerate(marks):
+            if isinstance(mark, tuple):
+                start, end = mark
+                end.synchronize()
+                marks[index] = float(start.elapsed_time(end))
+        return float(sum(marks))
 
     @contextmanager
     def timed(self, phase: str, device: torch.device) -> Any:
-        """Time a phase: the wall clock on the CPU, a pair of events (no synchronisation) on CUDA."""
+        """Time a phase, which may come in parts: the clock on the CPU, pairs of events (no synchronisation) on CUDA."""
+        marks = self._marks.setdefault(phase, [])
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             yield
             end.record()
-            self._marks[phase] = (start, end)
+            marks.append((start, end))
         else:
             begun = time.perf_counter()
             yield
-            self._marks[phase] = (time.perf_counter() - begun) * 1e3
+            marks.append((time.perf_counter() - begun) * 1e3)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dit_accel.errors import ConfigError
+from dit_accel.head_table import HeadTable
 from dit_accel.methods.registry import config_error
 
 
@@ -65,6 +66,8 @@ class Schedule(BaseModel):
         refresh: a plan that depends on q and k is made anew every `refresh` sparse steps. Default 1: at every step.
         min_tokens: shorter sequences run dense. Default 0.
         overrides: other method parameters for some layers; a layer may stand in one override only.
+        head_table: which method, with which parameters, each head runs under: the path of a file written by
+            `HeadTable.save`, or its contents. Default None: all heads of a layer run under the same method.
 
     Raises:
         ConfigError: through `make`, by dotted path, when a value is wrong or ranges overlap.
@@ -78,6 +81,7 @@ class Schedule(BaseModel):
     refresh: Annotated[int, Field(ge=1)] = 1
     min_tokens: NonNegative = 0
     overrides: Annotated[tuple[Override, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = ()
+    head_table: Annotated[HeadTable | None, BeforeValidator(lambda v: None if v is None else HeadTable.make(v))] = None
 
     @model_validator(mode="after")
     def _ranges_are_disjoint(self) -> Schedule:

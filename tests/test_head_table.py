@@ -1,0 +1,161 @@
+"""Per-head tables: files, refusals, and heads that run under different methods in one call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dit_accel.engine import Engine
+from dit_accel.errors import ConfigError
+from dit_accel.head_table import HeadTable
+from dit_accel.methods.registry import get_method
+from dit_accel.schedule import Schedule
+from dit_accel.state import RunState
+
+GRID = (3, 5, 6)
+MODES = {
+    "full": {"method": "dense"},
+    "none": {"method": "skip"},
+    "near": {"method": "sliding_tile", "parameters": {"tile": [1, 2, 2], "window": [3, 1, 1]}},
+    "own": {"parameters": {"density": 0.5}},
+}
+TABLE = {"modes": MODES, "heads": [["full", "none", "near", "own"], ["near", "near", "full", "near"]]}
+
+
+def tensors(batch=2, heads=4, dim=8):
+    tokens = GRID[0] * GRID[1] * GRID[2]
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(batch, tokens, heads, dim, generator=generator) for _ in range(3))
+
+
+def run(layer=0, table=TABLE, method=None, break_even=1.0, **schedule):
+    """One call of `layer` through an engine: the output `[B, N, H, D]` and its record."""
+    layers = [nn.Identity() for _ in TABLE["heads"]]
+    method = method or get_method("composed", tile=[1, 2, 2], density=0.25, remainder="drop")
+    engine = Engine(method, Schedule.make(head_table=table, **schedule), layers, break_even=break_even)
+    engine.begin(RunState(GRID, 0, 0.5))
+    out = engine.attend(layers[layer], *tensors(), dense=lambda: torch.full((1,), torch.nan))
+    return out, engine.calls[-1]
+
+
+def alone(method, head):
+    """The same call of one head under `method`."""
+    layers = [nn.Identity()]
+    engine = Engine(method, Schedule(), layers, break_even=1.0)
+    engine.begin(RunState(GRID, 0, 0.5))
+    q, k, v = (x[:, :, head : head + 1] for x in tensors())
+    return engine.attend(layers[0], q, k, v, dense=lambda: torch.full((1,), torch.nan)), engine.calls[-1].density
+
+
+def test_every_head_computes_what_it_would_compute_alone():
+    out, record = run()
+    near = get_method("sliding_tile", tile=[1, 2, 2], window=[3, 1, 1])
+    own = get_method("composed", tile=[1, 2, 2], density=0.5, remainder="drop")
+    q, k, v = (x.transpose(1, 2) for x in tensors())
+    dense = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    torch.testing.assert_close(out[:, :, 0], dense[:, :, 0])
+    assert torch.equal(out[:, :, 1], torch.zeros_like(out[:, :, 1]))
+    (third, third_density), (fourth, fourth_density) = alone(near, 2), alone(own, 3)
+    torch.testing.assert_close(out[:, :, 2:3], third)
+    torch.testing.assert_close(out[:, :, 3:4], fourth)
+    assert record.density == pytest.approx((1 + 0 + third_density + fourth_density) / 4)
+
+
+def test_a_layer_without_a_mode_of_another_layer():
+    out, record = run(layer=1)
+    expected = torch.cat([alone(get_method("sliding_tile", tile=[1, 2, 2], window=[3, 1, 1]), 0)[0]], 2)
+    torch.testing.assert_close(out[:, :, :1], expected)
+    assert record.reason is None
+
+
+def test_all_dense_heads_run_the_stock_path_and_all_skipped_give_zero():
+    dense = {"modes": MODES, "heads": [["full"] * 4] * 2}
+    out, record = run(table=dense, break_even=None)
+    assert out.isnan().all()
+    assert record.reason is not None
+    assert record.density == 1.0
+    out, record = run(table={"modes": MODES, "heads": [["none"] * 4] * 2})
+    assert torch.equal(out, torch.zeros_like(tensors()[0]))
+    assert record.density == 0.0
+
+
+def test_static_plans_are_shared_by_layers():
+    layers = [nn.Identity(), nn.Identity()]
+    engine = Engine(
+        get_method("radial", block=16), Schedule.make(head_table=TABLE | {"heads": [["near"] * 4] * 2}), layers
+    )
+    engine.begin(RunState(GRID, 0, 0.5))
+    for layer in layers:
+        engine.attend(layer, *tensors(), dense=lambda: torch.empty(0))
+    assert len(engine._static) == 1
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "yml", "safetensors"])
+def test_a_table_survives_its_file(tmp_path, suffix):
+    table, path = HeadTable.make(TABLE), tmp_path / f"table.{suffix}"
+    table.save(path)
+    assert HeadTable.load(path) == table
+    assert Schedule.make(head_table=str(path)).head_table == table
+    assert Schedule.make(**Schedule.make(head_table=str(path)).model_dump(exclude_unset=True)).head_table == table
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": [["full", "nonne"], ["full", "full"]]}, r"heads\.0\.1: unknown mode 'nonne'; did you mean 'none'"),
+        ({"heads": [["full", "none"], ["full"]]}, r"heads\.1: expected 2 heads, got 1"),
+        ({"heads": []}, "at least one layer"),
+        ({"modes": MODES | {"near": {"method": "slidng_tile"}}}, "did you mean 'sliding_tile'"),
+        ({"modes": MODES | {"near": {"method": "sliding_tile", "parameters": {"tile": 3}}}}, "sliding_tile.tile"),
+        ({"modes": MODES | {"none": {"method": "skip", "parameters": {"a": 1}}}}, "a skipped head takes none"),
+        ({"mode": {}}, "did you mean 'modes'"),
+    ],
+)
+def test_faults_are_refused_by_path(change, message):
+    with pytest.raises(ConfigError, match=message):
+        HeadTable.make(TABLE | change)
+
+
+def test_files_that_are_no_tables(tmp_path):
+    path = tmp_path / "table.yaml"
+    with pytest.raises(ConfigError, match="no file"):
+        HeadTable.load(path)
+    path.write_text("modes: {}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"format 'dit_accel\.head_table/1', got None"):
+        HeadTable.load(path)
+    with pytest.raises(ConfigError, match=r"expected a \.yaml"):
+        HeadTable.make(TABLE).save(tmp_path / "table.bin")
+    (tmp_path / "table.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        HeadTable.load(tmp_path / "table.safetensors")
+
+
+def test_a_model_of_another_size_is_refused():
+    with pytest.raises(ConfigError, match="the table is for 4 heads, the model has 3"):
+        HeadTable.make(TABLE).check_size(2, 3)
+    with pytest.raises(ConfigError, match="the table is for 1 layers, the model has 2"):
+        run(table=TABLE | {"heads": TABLE["heads"][:1]})
+
+
+def test_slices_and_views():
+    table = HeadTable.make(TABLE)
+    part = table.slice(slice(1, 2), slice(0, 2))
+    assert part.heads == (("near", "near"),)
+    assert set(part.modes) == {"near"}
+    assert table.shares()["near"] == 0.5
+    lines = table.render().splitlines()
+    assert lines[0].split() == ["0", "1203"]
+    assert any("sliding_tile" in line and "50.0%" in line for line in lines)
+
+
+def test_the_estimate_counts_heads():
+    from dit_accel.estimate import _density
+    from dit_accel.layout import TokenLayout
+
+    layout, base = TokenLayout(GRID), get_method("composed", density=0.25)
+    near = get_method("sliding_tile", **MODES["near"]["parameters"])
+    q, k, _ = (x.transpose(1, 2) for x in tensors())
+    expected = (1 + 0 + 0.5 + near.plan(layout, q, k)[1].density) / 4
+    assert _density(base, HeadTable.make(TABLE).slice(slice(0, 1)), layout) == pytest.approx(expected)
