@@ -43,7 +43,7 @@ def test_the_template_is_cut_off_and_the_prompt_is_kept(name):
 
 
 def test_template_pieces_are_as_many_as_asked_for_and_survive_the_tokenizer():
-    text = "<|head|>\n\nsome words that repeat, some words that repeat<|eot|>"
+    text = "<|head|>\n\nsome words that repeat, as words that repeat do<|eot|>"
     pieces = template_pieces(text, 20)
     assert "".join(pieces) == text
     assert len(pieces) == 20
