@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from dit_accel.kernels.spec import Precision, Remainder
@@ -16,6 +16,11 @@ from dit_accel.state import CallContext
 
 Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 BlockSize = Annotated[int, Field(ge=1, le=1024)]
+Size = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+FROM_LIST = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+SizeTriple = Annotated[tuple[Size, Size, Size], FROM_LIST]
+CountTriple = Annotated[tuple[Count, Count, Count], FROM_LIST]
 
 
 class Method(BaseModel):

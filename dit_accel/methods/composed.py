@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch import Tensor
 
 from dit_accel.kernels.spec import Precision, Remainder
 from dit_accel.layout import TokenLayout
-from dit_accel.methods.base import BlockSize, Density, Method
+from dit_accel.methods.base import BlockSize, Count, Density, Method, SizeTriple
 from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder
 from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.selection import pooled_scores, top_k_plan
 from dit_accel.state import CallContext
 from dit_accel.tiling import tile_blocks, tile_order
-
-Size = Annotated[int, Field(ge=1)]
-_FROM_LIST = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
 
 @register("composed")
@@ -40,12 +37,12 @@ class Composed(Method):
     source: ClassVar[str] = "this project; pooled remainder after arXiv 2602.01077"
 
     order_: Literal["raster", "tile"] = Field(default="tile", alias="order")
-    tile: Annotated[tuple[Size, Size, Size], _FROM_LIST] = (4, 4, 4)
+    tile: SizeTriple = (4, 4, 4)
     block: BlockSize = 64
     density: Density = 0.25
     remainder_: Literal["drop", "mean", "diagonal"] = Field(default="diagonal", alias="remainder")
     precision_: Literal["input", "int8"] = Field(default="input", alias="precision")
-    sink_frames: Annotated[int, Field(ge=0)] = 0
+    sink_frames: Count = 0
 
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
         """Tiles, or None for the raster."""

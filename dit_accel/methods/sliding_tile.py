@@ -1,0 +1,55 @@
+"""Sliding tiles: windows of whole tiles, the tile-aligned case of neighborhood attention."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from dit_accel.methods.base import CountTriple, Method, SizeTriple
+from dit_accel.methods.neighborhood import Axis
+from dit_accel.methods.registry import register
+from dit_accel.order import TokenOrder
+from dit_accel.plan import BlockPlan
+from dit_accel.state import CallContext
+from dit_accel.static_masks import outer, with_text
+from dit_accel.tiling import tile_blocks, tile_order
+
+
+@register("sliding_tile")
+class SlidingTile(Method):
+    """Sliding tile attention (arXiv 2502.04507): every query of a tile sees the same box of whole tiles.
+
+    For odd windows on grids that divide by the tile it equals neighborhood attention with the tile as stride. Tiles at
+    the end of an axis may be smaller, so any grid works. Windows per head: a head table with one mode per window.
+
+    Published, without training: HunyuanVideo at 30 x 48 x 80 tokens and Wan2.1-14B at 18 x 48 x 80, tile [6, 8, 8],
+    12 of 50 steps dense, a searched window per head ([5, 3, 3], [1, 6, 10], [3, 3, 5], [5, 1, 10], [5, 6, 1] in the
+    released table for HunyuanVideo); one window for all heads: [5, 5, 5], or [3, 3, 3] at a loss.
+
+    Args:
+        window: tiles per axis (frames, height, width); 0 means the whole axis. As published, an even window w reaches
+            w / 2 tiles to both sides, and so holds w + 1 tiles.
+        tile: (frames, height, width) of a tile in tokens.
+    """
+
+    source: ClassVar[str] = "arXiv 2502.04507"
+    is_static: ClassVar[bool] = True
+
+    window: CountTriple = (3, 3, 3)
+    tile: SizeTriple = (4, 4, 4)
+
+    def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
+        """Tile by tile."""
+        return tile_order(call.layout, self.tile)
+
+    def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
+        """The box of tiles around each tile, shifted inward at borders. q, k `[B, H, N, D]` are not looked at."""
+        layout = call.layout
+        axes = []
+        for length, tile, window in zip(layout.grid, self.tile, self.window, strict=True):
+            count = -(-length // tile)
+            width = count if window == 0 else min(count, 2 * (window // 2) + 1)
+            axes.append(Axis(count, width, 1, 1, False).kept())
+        blocks = tile_blocks(layout, self.tile)
+        return BlockPlan.from_mask(with_text(layout, blocks, outer(axes)), blocks, blocks)
