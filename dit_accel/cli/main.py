@@ -9,12 +9,14 @@ import typer
 from rich.table import Table
 
 from dit_accel.cli.app import console, run_app, version_option
+from dit_accel.cli.demo import demo
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 presets_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="List the presets, or show one.")
 methods_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="List the methods, or show one.")
 app.add_typer(presets_app, name="presets")
 app.add_typer(methods_app, name="methods")
+app.command()(demo)
 
 
 @app.callback()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +25,12 @@ def quiet_loading() -> None:
 
 
 def call_pipeline(
-    pipe: Any, generation: Generation, prompt: str, seed: int, image: Any = None
+    pipe: Any,
+    generation: Generation,
+    prompt: str,
+    seed: int,
+    image: Any = None,
+    on_step: Callable[[int, torch.Tensor], None] | None = None,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Generate once.
 
@@ -34,6 +40,7 @@ def call_pipeline(
         prompt: what to show.
         seed: seed of the noise.
         image: first frame, for image-to-video.
+        on_step: called after each step with its number, from 0, and the latents; an exception it raises ends the run.
 
     Returns:
         Frames, float `[T, H, W, 3]` in [0, 1], and the times in seconds: "steps" (each), "denoise", "total".
@@ -47,8 +54,10 @@ def call_pipeline(
         task = bar.add_task("denoising", total=generation.num_inference_steps)
         marks = [time.perf_counter()]
 
-        def advance(_pipe: Any, _step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        def advance(_pipe: Any, step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
             marks.append(time.perf_counter())
+            if on_step is not None:
+                on_step(step, kwargs["latents"])
             bar.update(task, advance=1, description=f"denoising {marks[-1] - marks[-2]:.2f} s/step")
             return kwargs
 

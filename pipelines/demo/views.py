@@ -1,0 +1,59 @@
+"""Figures and pictures that the demo shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from dit_accel.pipelines.demo.jobs import Clip
+from dit_accel.video_io import OutputFile
+
+_CONTRAST = 4
+
+
+def difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Absolute difference of two clips, four times as strong. uint8 `[T, H, W, 3]`."""
+    apart = np.abs(first.astype(np.int16) - second.astype(np.int16))
+    return np.clip(_CONTRAST * apart, 0, 255).astype(np.uint8)
+
+
+def comparison(dense: Clip, fast: Clip, folder: Path, fps: int) -> tuple[Path, str]:
+    """Write the difference of two clips as a video into `folder` and compare their times.
+
+    Returns:
+        The video's path and a Markdown table.
+    """
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    target = folder / fast.path.name.replace(fast.run, "difference")
+    with OutputFile(target) as file:
+        file.write(difference(dense.frames, fast.frames), fps)
+    is_same = np.array_equal(dense.frames, fast.frames)
+    psnr = "identical" if is_same else f"{peak_signal_noise_ratio(dense.frames, fast.frames):.1f} dB"
+    ssim = structural_similarity(dense.frames, fast.frames, channel_axis=-1, win_size=3)
+    rows = [
+        ("denoising, dense", f"{dense.denoise:.1f} s"),
+        ("denoising, accelerated", f"{fast.denoise:.1f} s"),
+        ("speed-up of the denoising", f"{dense.denoise / fast.denoise:.2f} x"),
+        ("speed-up of the whole call", f"{dense.total / fast.total:.2f} x"),
+        ("PSNR against dense", psnr),
+        ("SSIM against dense", f"{ssim:.3f}"),
+    ]
+    return target, _table(rows)
+
+
+def report_table(clip: Clip) -> str:
+    """Density and reasons of the dense calls of a run, as Markdown."""
+    calls = clip.report["calls"]
+    sparse = [call for call in calls if call["reason"] is None]
+    rows = [("attention calls", str(len(calls))), ("of them sparse", str(len(sparse)))]
+    if sparse:
+        rows.append(("density of the sparse calls", f"{np.mean([call['density'] for call in sparse]):.3f}"))
+    reasons = [call["reason"] for call in calls if call["reason"] is not None]
+    rows += [(f"dense: {reason}", str(reasons.count(reason))) for reason in sorted(set(reasons))]
+    return _table(rows)
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

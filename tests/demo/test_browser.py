@@ -1,0 +1,69 @@
+"""The demo in a real browser: generate, compare, cancel, bad input, keyboard, narrow screen."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+
+def number(page, name, value):
+    page.locator(f"#{name} input").fill(str(value))
+    page.locator(f"#{name} input").blur()
+
+
+def small(page, steps=2):
+    for name, value in (("height", 32), ("width", 32), ("frames", 5), ("steps", steps)):
+        number(page, name, value)
+
+
+def expect_status(page, pattern):
+    api.expect(page.locator("#status")).to_contain_text(re.compile(pattern), timeout=60_000)
+
+
+def test_generate_and_compare(page):
+    small(page)
+    page.locator("#start").click()
+    expect_status(page, r"accelerated: done")
+    api.expect(page.locator("#figures")).to_contain_text("PSNR against dense")
+    for name in ("dense", "fast", "difference"):
+        source = page.locator(f"#video-{name} video").get_attribute("src")
+        response = page.request.get(source)
+        assert response.ok
+        assert response.body()[4:8] == b"ftyp"
+
+
+def test_enter_starts_and_cancel_stops(page):
+    small(page, steps=400)
+    page.locator("#prompt textarea").focus()
+    page.keyboard.press("Enter")
+    expect_status(page, r"step \d+ of 400")
+    page.locator("#cancel").click()
+    expect_status(page, "Cancelled")
+    small(page)
+    page.locator("#start").click()
+    expect_status(page, r"accelerated: done")
+
+
+def test_bad_input_is_one_clear_line(page):
+    small(page)
+    number(page, "height", 33)
+    page.locator("#start").click()
+    expect_status(page, r"Error: generation\.height: expected a multiple of 16, got 33")
+    small(page)
+    page.locator("#prompt textarea").fill("   ")
+    page.locator("#start").click()
+    expect_status(page, "Error: The prompt is empty")
+
+
+def test_usable_on_a_narrow_screen(page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    api.expect(page.locator("#start")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+def test_files_outside_the_output_folder_are_not_served(page, address):
+    for path in ("/etc/passwd", "pyproject.toml", "../../etc/passwd"):
+        assert page.request.get(f"{address}gradio_api/file={path}").status in (403, 404)
