@@ -1,0 +1,322 @@
+"""Block attention in Triton: exact tiles, then summary tiles of what was not selected, in one online softmax.
+
+One program computes BLOCK_M queries of one query block of one head; programs of a head run side by side, so that its
+keys and values stay in the L2 cache. Logits are in units of log 2. Every accumulator is rescaled when the running
+maximum moves. Axis legend: B batch, H heads, N tokens, D head size, nq / nk query / key blocks, C longest list.
+"""
+
+# Conditions of compile time and of run time stay apart, and no load runs for the sake of an expression.
+# ruff: noqa: SIM102, SIM108
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Stands for "no key seen yet": finite, so that no difference of two infinities arises.
+_NOTHING = tl.constexpr(-1e30)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+# Arguments that change from call to call: none of their values may lead to another compilation.
+VARYING = (
+    "q_tiles",
+    "k_tiles",
+    "k_size",
+    "queries",
+    "keys",
+    "blocks",
+    "group",
+    "index_b",
+    "index_h",
+    "index_n",
+    "count_b",
+    "count_h",
+    "chosen_b",
+    "chosen_h",
+    "padded_keys",
+)
+
+
+@triton.jit
+def _rows(
+    base: tl.tensor,
+    first: tl.tensor,
+    limit: tl.tensor,
+    row: tl.tensor,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+) -> tl.tensor:
+    """`[ROWS, PADDED_DIM]` from row `first` of a matrix with stride `row`; zero from row `limit` of the tile on."""
+    at, column = tl.arange(0, ROWS), tl.arange(0, PADDED_DIM)
+    mask = (at < limit)[:, None]
+    if HEAD_DIM != PADDED_DIM:
+        mask = mask & (column < HEAD_DIM)[None, :]
+    pointers = base + tl.cast(first, tl.int64) * row + at[:, None] * row + column[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _logits(
+    q_tile: tl.tensor, k_tile: tl.tensor, factor: tl.tensor, INT8: tl.constexpr, DOT: tl.constexpr
+) -> tl.tensor:
+    """factor * q·k `[M, N]`, accumulated in int32 or fp32."""
+    if INT8:
+        return tl.dot(q_tile, tl.trans(k_tile)).to(tl.float32) * factor
+    else:
+        return tl.dot(q_tile, tl.trans(k_tile), input_precision=DOT) * factor
+
+
+@triton.jit
+def _softmax_step(
+    acc: tl.tensor, top: tl.tensor, total: tl.tensor, logits: tl.tensor, values: tl.tensor, DOT: tl.constexpr
+) -> tl.tensor:
+    """One tile into the online softmax: accumulator, maximum, sum, fading factor `[M]` and weights `[M, N]`."""
+    new_top = tl.maximum(top, tl.max(logits, 1))
+    weights = tl.exp2(logits - new_top[:, None])
+    fade = tl.exp2(top - new_top)
+    acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision=DOT)
+    return acc, new_top, total * fade + tl.sum(weights, 1), fade, weights
+
+
+@triton.jit
+def _block_span(
+    block: tl.tensor, starts: tl.tensor, lengths: tl.tensor, size: tl.tensor, tokens: tl.tensor, UNIFORM: tl.constexpr
+) -> tl.tensor:
+    """First token of a key block, and how many of its tokens are real."""
+    if UNIFORM:
+        start = block * size
+        length = tl.minimum(size, tokens - start)
+    else:
+        start = tl.load(starts + block)
+        length = tl.minimum(tl.load(lengths + block), tokens - start)
+    return start, length
+
+
+@triton.jit
+def _box(
+    keep: tl.tensor,
+    lower: tl.tensor,
+    upper: tl.tensor,
+    coordinates: tl.tensor,
+    query: tl.tensor,
+    key: tl.tensor,
+    is_query: tl.tensor,
+    is_key: tl.tensor,
+    AXES: tl.constexpr,
+    STRIDE: tl.constexpr,
+) -> tl.tensor:
+    """Narrow `keep` `[M, N]` to the keys inside the box of each query; query `[M]` and key `[N]` are tokens."""
+    for axis in tl.static_range(AXES):
+        low = tl.load(lower + query * AXES + axis, mask=is_query, other=0)[:, None]
+        high = tl.load(upper + query * AXES + axis, mask=is_query, other=0)[:, None]
+        place = tl.load(coordinates + key * AXES + axis, mask=is_key, other=0)[None, :]
+        keep = keep & (place >= low) & (place < high)
+        if STRIDE[axis] != 1:
+            keep = keep & ((place - low) % STRIDE[axis] == 0)
+    return keep
+
+
+@triton.jit
+def _add_groups(
+    acc: tl.tensor,
+    weights: tl.tensor,
+    q_tile: tl.tensor,
+    moments: tl.tensor,
+    first: tl.tensor,
+    blocks: tl.tensor,
+    group: tl.tensor,
+    scale: tl.tensor,
+    BLOCK_N: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    DOT: tl.constexpr,
+) -> tl.tensor:
+    """Add p_g * scale * q·H_g of each group of blocks in a summary tile; `moments` `[groups, D, D]` holds H_g / t_g."""
+    column, dim = first + tl.arange(0, BLOCK_N), tl.arange(0, PADDED_DIM)
+    last = tl.minimum(first + BLOCK_N, blocks) - 1
+    for index in range(first // group, last // group + 1):
+        mass = tl.sum(tl.where((column // group == index)[None, :], weights, 0.0), 1)
+        at = moments + tl.cast(index, tl.int64) * (PADDED_DIM * PADDED_DIM)
+        moment = tl.load(at + dim[:, None] * PADDED_DIM + dim[None, :])
+        acc += tl.dot(q_tile, moment, input_precision=DOT) * (mass * scale)[:, None]
+    return acc
+
+
+# fmt: off
+@triton.jit(do_not_specialize=VARYING)
+def attention(
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, lse: tl.tensor,
+    indices: tl.tensor, counts: tl.tensor, full_counts: tl.tensor,
+    q_starts: tl.tensor, q_lengths: tl.tensor, k_starts: tl.tensor, k_lengths: tl.tensor, kv_len: tl.tensor,
+    lower: tl.tensor, upper: tl.tensor, coordinates: tl.tensor,
+    q_step: tl.tensor, k_step: tl.tensor,
+    chosen: tl.tensor, log_tokens: tl.tensor, mean_k: tl.tensor, mean_v: tl.tensor,
+    variance: tl.tensor, moments: tl.tensor,
+    scale: tl.tensor,
+    q_b: tl.int64, q_h: tl.int64, q_n: tl.tensor,
+    k_b: tl.int64, k_h: tl.int64, k_n: tl.tensor,
+    v_b: tl.int64, v_h: tl.int64, v_n: tl.tensor,
+    out_b: tl.int64, out_h: tl.int64, out_n: tl.tensor,
+    index_b: tl.int64, index_h: tl.int64, index_n: tl.int64,
+    count_b: tl.int64, count_h: tl.int64,
+    chosen_b: tl.int64, chosen_h: tl.int64,
+    q_tiles: tl.int32, k_tiles: tl.int32, k_size: tl.int32,
+    queries: tl.int32, keys: tl.int32, blocks: tl.int32, group: tl.int32, padded_keys: tl.int32,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIFORM: tl.constexpr, ONE_TILE: tl.constexpr, NESTED: tl.constexpr, HAS_LENGTH: tl.constexpr,
+    AXES: tl.constexpr, STRIDE: tl.constexpr,
+    INT8: tl.constexpr, REST: tl.constexpr, FIRST_ORDER: tl.constexpr,
+    TMA: tl.constexpr, SPECIALIZE: tl.constexpr, DOT: tl.constexpr,
+
+) -> None:
+    # fmt: on
+    """See `triton_backend.launch` for the arguments, and `triton_configs` for the constants."""
+    head, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    heads = tl.num_programs(1)
+    block = tl.program_id(0) // q_tiles
+    offset = (tl.program_id(0) % q_tiles) * BLOCK_M
+    start = tl.load(q_starts + block) + offset
+    length = tl.load(q_lengths + block) - offset
+    row = tl.arange(0, BLOCK_M)
+    is_query = row < length
+    factor = scale * 1.4426950408889634
+    tokens = keys
+    if HAS_LENGTH:
+        tokens = tl.minimum(tokens, tl.load(kv_len + item))
+
+    q_tile = _rows(q + item * q_b + head * q_h, start, length, q_n, BLOCK_M, HEAD_DIM, PADDED_DIM)
+    k += item * k_b + head * k_h
+    v += item * v_b + head * v_h
+    indices += item * index_b + head * index_h + block.to(tl.int64) * index_n
+    count_at = item * count_b + head * count_h + block
+    count = tl.load(counts + count_at)
+    full = count
+    if AXES:
+        full = tl.minimum(tl.load(full_counts + count_at), count)
+    # A tile beyond the end of a short block has nothing to do.
+    count = tl.where(length > 0, count, 0)
+    full = tl.where(length > 0, full, 0)
+    flat = item * heads + head
+    if INT8:
+        factor *= tl.load(q_step + flat * (tl.num_programs(0) // q_tiles) + block)
+        k_step += flat * blocks
+
+    acc = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
+    top = tl.full([BLOCK_M], _NOTHING, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    rest_total = tl.zeros([BLOCK_M], tl.float32)
+    column = tl.arange(0, BLOCK_N)
+
+    exact_steps = 0 if NESTED else full * k_tiles
+    steps = exact_steps
+    if REST:
+        steps += tl.where(length > 0, tl.cdiv(blocks, BLOCK_N), 0)
+        chosen += item * chosen_b + head * chosen_h + block.to(tl.int64) * blocks
+        log_tokens += item * blocks
+        mean_k += flat * blocks * PADDED_DIM
+        mean_v += flat * blocks * PADDED_DIM
+    if REST == 2:
+        variance += flat * blocks * PADDED_DIM
+        squares = q_tile.to(tl.float32) * scale
+        squares = (squares * squares * 0.7213475204444817).to(q_tile.dtype)
+    if TMA:
+        # Rows beyond the bound are loaded as zero, whatever stands there.
+        bound = tokens
+        if REST:
+            bound = padded_keys + blocks
+        k_rows = tl.make_tensor_descriptor(k, [bound, HEAD_DIM], [k_n, 1], [BLOCK_N, PADDED_DIM])
+        v_rows = tl.make_tensor_descriptor(v, [bound, HEAD_DIM], [v_n, 1], [BLOCK_N, PADDED_DIM])
+
+    for step in tl.range(0, steps, warp_specialize=SPECIALIZE):
+        is_rest = False
+        if REST:
+            is_rest = step >= exact_steps
+        if ONE_TILE:
+            entry, part = step, 0
+        else:
+            entry, part = step // k_tiles, step % k_tiles
+        if REST:
+            chosen_block = tl.load(indices + entry, mask=step < exact_steps, other=0)
+        else:
+            chosen_block = tl.load(indices + entry)
+        first, limit = _block_span(chosen_block, k_starts, k_lengths, k_size, tokens, UNIFORM)
+        first += part * BLOCK_N
+        limit -= part * BLOCK_N
+        if REST:
+            summary = (step - exact_steps) * BLOCK_N
+            limit = tl.where(is_rest, blocks - summary, limit)
+            first = tl.where(is_rest, summary, first)
+        if TMA:
+            if REST:
+                first = tl.where(is_rest, first + padded_keys, first)
+            k_tile = k_rows.load([first, 0])
+            v_tile = v_rows.load([first, 0])
+        else:
+            k_base, v_base, k_row, v_row = k, v, k_n, v_n
+            if REST:
+                k_base, v_base = tl.where(is_rest, mean_k, k), tl.where(is_rest, mean_v, v)
+                k_row, v_row = tl.where(is_rest, PADDED_DIM, k_n), tl.where(is_rest, PADDED_DIM, v_n)
+            k_tile = _rows(k_base, first, limit, k_row, BLOCK_N, HEAD_DIM, PADDED_DIM)
+            v_tile = _rows(v_base, first, limit, v_row, BLOCK_N, HEAD_DIM, PADDED_DIM)
+        bias = tl.where(column < limit, 0.0, float("-inf"))
+        if REST:
+            mask = is_rest & (column < limit)
+            taken = tl.load(chosen + summary + column, mask=mask, other=1)
+            mass = tl.load(log_tokens + summary + column, mask=mask, other=float("-inf"))
+            bias = tl.where(is_rest, tl.where(taken != 0, float("-inf"), mass), bias)
+        block_factor = factor
+        if INT8:
+            block_factor *= tl.load(k_step + chosen_block)
+        logits = _logits(q_tile, k_tile, block_factor, INT8, DOT) + bias[None, :]
+        if REST == 2:
+            if is_rest:
+                spread = _rows(variance, summary, limit, PADDED_DIM, BLOCK_N, HEAD_DIM, PADDED_DIM)
+                second = tl.dot(squares, tl.trans(spread), input_precision=DOT)
+                logits += tl.minimum(second, tl.where(mass > 0.0, mass, 0.0)[None, :])
+        acc, top, total, fade, weights = _softmax_step(acc, top, total, logits, v_tile, DOT)
+        if FIRST_ORDER == 1:
+            rest_total = rest_total * fade + tl.where(is_rest, tl.sum(weights, 1), 0.0)
+        if FIRST_ORDER == 2:
+            if is_rest:
+                at = moments + flat * tl.cdiv(blocks, group) * PADDED_DIM * PADDED_DIM
+                acc = _add_groups(
+                    acc, weights, q_tile, at, summary, blocks, group, scale, BLOCK_N, PADDED_DIM, DOT
+                )
+
+    if AXES or NESTED:
+        # Partial blocks, and blocks of many lengths: an inner loop over the tiles that a block really has.
+        query = tl.cast(start, tl.int64) + row
+        for entry in range(0 if NESTED else full, count):
+            chosen_block = tl.load(indices + entry)
+            first, limit = _block_span(chosen_block, k_starts, k_lengths, k_size, tokens, UNIFORM)
+            block_factor = factor
+            if INT8:
+                block_factor *= tl.load(k_step + chosen_block)
+            for part in range(0, tl.cdiv(limit, BLOCK_N)):
+                at, left = first + part * BLOCK_N, limit - part * BLOCK_N
+                k_tile = _rows(k, at, left, k_n, BLOCK_N, HEAD_DIM, PADDED_DIM)
+                v_tile = _rows(v, at, left, v_n, BLOCK_N, HEAD_DIM, PADDED_DIM)
+                keep = is_query[:, None] & (column < left)[None, :]
+                if AXES:
+                    key = tl.cast(at, tl.int64) + column
+                    inside = _box(keep, lower, upper, coordinates, query, key, is_query, column < left, AXES, STRIDE)
+                    keep = inside | (keep & (entry < full))
+                logits = tl.where(keep, _logits(q_tile, k_tile, block_factor, INT8, DOT), float("-inf"))
+                acc, top, total, fade, weights = _softmax_step(acc, top, total, logits, v_tile, DOT)
+                if FIRST_ORDER == 1:
+                    rest_total = rest_total * fade
+
+    if FIRST_ORDER == 1:
+        dim = tl.arange(0, PADDED_DIM)
+        at = moments + flat * PADDED_DIM * PADDED_DIM
+        moment = tl.load(at + dim[:, None] * PADDED_DIM + dim[None, :])
+        acc += tl.dot(q_tile, moment, input_precision=DOT) * (rest_total * scale)[:, None]
+    seen = total > 0.0
+    acc = acc / tl.where(seen, total, 1.0)[:, None]
+    at = out + item * out_b + head * out_h + tl.cast(start, tl.int64) * out_n
+    dim = tl.arange(0, PADDED_DIM)
+    mask = is_query[:, None]
+    if HEAD_DIM != PADDED_DIM:
+        mask = mask & (dim < HEAD_DIM)[None, :]
+    tl.store(at + row[:, None] * out_n + dim[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    log_sum = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * _LN_2, float("-inf"))
+    tl.store(lse + flat * queries + start + row, log_sum, mask=is_query)

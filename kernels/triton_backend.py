@@ -1,0 +1,186 @@
+"""The `triton` backend: prepares what the kernel reads and launches it. Triton is imported on first use."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.registry import Backend, Request
+from dit_accel.kernels.spec import Precision, Remainder
+from dit_accel.kernels.triton_configs import MAX_HEAD_DIM, Features, Tile, architecture, choose_tile, constants_of
+from dit_accel.plan import BlockPlan
+
+# The interpreter has no architecture of its own; it takes the tiles of this one.
+_INTERPRETED_AS = 90
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float,
+    remainder: Remainder | None,
+    precision: Precision | None,
+    kv_len: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `BackendFunction`. q `[B, H, Nq, D]`; k, v `[B, H, Nk, D]`."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    kv_len = None if kv_len is None else kv_len.to(torch.int32)
+    return launch(q, k, v, plan, scale, kv_len)
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, kv_len: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One launch of the attention kernel: output like q, and log-sum-exp fp32 `[B, H, Nq]`."""
+    from dit_accel.kernels.triton_attention import attention
+
+    features = _features(q, k, v, plan, kv_len)
+    tile = choose_tile(_architecture(q.device), features, plan.q_blocks.size, plan.k_blocks.size)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    arguments = _tensors(q, k, v, out, lse, plan, kv_len) | _strides(q, k, v, out, plan)
+    arguments |= _numbers(q, k, plan, tile) | {"scale": scale} | constants_of(features, tile, plan.k_blocks.size)
+    if tile.tma:
+        _lend_memory()
+    grid = (plan.q_blocks.count * arguments["q_tiles"], q.shape[1], q.shape[0])
+    attention[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages)
+    return out, lse
+
+
+def _features(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, kv_len: Tensor | None) -> Features:
+    return Features(
+        head_dim=q.shape[-1],
+        dtype=v.dtype,
+        uniform=plan.k_blocks.is_uniform,
+        has_length=kv_len is not None,
+        stride=() if plan.predicate is None else plan.predicate.stride,
+        aligned=all(_is_aligned(x) for x in (k, v)),
+    )
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether rows of x `[B, H, N, D]` begin at multiples of 16 bytes, as tensor descriptors need."""
+    size = x.element_size()
+    return x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in (*x.stride()[:3], x.shape[-1]))
+
+
+def _tensors(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: BlockPlan, kv_len: Tensor | None
+) -> dict[str, Any]:
+    """Every pointer of the kernel; None where the features leave it unread."""
+    q_starts, q_lengths = plan.q_blocks.on(q.device)
+    k_starts, k_lengths = plan.k_blocks.on(q.device)
+    box = plan.predicate
+    names = ("q_step", "k_step", "chosen", "log_tokens", "mean_k", "mean_v", "variance", "moments")
+    return dict.fromkeys(names) | {
+        "q": q,
+        "k": k,
+        "v": v,
+        "out": out,
+        "lse": lse,
+        "indices": plan.indices if plan.indices.stride(-1) == 1 else plan.indices.contiguous(),
+        "counts": plan.counts.contiguous(),
+        "full_counts": None if plan.full_counts is None else plan.full_counts.contiguous(),
+        "q_starts": q_starts,
+        "q_lengths": q_lengths,
+        "k_starts": k_starts,
+        "k_lengths": k_lengths,
+        "kv_len": kv_len,
+        "lower": None if box is None else box.lower.contiguous(),
+        "upper": None if box is None else box.upper.contiguous(),
+        "coordinates": None if box is None else box.coordinates.contiguous(),
+    }
+
+
+def _strides(q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: BlockPlan) -> dict[str, int]:
+    """Strides of `[B, H, N, D]` tensors; 0 along the axes that a plan shares."""
+    strides: dict[str, int] = {}
+    for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
+        strides |= {f"{name}_{axis}": step for axis, step in zip("bhn", x.stride(), strict=False)}
+    batch, heads, rows, wide = plan.indices.shape
+    steps = {
+        "index_b": heads * rows * wide,
+        "index_h": rows * wide,
+        "count_b": heads * rows,
+        "count_h": rows,
+        "chosen_b": heads * rows * plan.k_blocks.count,
+        "chosen_h": rows * plan.k_blocks.count,
+    }
+    shared = {"b": batch == 1, "h": heads == 1}
+    strides |= {name: 0 if shared[name[-1]] else step for name, step in steps.items()}
+    return strides | {"index_n": wide}
+
+
+def _numbers(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile) -> dict[str, int]:
+    """Lengths and counts; the kernel is specialised on none of them."""
+    return {
+        "q_tiles": -(-plan.q_blocks.size // tile.block_m),
+        "k_tiles": -(-plan.k_blocks.size // tile.block_n),
+        "k_size": plan.k_blocks.size,
+        "queries": q.shape[2],
+        "keys": k.shape[2],
+        "blocks": plan.k_blocks.count,
+        "group": 1,
+        "padded_keys": 0,
+    }
+
+
+def _lend_memory() -> None:
+    """Give Triton an allocator for the tensor descriptors that the kernel makes on the device."""
+    import triton
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device="cuda")
+
+    triton.set_allocator(allocate)
+
+
+def _architecture(device: torch.device) -> int:
+    arch = architecture(torch.cuda.get_device_capability(device)) if device.type == "cuda" else _INTERPRETED_AS
+    assert arch is not None, "why_not admits no older device"
+    return arch
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_not(request: Request) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if request.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {request.dtype} is not one of float16, bfloat16, float32"
+    if request.head_dim > MAX_HEAD_DIM:
+        return f"head_dim {request.head_dim} is above {MAX_HEAD_DIM}"
+    if request.remainder is not None:
+        return "it does not compute remainders yet"
+    if request.precision is not None and request.precision.qk != "input":
+        return "it does not quantise yet"
+    return _why_not_here(request)
+
+
+def _why_not_here(request: Request) -> str | None:
+    """The reason that lies in the device, if any."""
+    if is_interpreted():
+        if request.device.type != "cpu":
+            return f"TRITON_INTERPRET=1 computes on the CPU, the tensors are on {request.device.type}"
+        # Its dot product multiplies the bit patterns.
+        return "the interpreter computes bfloat16 wrongly" if request.dtype == torch.bfloat16 else None
+    if request.device.type != "cuda":
+        return f"it needs a CUDA device, the tensors are on {request.device.type}"
+    if torch.version.cuda is None:
+        return "this build of torch is not for CUDA"
+    capability = torch.cuda.get_device_capability(request.device)
+    if architecture(capability) is None:
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+BACKEND = Backend("triton", run, _why_not, priority=10, break_even=0.65)

@@ -1,0 +1,162 @@
+"""The checked-in tiles of the Triton kernels, and which serves a call: by structure, never by length or density.
+
+At most four tiles per (architecture, head size), each compiled ahead of time without spills by `dit_accel.kernels.aot`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One shape of the kernel.
+
+    Args:
+        block_m: queries per program.
+        block_n: keys per step.
+        warps: warps per program, before specialisation.
+        stages: depth of the load pipeline.
+        tma: keys and values come through tensor descriptors (sm_90 and later).
+        specialize: one producer warp group loads while the others compute (sm_90 and later).
+        fp32: for float32, which no other tile serves.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    tma: bool = False
+    specialize: bool = False
+    fp32: bool = False
+
+    def __str__(self) -> str:
+        extras = (" TMA" if self.tma else "") + (" WS" if self.specialize else "") + (" fp32" if self.fp32 else "")
+        return f"{self.block_m}x{self.block_n} w{self.warps} s{self.stages}{extras}"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a call needs from the kernel; each set of features is one compilation.
+
+    Args:
+        head_dim: D.
+        dtype: of q, k, v.
+        uniform: all key blocks have one length but the last.
+        has_length: valid keys are given per batch item.
+        stride: step of the box predicate per axis; empty without partial blocks.
+        int8: queries and keys are quantised.
+        rest: 0: the rest is dropped; 1: summary tiles; 2: summary tiles with second-order mass.
+        first_order: 0: none; 1: one product at the end, for the whole head; 2: one per group of blocks.
+        aligned: rows of k and v begin at multiples of 16 bytes.
+    """
+
+    head_dim: int
+    dtype: torch.dtype
+    uniform: bool = True
+    has_length: bool = False
+    stride: tuple[int, ...] = ()
+    int8: bool = False
+    rest: int = 0
+    first_order: int = 0
+    aligned: bool = True
+
+    @property
+    def padded_dim(self) -> int:
+        """Head size as the kernel sees it: a power of two, at least 16."""
+        return max(16, next_power_of_two(self.head_dim))
+
+    @property
+    def takes_descriptors(self) -> bool:
+        """Whether tiles of keys and values may be loaded through tensor descriptors."""
+        simple = self.rest < 2 and self.first_order < 2 and not self.stride
+        return self.uniform and self.aligned and simple
+
+
+_SM80 = {
+    64: (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1, fp32=True)),
+    128: (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 32, 8, 1, fp32=True)),
+    256: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1, fp32=True)),
+}
+_HOPPER = {
+    64: (
+        Tile(128, 64, 4, 2, tma=True, specialize=True),
+        Tile(128, 64, 8, 2),
+        Tile(64, 64, 4, 2),
+        Tile(64, 32, 4, 1, fp32=True),
+    ),
+    128: (
+        Tile(128, 64, 4, 2, tma=True, specialize=True),
+        Tile(128, 64, 8, 2),
+        Tile(64, 64, 4, 2),
+        Tile(64, 32, 8, 1, fp32=True),
+    ),
+    256: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1, fp32=True)),
+}
+TILES: dict[int, dict[int, tuple[Tile, ...]]] = {80: _SM80, 89: _SM80, 90: _HOPPER, 100: _HOPPER, 120: _SM80}
+"""Tiles by architecture and padded head size (64 stands for every smaller one), in order of preference."""
+
+SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+"""Largest shared memory of one program, in bytes."""
+
+MAX_HEAD_DIM = 256
+
+
+def architecture(capability: tuple[int, int]) -> int | None:
+    """The entry of `TILES` for a compute capability; None for one older than 8.0."""
+    number = 10 * capability[0] + capability[1]
+    known = [arch for arch in TILES if arch <= number]
+    return max(known, default=None)
+
+
+def choose_tile(arch: int, features: Features, q_size: int, k_size: int) -> Tile:
+    """The first tile of the table that can serve the features, cut down to small blocks of the plan.
+
+    Args:
+        arch: a key of `TILES`.
+        features: what the call needs.
+        q_size, k_size: block sizes of the plan.
+    """
+    rows = [tile for tile in TILES[arch][max(64, features.padded_dim)] if serves(tile, features, k_size)]
+    tile = next((tile for tile in rows if tile.block_m <= q_size), rows[-1])
+    block_m = min(tile.block_m, max(16, next_power_of_two(q_size)))
+    block_n = min(tile.block_n, max(16, next_power_of_two(k_size)))
+    return replace(tile, block_m=block_m, block_n=block_n)
+
+
+def serves(tile: Tile, features: Features, k_size: int) -> bool:
+    """Whether a tile of the table may serve these features."""
+    if tile.fp32 != (features.dtype == torch.float32):
+        return False
+    return not tile.tma or (features.takes_descriptors and k_size % tile.block_n == 0)
+
+
+def next_power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+def constants_of(features: Features, tile: Tile, k_size: int) -> dict[str, Any]:
+    """The compile-time arguments of the attention kernel; of `k_size` it only matters whether it exceeds a tile."""
+    allow_tf32 = features.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return {
+        "HEAD_DIM": features.head_dim,
+        "PADDED_DIM": features.padded_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "UNIFORM": features.uniform,
+        "ONE_TILE": k_size <= tile.block_n,
+        "NESTED": not features.uniform and k_size > tile.block_n,
+        "HAS_LENGTH": features.has_length,
+        "AXES": len(features.stride),
+        "STRIDE": features.stride,
+        "INT8": features.int8,
+        "REST": features.rest,
+        "FIRST_ORDER": features.first_order,
+        "TMA": tile.tma,
+        "SPECIALIZE": tile.specialize,
+        "DOT": "tf32" if allow_tf32 else "ieee",
+    }
