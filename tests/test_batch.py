@@ -1,0 +1,107 @@
+"""Batches: bad lines do not stop the rest, a kill loses nothing and repeats nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dit_accel.batch import MANIFEST, BadLine, Item, Manifest, read_prompts, run_batch
+from dit_accel.errors import ConfigError
+
+OVERRIDES = ("height", "density")
+
+
+def write(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_lines_become_items_and_bad_lines_say_why(tmp_path):
+    file = write(
+        tmp_path / "prompts.jsonl",
+        {"prompt": "a ball", "seed": 4, "height": 96},
+        "",
+        "{not json",
+        ["a list"],
+        {"prompt": "x", "sed": 1},
+        {"prompt": "x", "seed": True},
+        {"prompt": "  "},
+        {"prompt": "x", "preset": 3},
+    )
+    items = read_prompts(file, OVERRIDES)
+    assert items[0] == Item(1, "a ball", 4, overrides={"height": 96})
+    assert all(isinstance(item, BadLine) for item in items[1:])
+    assert [item.number for item in items] == [1, 3, 4, 5, 6, 7, 8]
+    reasons = [item.reason for item in items[1:]]
+    assert "not JSON" in reasons[0]
+    assert "did you mean 'seed'" in reasons[2]
+    assert "got True" in reasons[3]
+
+
+def test_a_file_that_cannot_be_read_or_is_empty(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_prompts(tmp_path / "missing", OVERRIDES)
+    with pytest.raises(ConfigError, match="holds no line"):
+        read_prompts(write(tmp_path / "empty", "", ""), OVERRIDES)
+
+
+def test_a_failing_item_does_not_stop_the_rest_and_resume_runs_only_what_is_missing(tmp_path):
+    items = [Item(1, "a"), BadLine(2, "not JSON"), Item(3, "b", seed=7), Item(4, "c")]
+    made, told = [], []
+
+    def make(item, path):
+        made.append(item.number)
+        if item.number == 3 and len(made) < 4:
+            raise RuntimeError("out of\nmemory")
+        path.write_text("film")
+
+    folder = tmp_path / "out"
+    assert run_batch(items, Manifest(folder, resume=False), make, told.append) == (2, 4)
+    assert told == ["line 1: 00001-seed0.mp4", "line 2: not JSON", "line 3: out of memory", "line 4: 00004-seed0.mp4"]
+    assert [entry["status"] for entry in read(folder / MANIFEST)] == ["done", "failed", "done"]
+    with pytest.raises(ConfigError, match="--resume"):
+        Manifest(folder, resume=False)
+    (folder / "00004-seed0.mp4").unlink()
+    assert run_batch(items, Manifest(folder, resume=True), make, told.append) == (3, 4)
+    assert made == [1, 3, 4, 3, 4]
+
+
+def test_a_killed_run_continues_after_its_last_whole_line(tmp_path):
+    items = [Item(n, "a") for n in (1, 2, 3)]
+    made = []
+
+    def make(item, path):
+        made.append(item.number)
+        path.write_text("film")
+        if len(made) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_batch(items, Manifest(tmp_path, resume=True), make, print)
+    with (tmp_path / MANIFEST).open("a") as file:
+        file.write('{"key": "2:cut sho')
+    assert run_batch(items, Manifest(tmp_path, resume=True), make, print) == (3, 3)
+    assert made == [1, 2, 2, 3]
+    assert run_batch(items, Manifest(tmp_path, resume=True), make, print) == (3, 3)
+    assert made == [1, 2, 2, 3]
+
+
+def test_a_changed_line_runs_again(tmp_path):
+    made = []
+
+    def make(item, path):
+        made.append(item.prompt)
+        path.write_text("film")
+
+    run_batch([Item(1, "a")], Manifest(tmp_path, resume=True), make, print)
+    run_batch([Item(1, "b")], Manifest(tmp_path, resume=True), make, print)
+    assert made == ["a", "b"]
+
+
+def test_a_prompt_never_becomes_a_file_name():
+    assert Item(3, "../../etc/passwd", 5).file_name(".mp4") == "00003-seed5.mp4"
