@@ -298,6 +298,34 @@ class BlockPlan:
             predicate=None if self.predicate is None else self.predicate.to(device),
         )
 
+    def recall(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        rows: int = 256,
+        kv_len: Tensor | None = None,
+        scale: float | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Share of the true attention mass that the plan covers, per head: exact on sampled query rows.
+
+        A test of a selection, not a verdict on it: it says little about how a video looks.
+
+        Args:
+            q, k: `[B, H, N, D]`, standing in the order the plan was made for.
+            rows: how many query tokens are looked at, spread over the sequence. Default 256; at most all.
+            kv_len: int `[B]`, how many leading keys are real. Default: all. Padded queries are left out too.
+            scale: factor on the logits. Default 1 / sqrt(D).
+            seed: which rows are drawn.
+
+        Returns:
+            fp64 `[B, H]` in [0, 1].
+        """
+        from dit_accel.recall import plan_recall
+
+        return plan_recall(self, q, k, rows=rows, kv_len=kv_len, scale=scale, seed=seed)
+
     def save(self, path: str | Path) -> None:
         """Write the plan as safetensors."""
         from dit_accel.plan_io import save_plan

@@ -1,0 +1,84 @@
+"""SpargeAttn: blocks ranked by their means, blocks whose tokens disagree never left out."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from dit_accel.kernels.spec import Precision
+from dit_accel.methods.base import BlockSize, Density
+from dit_accel.methods.dynamic import DynamicMethod, Share
+from dit_accel.methods.registry import register
+from dit_accel.plan import Blocking
+from dit_accel.selection import Budget, Rounding, TopP, pooled_scores, self_similarity, smooth_keys
+from dit_accel.state import CallContext
+
+Cosine = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+
+
+@register("sparge")
+class Sparge(DynamicMethod):
+    """Mean-pooled top-k or top-p, with a gate: a block whose tokens are not alike is not judged by its mean but kept.
+
+    Keys are smoothed first, which changes no attention weight but makes the gate see what differs between tokens.
+    Kept-by-the-gate blocks come on top of the budget, as published. The skip of products inside the kernel is not part
+    of the selection.
+
+    Args:
+        density: share of key blocks by rank, rounded down; None for the rule of `mass`.
+        mass: share of the mass that the kept blocks stay within (the crossing block is left out), with density None.
+        similarity: the gate: query and key blocks whose mean pairwise cosine is not above this are attended whole.
+            Any value below 0 turns it off, as the similarity is never negative; the released default, -0.1, does so.
+        smooth: subtract the mean key of each head before keys are pooled and compared.
+        precision: "input", or "int8": queries and keys of the exact part are quantised to 8 bits, as published.
+        block, key_block: 128 and 64 tokens, as released for most GPUs.
+    """
+
+    source: ClassVar[str] = "arXiv 2502.18137"
+
+    density: Density | None = 0.5
+    mass: Share = 0.97
+    similarity: Cosine = 0.2
+    smooth: bool = True
+    precision_: Literal["input", "int8"] = Field(default="input", alias="precision")
+    block: BlockSize = 128
+    key_block: BlockSize | None = 64
+
+    def scores(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor:
+        """Pooled log-mass of smoothed keys. q, k `[B, H, N, D]`."""
+        return pooled_scores(q, self._keys(k, call), q_blocks, call.layout, k_blocks)
+
+    def _keys(self, k: Tensor, call: CallContext) -> Tensor:
+        return smooth_keys(k, call.layout.valid) if self.smooth else k
+
+    def forced(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor | None:
+        """What the base forces, and the rows and columns of blocks whose tokens disagree."""
+        always = super().forced(q, k, call, q_blocks, k_blocks)
+        if self.similarity < 0:
+            return always
+        valid = call.layout.valid
+        rows = self_similarity(q, q_blocks, valid) <= self.similarity
+        columns = self_similarity(self._keys(k, call), k_blocks, valid) <= self.similarity
+        mixed = rows.unsqueeze(-1) | columns.unsqueeze(-2)
+        return mixed if always is None else mixed | always
+
+    def budget(self, call: CallContext) -> Budget:
+        """Top-p without the crossing block."""
+        return TopP(mass=self.mass, crossing="drop")
+
+    @property
+    def rounding(self) -> Rounding:
+        """Down."""
+        return "floor"
+
+    @property
+    def counts_forced(self) -> bool:
+        """Blocks kept by the gate are beside the budget."""
+        return False
+
+    @property
+    def precision(self) -> Precision | None:
+        """As chosen."""
+        return None if self.precision_ == "input" else Precision(self.precision_)

@@ -1,0 +1,56 @@
+"""XAttention: blocks ranked by antidiagonals of QKᵀ, kept until their mass reaches a threshold."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import BeforeValidator
+from torch import Tensor
+
+from dit_accel.errors import ConfigError
+from dit_accel.methods.base import BlockSize
+from dit_accel.methods.dynamic import DynamicMethod, Share, Size
+from dit_accel.methods.registry import register
+from dit_accel.plan import Blocking
+from dit_accel.selection import Budget, TopP
+from dit_accel.selection.scores import antidiagonal_scores
+from dit_accel.state import CallContext
+
+Thresholds = Annotated[
+    Share | tuple[Share, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+]
+
+
+@register("xattention")
+class XAttention(DynamicMethod):
+    """The fewest key blocks whose antidiagonal mass reaches a share of the row's.
+
+    Where the released code differs by accident it is not followed: padded keys get no mass, key block 0 is kept only
+    when it is chosen, and text rows and columns are always whole.
+
+    Args:
+        threshold: share of the mass to keep, the crossing block included; a list gives one value per head.
+        stride: tokens per group of the antidiagonal; scoring costs 1 / (2 stride) of dense attention.
+        block: query and key block in tokens.
+    """
+
+    source: ClassVar[str] = "arXiv 2503.16428"
+
+    threshold: Thresholds = 0.9
+    stride: Size = 8
+    block: BlockSize = 128
+
+    def scores(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor:
+        """Log-mass by antidiagonals. q, k `[B, H, N, D]`."""
+        if isinstance(self.threshold, tuple) and len(self.threshold) != q.shape[1]:
+            raise ConfigError(
+                "method.xattention.threshold", f"expected {q.shape[1]} values, one per head, got {len(self.threshold)}"
+            )
+        return antidiagonal_scores(q, k, q_blocks, k_blocks, call.layout, self.stride)
+
+    def budget(self, call: CallContext) -> Budget:
+        """Top-p with the crossing block kept."""
+        if isinstance(self.threshold, tuple):
+            return TopP(mass=torch.tensor(self.threshold, dtype=torch.float64))
+        return TopP(mass=self.threshold)
