@@ -1,0 +1,250 @@
+"""Attention of a causal Wan pass: processors for Diffusers' own attention modules, over cached and new keys.
+
+Axis legend: B batch, F frames of the pass, S tokens per frame, N = F * S queries, M keys, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+from dit_accel.errors import UnsupportedError
+from dit_accel.pipelines.streaming.cache import FrameCache
+from dit_accel.pipelines.streaming.positions import PositionRule, Rotary
+
+if TYPE_CHECKING:
+    from dit_accel.pipelines.streaming.runtime import CausalWan
+
+CLEAN = -1
+"""The step of a pass over finished frames, which writes the keys and values that later chunks read."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What an attention policy may know about one call.
+
+    Args:
+        layer: index of the self-attention layer.
+        step: place in the noise ladder; `CLEAN` for the pass that writes the cache.
+        own: frames of the queries.
+        frames: frames of the keys, in the order in which their keys stand.
+        positions: temporal position of each of `frames`.
+        grid: (height, width) of a frame in tokens.
+        rotary: rotates keys in time.
+        backend: attention backend chosen by `set_attention_backend`. None: PyTorch's.
+    """
+
+    layer: int
+    step: int
+    own: range
+    frames: tuple[int, ...]
+    positions: tuple[float, ...]
+    grid: tuple[int, int]
+    rotary: Rotary
+    backend: Any = None
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens per frame."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def own_slice(self) -> slice | None:
+        """The keys of the queries' own frames, as a slice of the key axis; None when they do not stand together."""
+        first = self.frames.index(self.own.start)
+        if self.frames[first : first + len(self.own)] != tuple(self.own):
+            return None
+        return slice(first * self.frame_tokens, (first + len(self.own)) * self.frame_tokens)
+
+
+class DenseContext:
+    """Dense attention over everything that is visible, and the base of the other policies.
+
+    One instance serves one stream and one guidance branch, and holds what the policy keeps between calls.
+    """
+
+    def attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q `[B, N, H, D]` over k, v `[B, M, H, D]`, all rotated. Returns `[B, N, H, D]`."""
+        out: Tensor = dispatch_attention_fn(q, k, v, backend=call.backend)
+        return out
+
+    def evict(self, layer: int, frame: int, k: Tensor, v: Tensor) -> None:
+        """A frame leaves the cache; k, v `[B, S, H, D]` as stored, gone after this call."""
+
+    def begin_chunk(self, frames: range) -> None:
+        """A new chunk begins, or the same one once more."""
+
+    def reset(self) -> None:
+        """Drop everything: the prompt or the scene has changed."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held between calls."""
+        return 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must be kept to go on at the next chunk."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over `state_dict()`."""
+
+
+@dataclass
+class Branch:
+    """One guidance branch of one stream: its cache, its text and its policy.
+
+    Args:
+        cache: keys and values of finished frames.
+        rule: temporal positions.
+        rotary: rotates queries and keys.
+        text: prompt embeddings `[B, L, C]`.
+        policy: how attention runs over the visible keys.
+        text_kv: keys and values of the text per cross-attention layer `[B, L, H, D]`, made at the first pass.
+    """
+
+    cache: FrameCache
+    rule: PositionRule
+    rotary: Rotary
+    text: Tensor
+    policy: DenseContext
+    text_kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def set_text(self, text: Tensor) -> None:
+        """Change the prompt; the cached keys and values of the old one are dropped."""
+        self.text = text
+        self.text_kv.clear()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the self-attention cache, the text's keys and values, and what the policy holds."""
+        text = sum(x.numel() * x.element_size() for pair in self.text_kv.values() for x in pair)
+        return self.cache.bytes + text + self.policy.bytes
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass as its attention layers see it.
+
+    Args:
+        branch: the stream's branch.
+        frames: frames of the pass.
+        past: cached frames it attends, ascending.
+        step: place in the noise ladder, or `CLEAN`.
+        write: whether keys and values go to the cache; else they live for this call alone.
+        grid: (height, width) of a frame in tokens.
+    """
+
+    branch: Branch
+    frames: range
+    past: tuple[int, ...]
+    step: int
+    write: bool
+    grid: tuple[int, int]
+
+    def positions(self) -> dict[int, float]:
+        """Temporal position of every attended frame."""
+        frames = [*self.past, *self.frames]
+        cache = self.branch.cache
+        return dict(zip(frames, self.branch.rule.of(frames, cache.origin), strict=True))
+
+
+def attend_pass(now: Pass, layer: int, q: Tensor, k: Tensor, v: Tensor, backend: Any) -> Tensor:
+    """Self-attention of one layer: rotate, write to or join the cache, and let the policy attend.
+
+    Args:
+        now: the pass.
+        layer: index of the layer.
+        q, k, v: projections of the pass's own tokens `[B, N, H, D]`, normalised and not rotated.
+        backend: attention backend, None for PyTorch's.
+    """
+    branch, at = now.branch, now.positions()
+    own = [at[frame] for frame in now.frames]
+    q = branch.rotary.time(branch.rotary.space(q, now.grid), own)
+    k = branch.rotary.space(k, now.grid)
+    if branch.rule.is_fixed:
+        k = branch.rotary.time(k, own)
+    frames = [*now.past, *now.frames]
+    if now.write:
+        branch.cache.write(layer, now.frames, k, v)
+        frames = branch.cache.in_slot_order(frames)
+        keys, values = branch.cache.read(layer, frames)
+    elif now.past:
+        past = branch.cache.read(layer, list(now.past))
+        keys, values = (torch.cat([old, new], dim=1) for old, new in zip(past, (k, v), strict=True))
+    else:
+        keys, values = k, v
+    positions = tuple(at[frame] for frame in frames)
+    if not branch.rule.is_fixed:
+        keys = branch.rotary.time(keys, positions)
+    call = AttentionCall(layer, now.step, now.frames, tuple(frames), positions, now.grid, branch.rotary, backend)
+    return branch.policy.attend(call, q, keys, values)
+
+
+class _Processor:
+    """Base of both processors: outside a stream's pass the replaced processor runs, so the model stays what it was."""
+
+    # Diffusers finds processors by these attributes in `set_attention_backend` and `enable_parallelism`.
+    _attention_backend: ClassVar[Any] = None
+    _parallel_config: ClassVar[Any] = None
+
+    def __init__(self, runtime: CausalWan, layer: int, stock: Any) -> None:
+        self.runtime, self.layer, self.stock = runtime, layer, stock
+
+    def _refuse_parallel(self) -> None:
+        if self._parallel_config is not None:
+            raise UnsupportedError(
+                "streaming under Diffusers' context parallelism: every rank holds only a part of a chunk; run one "
+                "stream per device instead"
+            )
+
+
+class CausalSelfAttention(_Processor):
+    """Self-attention of a Wan block over the cache of the stream whose pass is running."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Attend `hidden_states` `[B, N, C]`; the other arguments are those of the stock processor."""
+        now = self.runtime.now
+        if now is None:
+            return self.stock(attn, hidden_states, *args, **kwargs)
+        self._refuse_parallel()
+        if getattr(attn, "fused_projections", False):
+            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        out = attend_pass(now, self.layer, q, k, v, self._attention_backend)
+        out = attn.to_out[0](out.flatten(2, 3).type_as(q))
+        return attn.to_out[1](out)
+
+
+class CachedCrossAttention(_Processor):
+    """Cross-attention of a Wan block whose text keys and values are made once per prompt."""
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Attend `hidden_states` `[B, N, C]` to the text `[B, L, C]`; the others are those of the stock processor."""
+        now = self.runtime.now
+        if now is None:
+            return self.stock(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+        kept = now.branch.text_kv
+        if self.layer not in kept:
+            kept[self.layer] = self._text(attn, encoder_hidden_states)
+        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        out = dispatch_attention_fn(q, *kept[self.layer], backend=self._attention_backend)
+        out = attn.to_out[0](out.flatten(2, 3).type_as(q))
+        return attn.to_out[1](out)
+
+    @staticmethod
+    def _text(attn: Any, text: Tensor) -> tuple[Tensor, Tensor]:
+        if getattr(attn, "fused_projections", False):
+            k, v = attn.to_kv(text).chunk(2, dim=-1)
+        else:
+            k, v = attn.to_k(text), attn.to_v(text)
+        return attn.norm_k(k).unflatten(2, (attn.heads, -1)), v.unflatten(2, (attn.heads, -1))
