@@ -77,7 +77,10 @@ class Acceleration:
         if not self._installed:
             return self._last
         calls = [call for part in self._installed.values() for call in part.engine.calls]
-        return Report(calls, self.settings)
+        pictures = [
+            shot for part in self._installed.values() for shots in part.engine.pictures.values() for shot in shots
+        ]
+        return Report(calls, self.settings, pictures)
 
     def reset(self) -> None:
         """Forget all state kept between calls; the next forward pass behaves like the first of a new process."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.guard import Guard
 from dit_accel.kernels import block_attention
 from dit_accel.kernels.attention import request_of
 from dit_accel.kernels.registry import Backend, choose_backend
@@ -18,6 +19,7 @@ from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method
 from dit_accel.order import TokenOrder
 from dit_accel.plan import BlockPlan
+from dit_accel.plan_picture import PlanPicture, picture
 from dit_accel.report import CallRecord
 from dit_accel.schedule import Schedule
 from dit_accel.state import CallContext, RunState
@@ -42,6 +44,9 @@ class _Part:
     planned: _Planned
     qkv: tuple[Tensor, Tensor, Tensor]
     backend: Backend
+
+
+_Groups = Sequence[tuple[Method, Tensor | None]]
 
 
 class Engine:
@@ -71,6 +76,8 @@ class Engine:
         self.method, self.schedule, self.component, self.backend = method, schedule, component, backend
         self.break_even, self.seed = break_even, seed
         self.calls: list[CallRecord] = []
+        self.pictures: dict[int, list[PlanPicture]] = {}
+        self.guard = None if schedule.max_error is None else Guard(schedule.max_error, seed)
         self.state: RunState | None = None
         self._layer_of = {id(module): index for index, module in enumerate(layers)}
         self._methods = [self._method_for(index) for index in range(len(layers))]
@@ -82,12 +89,14 @@ class Engine:
         """Take note of the forward pass that starts; forget everything when it starts a new generation."""
         if self.state is None or state.generation != self.state.generation:
             self.reset()
-            self.calls = []
+            self.calls, self.pictures = [], {}
         self.state = state
 
     def reset(self) -> None:
-        """Forget what was kept between calls (plans that depend on q and k, centroids, statistics)."""
+        """Forget what was kept between calls (plans that depend on q and k, centroids, statistics, errors)."""
         self._memory.clear()
+        if self.guard is not None:
+            self.guard.reset()
 
     @torch.compiler.disable
     def attend(
@@ -129,7 +138,12 @@ class Engine:
         self, method: Method, layer: int, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, record: CallRecord
     ) -> Tensor | None:
         """The method's way, q, k, v `[B, H, N, D]`; None, with the reason recorded, when dense is faster."""
-        parts = self._parts(method, layer, layout, q, k, v, record)
+        groups = self._groups(method, layer, q.shape[1], q.device)
+        if self.guard is not None:
+            groups = self._guarded(self.guard, groups, layout, record)
+            if record.reason is not None:
+                return None
+        parts = [self._part(*group, layer, layout, q, k, v, record) for group in groups]
         shares = [1.0 if part.heads is None else len(part.heads) / q.shape[1] for part in parts]
         density = sum((s * part.planned.density for s, part in zip(shares, parts, strict=True)), start=0.0)
         names = ", ".join(dict.fromkeys(part.backend.name for part in parts))
@@ -137,26 +151,46 @@ class Engine:
         limit = limit if self.break_even is None else self.break_even
         if isinstance(density, float) and density > limit:
             record.reason = f"density {density:.3f} is above the break-even {limit:.2f} of backend {names!r}"
+            if self.guard is not None:
+                self.guard.ran_dense((layer, record.branch), tuple(method for method, _ in groups), record.step)
             return None
         record.density, record.backend = density, names or "none"
+        if layer not in self.pictures:
+            self.pictures[layer] = [picture(part.planned.plan, record, part.method.name) for part in parts]
         with record.timed("attend", q.device):
-            return _join(parts, layout, q)
+            out = _join(parts, layout, q)
+        if self.guard is not None:
+            with record.timed("guard", q.device):
+                record.error = self.guard.check((layer, record.branch), record.step, q, k, v, out, layout, density)
+        return out
 
-    def _parts(
-        self, method: Method, layer: int, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, record: CallRecord
-    ) -> list[_Part]:
-        """Order and plan of every group of heads; skipped heads have none."""
-        parts = []
-        for member, heads in self._groups(method, layer, q.shape[1], q.device):
-            q_part, k_part, v_part = (x if heads is None else x.index_select(1, heads) for x in (q, k, v))
-            planned, qkv = self._planned(member, layer, layout, q_part, k_part, v_part, record)
-            request = request_of(qkv[0], planned.plan, member.remainder, precision=member.precision)
-            parts.append(_Part(heads, member, planned, qkv, choose_backend(self.backend, request)))
-        return parts
+    @staticmethod
+    def _guarded(guard: Guard, groups: _Groups, layout: TokenLayout, record: CallRecord) -> _Groups:
+        """The groups at the density that the guard asks for; where none would do, the reason is recorded."""
+        key, methods = (record.layer, record.branch), tuple(method for method, _ in groups)
+        methods, record.level, record.reason = guard.choose(key, methods, record.step, layout.tokens)
+        if record.level and len(methods) == 1:
+            record.requested = methods[0].requested_density
+        return [(method, heads) for method, (_, heads) in zip(methods, groups, strict=True)]
 
-    def _groups(
-        self, method: Method, layer: int, heads: int, device: torch.device
-    ) -> Sequence[tuple[Method, Tensor | None]]:
+    def _part(
+        self,
+        method: Method,
+        heads: Tensor | None,
+        layer: int,
+        layout: TokenLayout,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        record: CallRecord,
+    ) -> _Part:
+        """Order, plan and backend of one group of heads; q, k, v `[B, H, N, D]` of all heads."""
+        q, k, v = (x if heads is None else x.index_select(1, heads) for x in (q, k, v))
+        planned, qkv = self._planned(method, layer, layout, q, k, v, record)
+        request = request_of(qkv[0], planned.plan, method.remainder, precision=method.precision)
+        return _Part(heads, method, planned, qkv, choose_backend(self.backend, request))
+
+    def _groups(self, method: Method, layer: int, heads: int, device: torch.device) -> _Groups:
         """The methods of a layer and the heads that run under each, int64 on `device`; None: all heads."""
         table = self.schedule.head_table
         if table is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -17,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PHASES = ("order", "select", "attend")
+from dit_accel.plan_picture import PlanPicture
+
+PHASES = ("order", "select", "attend", "guard")
+"""The timed parts of a call: put tokens in order, choose blocks, compute, and check a sample of rows."""
 
 
 @dataclass
@@ -34,6 +38,7 @@ class CallRecord:
         requested: the density asked for, where the method takes one.
         reason: why the call ran dense; None when the method ran.
         backend: backend of `block_attention`, or "dense".
+        level: how many times the guard had raised the density of this layer and branch.
     """
 
     component: str
@@ -45,7 +50,9 @@ class CallRecord:
     requested: float | None
     reason: str | None = None
     backend: str = "dense"
+    level: int = 0
     _density: float | Tensor = 1.0
+    _error: tuple[float, float] | Tensor | None = None
     _marks: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
@@ -59,8 +66,20 @@ class CallRecord:
     def density(self, value: float | Tensor) -> None:
         self._density = value
 
+    @property
+    def error(self) -> tuple[float, float] | None:
+        """Estimate and upper bound of the call's relative error; None where it was not measured. May synchronise."""
+        if isinstance(self._error, Tensor):
+            estimate, bound = self._error.tolist()
+            self._error = (estimate, bound)
+        return self._error
+
+    @error.setter
+    def error(self, value: tuple[float, float] | Tensor | None) -> None:
+        self._error = value
+
     def milliseconds(self, phase: str) -> float:
-        """Time of "order", "select" or "attend" in ms; 0 where the phase did not run."""
+        """Time of one of `PHASES` in ms; 0 where the phase did not run."""
         marks = self._marks.get(phase, [])
         for index, mark in enumerate(marks):
             if isinstance(mark, tuple):
@@ -85,7 +104,8 @@ class CallRecord:
             marks.append((time.perf_counter() - begun) * 1e3)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values; the error stands only where it was measured."""
+        error = {} if self.error is None else {"error": _short(self.error[0]), "error_bound": _short(self.error[1])}
         return {
             "component": self.component,
             "layer": self.layer,
@@ -97,7 +117,9 @@ class CallRecord:
             "density": round(self.density, 6),
             "backend": self.backend,
             "reason": self.reason,
-            **{f"{phase}_ms": round(self.milliseconds(phase), 4) for phase in _PHASES},
+            "level": self.level,
+            **error,
+            **{f"{phase}_ms": round(self.milliseconds(phase), 4) for phase in PHASES},
         }
 
 
@@ -107,11 +129,15 @@ class Report:
     Args:
         calls: the records.
         settings: what was asked for: preset, method, parameters, schedule, backend.
+        pictures: what the plans look like, one per layer.
     """
 
-    def __init__(self, calls: Iterable[CallRecord], settings: dict[str, Any]) -> None:
+    def __init__(
+        self, calls: Iterable[CallRecord], settings: dict[str, Any], pictures: Iterable[PlanPicture] = ()
+    ) -> None:
         self.calls = list(calls)
         self.settings = settings
+        self.pictures = list(pictures)
 
     @property
     def density(self) -> float:
@@ -126,8 +152,14 @@ class Report:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds spent in order, select and attend, over all calls."""
-        return {phase: sum(c.milliseconds(phase) for c in self.calls) / 1e3 for phase in _PHASES}
+        """Seconds spent in each of `PHASES`, over all calls."""
+        return {phase: sum(c.milliseconds(phase) for c in self.calls) / 1e3 for phase in PHASES}
+
+    @property
+    def worst_error(self) -> tuple[float, float] | None:
+        """Largest estimate and largest bound over the calls where the error was measured; None without any."""
+        errors = [c.error for c in self.calls if c.error is not None]
+        return (max(e for e, _ in errors), max(b for _, b in errors)) if errors else None
 
     @property
     def dense_reasons(self) -> dict[str, int]:
@@ -141,7 +173,10 @@ class Report:
         if sparse:
             lines.append(f"density {self.sparse_density:.3f} in those calls, {self.density:.3f} over the whole run")
             lines.append(f"backend {', '.join(sorted({c.backend for c in sparse}))}")
-        lines.append("seconds: " + ", ".join(f"{name} {s:.2f}" for name, s in self.seconds.items()))
+        if self.worst_error is not None:
+            estimate, bound = self.worst_error
+            lines.append(f"relative error of a call: at most {estimate:.3f} estimated, bound {bound:.3f}")
+        lines.append("seconds: " + ", ".join(f"{name} {s:.2f}" for name, s in self.seconds.items() if s > 0))
         groups: Counter[str] = Counter(_reason_group(c.reason) for c in self.calls if c.reason is not None)
         lines += [f"dense x {n}: {reason}" for reason, n in groups.most_common()]
         return "\n".join(lines)
@@ -154,8 +189,10 @@ class Report:
             "density": self.density,
             "sparse_density": self.sparse_density,
             "seconds": self.seconds,
+            "peak_memory_mib": peak_memory(),
             "dense_reasons": self.dense_reasons,
             "calls": [c.to_dict() for c in self.calls],
+            "pictures": [p.to_dict() for p in self.pictures],
         }
 
     def to_json(self, path: str | Path) -> None:
@@ -166,7 +203,9 @@ class Report:
 
 
 def _reason_group(reason: str) -> str:
-    """Reasons that differ only in the layer or step they name count as one in the summary."""
+    """Reasons that differ only in the layer, step or figures they name count as one in the summary."""
+    if reason.startswith("guard: "):
+        return reason.split(";")[0]
     words = reason.split()
     return " ".join(["each", *words[2:]]) if words[0] in ("step", "layer", "noise") else reason
 
@@ -181,6 +220,26 @@ def environment() -> dict[str, str]:
             continue
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {"python": platform.python_version(), **versions, "device": device, "threads": str(torch.get_num_threads())}
+
+
+def peak_memory() -> dict[str, float]:
+    """Largest memory in MiB since the process began: of the process, and of PyTorch's allocator on each CUDA device."""
+    try:
+        import resource
+
+        # Linux counts in KiB, macOS in bytes.
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        peaks = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)}
+    except ImportError:  # there is no such module on Windows
+        peaks = {}
+    for index in range(torch.cuda.device_count()):
+        peaks[f"cuda:{index}"] = round(torch.cuda.max_memory_allocated(index) / 2**20, 1)
+    return peaks
+
+
+def _short(value: float) -> float:
+    """Six significant digits, so that small errors survive."""
+    return float(f"{value:.6g}")
 
 
 def _processor() -> str:

@@ -68,6 +68,9 @@ class Schedule(BaseModel):
         overrides: other method parameters for some layers; a layer may stand in one override only.
         head_table: which method, with which parameters, each head runs under: the path of a file written by
             `HeadTable.save`, or its contents. Default None: all heads of a layer run under the same method.
+        max_error: budget for the relative error of a call's output. A sample of under 1 % of the rows is computed
+            exactly in every sparse call; where the upper bound of the error is over the budget, the layer gets more
+            density, or runs dense, from the next step on (see `guard`). Default None: nothing is checked.
 
     Raises:
         ConfigError: through `make`, by dotted path, when a value is wrong or ranges overlap.
@@ -82,6 +85,7 @@ class Schedule(BaseModel):
     min_tokens: NonNegative = 0
     overrides: Annotated[tuple[Override, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = ()
     head_table: Annotated[HeadTable | None, BeforeValidator(lambda v: None if v is None else HeadTable.make(v))] = None
+    max_error: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _ranges_are_disjoint(self) -> Schedule:

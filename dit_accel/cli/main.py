@@ -1,4 +1,4 @@
-"""`dit-accel`: presets, methods and what this machine can run."""
+"""`dit-accel`: the commands around generation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import typer
 from rich.table import Table
 
 from dit_accel.cli.app import console, run_app, version_option
+from dit_accel.cli.bench import bench_app
 from dit_accel.cli.demo import demo
+from dit_accel.cli.doctor import doctor
+from dit_accel.cli.report import report
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 presets_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="List the presets, or show one.")
@@ -17,6 +20,9 @@ methods_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, he
 app.add_typer(presets_app, name="presets")
 app.add_typer(methods_app, name="methods")
 app.command()(demo)
+app.add_typer(bench_app, name="bench")
+app.command()(doctor)
+app.command()(report)
 
 
 @app.callback()
@@ -91,25 +97,6 @@ def show_method(name: str) -> None:
     console.print(f"\nSource: {cls.source}\n\nDefaults:", markup=False)
     for field, default in cls.parameters().items():
         console.print(f"  {field}: {default!r}", markup=False)
-
-
-@app.command()
-def doctor() -> None:
-    """Say what this machine can run: versions, devices, and each backend or why it cannot run."""
-    import torch
-
-    from dit_accel.kernels import backends
-    from dit_accel.report import environment
-
-    for name, value in environment().items():
-        console.print(f"{name}: {value}", markup=False)
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        console.print(f"cuda: compute capability {major}.{minor}, torch built for CUDA {torch.version.cuda}")
-    else:
-        console.print("cuda: no device; models run on the CPU in float32")
-    for name, reason in backends().items():
-        console.print(f"backend {name}: {'usable' if reason is None else 'not usable: ' + reason}", markup=False)
 
 
 def main() -> None:

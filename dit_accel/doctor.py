@@ -1,0 +1,161 @@
+"""What this machine can run: backends and their self-tests, the choice for each preset, versions, what to install."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata, util
+
+import torch
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from dit_accel.errors import UnsupportedError
+from dit_accel.kernels.registry import Request, backends, choose_backend
+from dit_accel.kernels.selftest import fault_of
+from dit_accel.methods.registry import get_method
+from dit_accel.presets import Preset, list_presets, load_preset
+
+_HEAD_DIMS = (64, 128)
+_BLOCK = 64
+
+_BREAKS = (
+    ("torch", "<2.6", "attention over masks of the CPU and FlexAttention differ; install torch>=2.6"),
+    (
+        "diffusers",
+        "<0.42",
+        "pipelines announce no step index, and attention processors differ; install diffusers>=0.42",
+    ),
+    ("triton", "<3.4", "is older than the kernels are written for; install triton>=3.4"),
+    ("transformers", "<4.52", "text encoders load under other names; install transformers>=4.52"),
+)
+_EXTRAS = (
+    ("triton", "gpu", "the Triton kernels (Linux, a GPU)"),
+    ("xformers", "gpu", "faster dense attention on older GPUs"),
+    ("skimage", "metrics", "PSNR and SSIM in `dit-accel compare`"),
+    ("matplotlib", "metrics", "the plot of `dit-accel compare`"),
+)
+
+
+@dataclass(frozen=True)
+class BackendFinding:
+    """One backend on this machine.
+
+    Args:
+        name: of the backend.
+        text: usable or not, and how its self-tests went.
+        faults: self-tests that failed.
+    """
+
+    name: str
+    text: str
+    faults: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which backend a preset would use here, and why."""
+
+    preset: str
+    method: str
+    backend: str
+    why: str
+
+
+def here() -> tuple[torch.device, tuple[torch.dtype, ...]]:
+    """The device models run on by default, and the dtypes they run in there; the first is the default."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), (torch.bfloat16, torch.float16)
+    return torch.device("cpu"), (torch.float32, torch.bfloat16)
+
+
+def backend_findings(test: bool = True) -> Iterator[BackendFinding]:
+    """Each backend, whether it is usable here, and with `test` the outcome of its self-tests."""
+    device, dtypes = here()
+    for name, reason in backends(Request(device, dtypes[0], _HEAD_DIMS[0])).items():
+        if reason is not None:
+            yield BackendFinding(name, f"not usable: {reason}")
+        elif not test:
+            yield BackendFinding(name, "usable")
+        else:
+            outcomes = list(_self_tests(name, device, dtypes))
+            faults = tuple(told for told in outcomes if told is not None)
+            yield BackendFinding(
+                name, f"usable; {len(outcomes) - len(faults)} self-tests passed, {len(faults)} failed", faults
+            )
+
+
+def _self_tests(name: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[str | None]:
+    """The fault of a backend, or None, for each dtype and head size that it can serve."""
+    for dtype in dtypes:
+        for dim in _HEAD_DIMS:
+            request = Request(device, dtype, dim)
+            if backends(request)[name] is not None:
+                continue
+            try:
+                fault = fault_of(choose_backend(name, request), request)
+            except UnsupportedError as error:
+                fault = str(error)
+            yield None if fault is None else f"with {str(dtype)[6:]} and head_dim {dim}: {fault}"
+
+
+def backend_choices(family: str | None = None) -> Iterator[Choice]:
+    """The backend that every shipped preset would use on this machine.
+
+    Args:
+        family: only presets of this family. Default: all.
+    """
+    for name in list_presets(family):
+        preset = load_preset(name)
+        if preset.method.name == "dense":
+            yield Choice(name, "dense", "Diffusers' own", "the method is dense")
+            continue
+        yield _choice(preset)
+
+
+def _choice(preset: Preset) -> Choice:
+    device, dtypes = here()
+    method = get_method(preset.method.name, **preset.method.parameters)
+    block = int(getattr(method, "block", _BLOCK))
+    request = Request(
+        device,
+        dtypes[0],
+        preset.model.head_dim,
+        remainder=method.remainder,
+        precision=method.precision,
+        q_size=block,
+        k_size=block,
+    )
+    try:
+        chosen = choose_backend("auto", request)
+    except UnsupportedError as error:
+        return Choice(preset.name, method.name, "none", str(error))
+    passed = "; ".join(f"not {name}: {reason}" for name, reason in backends(request).items() if reason is not None)
+    why = f"fastest of those usable with {device.type}, {str(dtypes[0])[6:]}, head_dim {request.head_dim}"
+    return Choice(preset.name, method.name, chosen.name, why + (f" ({passed})" if passed else ""))
+
+
+def known_to_break() -> Iterator[str]:
+    """Installed versions that are known to break something, with what to do."""
+    for package, bad, told in _BREAKS:
+        try:
+            version = Version(metadata.version(package))
+        except metadata.PackageNotFoundError:
+            continue
+        if SpecifierSet(bad, prereleases=True).contains(version):
+            yield f"{package} {version} {told}"
+    if torch.version.cuda is None and _has_nvidia_driver():
+        yield f"torch {torch.__version__} is built without CUDA, but there is an NVIDIA driver; install a CUDA build"
+
+
+def _has_nvidia_driver() -> bool:
+    from pathlib import Path
+
+    return Path("/proc/driver/nvidia/version").exists()
+
+
+def installs() -> Iterator[str]:
+    """What is not installed, what it would give, and the command that installs it."""
+    for module, extra, gives in _EXTRAS:
+        if util.find_spec(module) is None and (extra != "gpu" or torch.cuda.is_available()):
+            yield f"pip install 'dit_accel[{extra}]' gives {gives}"

@@ -1,0 +1,250 @@
+"""The guard: its estimate is calibrated, it densifies when it must, and it relaxes when it may."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import dit_accel
+from dit_accel.error_estimate import CONFIDENCE, estimate_error, rows_to_check, sample_rows
+from dit_accel.errors import ConfigError
+from dit_accel.guard import Guard, hash_seed
+from dit_accel.kernels import block_attention
+from dit_accel.layout import TokenLayout
+from dit_accel.methods.registry import get_method
+from dit_accel.samples.tiny_random import random_wan_pipeline
+
+LAYOUT = TokenLayout((5, 13, 15))  # 975 tokens: no multiple of any block
+
+
+def smooth(generator, heads, tokens, dim, sharpness):
+    """Rows that resemble their neighbours, as in a video; `sharpness` scales the logits."""
+    steps = torch.randn(2, heads, tokens, dim, generator=generator).cumsum(2)
+    return sharpness * F.normalize(steps - steps.mean(2, keepdim=True), dim=-1) * dim**0.5
+
+
+def heavy(generator, heads, tokens, dim, sharpness):
+    """A few rows many times larger than the others."""
+    size = torch.randn(2, heads, tokens, 1, generator=generator).abs() ** 3
+    return sharpness * size * torch.randn(2, heads, tokens, dim, generator=generator)
+
+
+def plain(generator, heads, tokens, dim, sharpness):
+    return sharpness * torch.randn(2, heads, tokens, dim, generator=generator)
+
+
+def true_error(out, exact):
+    return float((out - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("make", [plain, smooth, heavy])
+@pytest.mark.parametrize("sharpness", [0.5, 2.0])
+def test_the_true_error_is_within_the_bound_in_95_percent_of_calls(make, sharpness):
+    """The bound holds over many samples of rows, for inputs and methods of different kinds."""
+    generator = torch.Generator().manual_seed(int(10 * sharpness))
+    q, k, v = (make(generator, 3, LAYOUT.tokens, 8, sharpness) for _ in range(3))
+    exact = F.scaled_dot_product_attention(q, k, v)
+    held, tight = [], []
+    for method in (get_method("composed", density=0.2), get_method("radial", decay=0.3, block=32)):
+        order, plan = method.plan(LAYOUT, q, k)
+        ordered = (q, k, v) if order is None else order.apply(q, k, v)
+        out = block_attention(*ordered, plan, remainder=method.remainder)
+        out = out if order is None else order.restore(out)
+        truth = true_error(out, exact)
+        for seed in range(100):
+            drawn = sample_rows(out, (LAYOUT.tokens,) * 2, rows_to_check(LAYOUT.tokens), seed)
+            estimate, bound = estimate_error(q, k, v, out, *drawn, (LAYOUT.tokens,) * 2).tolist()
+            assert estimate <= bound
+            held.append(truth <= bound)
+            tight.append(bound / truth)
+    assert sum(held) / len(held) >= CONFIDENCE
+    assert sum(tight) / len(tight) < 3  # a bound that always says "anything" would hold too
+
+
+def test_the_estimate_is_right_on_average():
+    """Weights and probabilities belong together: the mean over many draws is the true squared error."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (heavy(generator, 2, 200, 8, 1.0) for _ in range(3))
+    exact = F.scaled_dot_product_attention(q, k, v)
+    out = exact + exact.norm(dim=-1, keepdim=True) * torch.randn(exact.shape, generator=generator) / 10
+    draws = (sample_rows(out, (200, 200), 20, seed) for seed in range(200))
+    squares = [float(estimate_error(q, k, v, out, *drawn, (200, 200))[0]) ** 2 for drawn in draws]
+    assert sum(squares) / len(squares) == pytest.approx(true_error(out, exact) ** 2, rel=0.02)
+
+
+def test_weights_sum_to_the_number_of_rows():
+    out = torch.randn(2, 3, 500, 8, generator=torch.Generator().manual_seed(0))
+    weights = [sample_rows(out, (500, 300), 20, seed)[1] for seed in range(100)]
+    mean = torch.stack(weights).mean(0).sum(-1)
+    assert mean[0].tolist() == pytest.approx([500] * 3, rel=0.05)
+    assert mean[1].tolist() == pytest.approx([300] * 3, rel=0.05)
+
+
+def test_padding_is_neither_sampled_nor_attended():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (plain(generator, 2, 500, 8, 1.0) for _ in range(3))
+    exact = F.scaled_dot_product_attention(q[:1, :, :400], k[:1, :, :400], v[:1, :, :400])
+    out = torch.cat([exact, torch.full((1, 2, 100, 8), torch.nan)], 2)
+    k[0, :, 400:], v[0, :, 400:] = torch.nan, torch.nan
+    rows, weight = sample_rows(out, (400,), 5, seed=0)
+    assert int(rows.max()) < 400
+    assert float(estimate_error(q[:1], k[:1], v[:1], out, rows, weight, (400,))[1]) < 1e-5
+
+
+def test_rows_are_seeded_and_under_one_percent():
+    out = torch.randn(1, 2, 999, 8, generator=torch.Generator().manual_seed(0))
+    for tokens in (400, 999, 4400, 75_600):
+        assert 0 < rows_to_check(tokens) <= tokens / 100
+    assert rows_to_check(399) == 0
+    drawn = sample_rows(out, (999,), 9, seed=5)[0]
+    assert drawn.equal(sample_rows(out, (999,), 9, seed=5)[0])
+    assert not drawn.equal(sample_rows(out, (999,), 9, seed=6)[0])
+    seeds = {hash_seed(0, (layer, branch), step) for layer in range(40) for branch in "ab" for step in range(50)}
+    assert len(seeds) == 4000
+
+
+def test_a_head_that_computed_nan_is_reported_as_such():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (plain(generator, 2, 500, 8, 1.0) for _ in range(3))
+    out = torch.full_like(q, torch.nan)
+    assert estimate_error(q, k, v, out, *sample_rows(out, (500, 500), 5, seed=0), (500, 500)).isnan().all()
+
+
+def drive(guard, errors, steps, density=0.25, tokens=4000):
+    """Run steps with an error that depends on density: the densities run, 1.0 for dense."""
+    seen = []
+    for step in range(steps):
+        (method,), _, reason = guard.choose((0, "c"), (get_method("composed", density=density),), step, tokens)
+        seen.append(1.0 if reason else method.density)
+        if reason is None:
+            bound = errors(step, method.density)
+            guard._tracks[0, "c"].reading = _told(bound, method.density)
+    return seen
+
+
+def _told(bound, density):
+    from dit_accel.guard import _Reading
+
+    return _Reading.of(torch.tensor([bound / 2, bound, density]))
+
+
+def test_a_layer_over_budget_gets_more_density_and_settles():
+    seen = drive(Guard(0.05), lambda step, density: 0.06 * (1 - density), steps=12)
+    assert seen == [0.25] * 12
+    seen = drive(Guard(0.05), lambda step, density: 0.07 * (1 - density), steps=12)
+    assert seen[0] == 0.25
+    assert seen[1:] == [pytest.approx(0.375)] * 11  # 0.0525 at first, then 0.044: not far under the budget
+
+
+def test_a_hopeless_layer_runs_dense_and_is_tried_less_and_less_often():
+    seen = drive(Guard(0.01), lambda step, density: 0.9, steps=64)
+    tried = [step for step, density in enumerate(seen) if density < 1]
+    assert seen[0] < 1
+    gaps = [later - earlier for earlier, later in pairwise(tried)]
+    assert gaps == sorted(gaps)
+    assert gaps[0] >= 4
+    assert sum(density < 1 for density in seen) <= 6
+
+
+def test_density_falls_again_only_after_a_calm_while():
+    seen = drive(Guard(0.05), lambda step, density: 0.09 if step == 0 else 0.001, steps=10)
+    assert seen[:2] == [0.25, pytest.approx(0.375)]
+    assert seen[2:4] == [pytest.approx(0.375)] * 2
+    assert seen[4:] == [0.25] * 6
+
+
+def test_a_nan_is_over_any_budget():
+    seen = drive(Guard(5.0), lambda step, density: float("nan"), steps=2)
+    assert seen[1] > seen[0]
+
+
+def generate(steps=4, **options):
+    pipe = random_wan_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    with dit_accel.accelerate(pipe, method="composed", tile=[2, 2, 4], break_even=1.0, **options) as acceleration:
+        frames = pipe(
+            prompt="a red ball", height=48, width=48, num_frames=9, num_inference_steps=steps, guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(0), output_type="np",
+        ).frames[0]  # fmt: skip
+        return frames, acceleration.report()
+
+
+def test_the_report_holds_estimate_and_bound_and_the_result_does_not_change():
+    frames, plain_run = generate(density=0.5)
+    checked, run = generate(density=0.5, max_error=100.0)
+    assert (frames == checked).all()
+    assert all(call.error is None for call in plain_run.calls)
+    rows = run.to_dict()["calls"]
+    assert all(0 <= row["error"] <= row["error_bound"] for row in rows)
+    assert run.worst_error is not None
+    assert f"bound {run.worst_error[1]:.3f}" in run.summary()
+
+
+def test_an_impossible_budget_ends_dense_and_the_report_says_why():
+    _, run = generate(density=0.25, max_error=1e-7)
+    first = [call for call in run.calls if call.step == 0]
+    later = [call for call in run.calls if call.step > 0]
+    assert all(call.reason is None for call in first)
+    assert all("guard: the error bound is over max_error 1e-07" in (call.reason or "") for call in later)
+    assert "dense x 6: guard: the error bound is over max_error 1e-07" in run.summary()
+
+
+def test_every_method_of_a_head_table_is_raised():
+    table = {
+        "modes": {
+            "low": {"method": "composed", "parameters": {"density": 0.2, "tile": [2, 2, 4]}},
+            "all": {"method": "dense"},
+        },
+        "heads": [["low", "all"], ["low", "low"]],
+    }
+    _, run = generate(steps=2, density=0.5, max_error=0.002, head_table=table)
+    first, second = ([call for call in run.calls if call.step == step and call.layer == 0] for step in (0, 1))
+    assert first[0].reason is None
+    assert first[0].error[1] > 0.002
+    assert second[0].density > first[0].density
+    assert {shot.method for shot in run.pictures if shot.layer == 0} == {"composed", "dense"}
+
+
+def test_too_short_sequences_run_dense_with_a_reason():
+    pipe = random_wan_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    with dit_accel.accelerate(pipe, method="composed", density=0.5, max_error=0.1) as acceleration:
+        pipe(prompt="x", height=16, width=16, num_frames=3, num_inference_steps=1, output_type="latent")
+        assert all("too few to check" in (call.reason or "") for call in acceleration.report().calls)
+
+
+def test_an_adversarial_input_is_densified():
+    """Keys that pooling hides: each block holds two large opposite keys, so block means say nothing."""
+    generator = torch.Generator().manual_seed(0)
+    layout = TokenLayout((4, 16, 16))
+    q = plain(generator, 1, layout.tokens, 16, 1.0)[:1]
+    k = 0.01 * plain(generator, 1, layout.tokens, 16, 1.0)[:1]
+    v = plain(generator, 1, layout.tokens, 16, 1.0)[:1]
+    direction = F.normalize(q.mean(2), dim=-1)
+    q = 3 * direction[:, :, None] + 0.1 * q
+    k[:, :, 7::64], k[:, :, 8::64] = 20 * direction[:, :, None], -20 * direction[:, :, None]
+    v[:, :, 7::64] *= 5
+    guard, densities, errors = Guard(0.3), [], []
+    method = get_method("composed", order="raster", block=64, density=0.13, remainder="drop")
+    exact = F.scaled_dot_product_attention(q, k, v)
+    for step in range(4):
+        (chosen,), _, reason = guard.choose((0, "c"), (method,), step, layout.tokens)
+        densities.append(1.0 if reason else chosen.density)
+        out = exact
+        if reason is None:
+            _, plan = chosen.plan(layout, q, k)
+            out = block_attention(q, k, v, plan)
+            guard.check((0, "c"), step, q, k, v, out, layout, plan.density)
+        errors.append(true_error(out, exact))
+    assert errors[0] > 0.3
+    assert densities[1] > densities[0]
+    assert errors[-1] <= 0.3
+
+
+def test_the_budget_is_validated():
+    for wrong in (0, -1.0, float("nan"), float("inf"), True):
+        with pytest.raises(ConfigError, match="max_error"):
+            dit_accel.Schedule.make(max_error=wrong)
