@@ -1,0 +1,141 @@
+"""`StreamingWanPipeline`: `diffusers.WanPipeline` whose video starts at once and need not end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from diffusers import WanPipeline
+from torch import Tensor
+
+from dit_accel.errors import ConfigError
+from dit_accel.pipelines.base import FromPreset
+from dit_accel.pipelines.streaming.attention import DenseContext
+from dit_accel.pipelines.streaming.decoder import LatentDecoder, LatentScale, StreamingVaeDecoder
+from dit_accel.pipelines.streaming.rolling import make_driver
+from dit_accel.pipelines.streaming.runtime import CausalWan
+from dit_accel.pipelines.streaming.stream import OutputType, VideoStream
+from dit_accel.streaming import StreamSettings, stream_settings
+
+_TEXT_TOKENS = 512
+_ENCODER_STEP = 4  # AutoencoderKLWan encodes frames four by four after the first, whatever its compression
+
+
+class StreamingWanPipeline(FromPreset, WanPipeline):
+    """A Wan text-to-video pipeline that also streams; `__call__` is still Diffusers' own.
+
+    Good streams need causal few-step weights; the stock ones load and run, and give poor video.
+
+    ```python
+    stream = pipe.stream("a red ball moving right", seed=1)
+    for chunk in stream:
+        show(chunk.frames)
+        if chunk.index == 10:
+            stream.set_prompt("a blue square moving down")
+    ```
+    """
+
+    task: ClassVar[str] = "t2v"
+    stream_settings: StreamSettings | None = None
+    """Settings of streams that name none; from the preset."""
+    _runtime: CausalWan | None = None
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        seed: int = 0,
+        num_chunks: int | None = None,
+        height: int = 480,
+        width: int = 832,
+        settings: StreamSettings | Mapping[str, Any] | None = None,
+        start: Any = None,
+        policy: Callable[[], DenseContext] = DenseContext,
+        decoder: LatentDecoder | None = None,
+        overlap: bool = True,
+        output_type: OutputType = "np",
+    ) -> VideoStream:
+        """Begin a stream.
+
+        Args:
+            prompt: what to show.
+            negative_prompt: what not to show, for `guidance_scale` above 1. Default "".
+            seed: of the noise; equal seeds give equal streams on one machine.
+            num_chunks: chunks to make. Default: endless.
+            height, width: pixels, multiples of the autoencoder's compression times the patch. Default 480 x 832.
+            settings: how to stream, or the values that differ from the pipeline's. Default: the pipeline's.
+            start: frames that the video goes on from: a PIL image, a list of 1 + 4 n images, or normalised latents
+                `[1, C, F, h, w]`.
+            policy: makes the attention policy. Default: dense.
+            decoder: turns latents into frames. Default: the autoencoder, chunk by chunk without seams.
+            overlap: decode beside the cache write on CUDA.
+            output_type: "np", "pt" or "latent", see `StreamChunk`.
+
+        Raises:
+            ConfigError: a size that the model cannot make, or settings that are wrong.
+            UnsupportedError: a transformer that cannot stream.
+        """
+        if not isinstance(prompt, str) or not prompt:
+            raise ConfigError("prompt", f"expected one text per stream, got {prompt!r}")
+        chosen = self._settings(settings)
+        size = self._latent_size(height, width)
+        if self._runtime is None or self._runtime.transformer is not self.transformer:
+            self._runtime = CausalWan(self.transformer)
+        device = self.transformer.device
+        negative = self._encode(negative_prompt) if chosen.guidance_scale > 1 else None
+        driver = make_driver(
+            self._runtime, chosen, self._encode(prompt), size, seed, negative=negative, policy=policy, chunks=num_chunks
+        )
+        if output_type != "latent" and decoder is None:
+            decoder = StreamingVaeDecoder(self.vae)
+        first = None if start is None else self._start(start, height, width).to(device)
+        return VideoStream(driver, decoder, self._encode, output_type, first, overlap)
+
+    def end_streams(self) -> None:
+        """Put Diffusers' attention processors back; streams of this pipeline cannot go on after that."""
+        if self._runtime is not None:
+            self._runtime.close()
+            self._runtime = None
+
+    def _settings(self, settings: StreamSettings | Mapping[str, Any] | None) -> StreamSettings:
+        base = self.stream_settings or StreamSettings()
+        if settings is None:
+            return base
+        if isinstance(settings, StreamSettings):
+            return settings
+        return stream_settings(**{**base.model_dump(), **settings})
+
+    def _latent_size(self, height: int, width: int) -> tuple[int, int]:
+        _, *patch = self.transformer.config.patch_size
+        for name, value, step in zip(("height", "width"), (height, width), patch, strict=True):
+            multiple = self.vae_scale_factor_spatial * step
+            if value < multiple or value % multiple:
+                near = max(multiple, round(value / multiple) * multiple)
+                raise ConfigError(name, f"expected a multiple of {multiple}, got {value}; {near} would do")
+        return height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial
+
+    @torch.no_grad()
+    def _encode(self, prompt: str) -> Tensor:
+        """Embeddings `[1, L, C]` of one prompt."""
+        embeds: Tensor = self.encode_prompt(
+            prompt,
+            do_classifier_free_guidance=False,
+            max_sequence_length=_TEXT_TOKENS,
+            device=self._execution_device,
+            dtype=self.transformer.dtype,
+        )[0]
+        return embeds
+
+    @torch.no_grad()
+    def _start(self, start: Any, height: int, width: int) -> Tensor:
+        """The frames a stream goes on from, as normalised latents `[1, C, F, h, w]`."""
+        if isinstance(start, Tensor) and start.ndim == 5:
+            return start
+        frames = start if isinstance(start, list | tuple) else [start]
+        if (len(frames) - 1) % _ENCODER_STEP:
+            raise ConfigError("start", f"expected 1 + {_ENCODER_STEP} n frames, got {len(frames)}")
+        video = self.video_processor.preprocess_video(list(frames), height=height, width=width)
+        encoded = self.vae.encode(video.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
+        return LatentScale(self.vae).from_vae(encoded).float()
