@@ -153,7 +153,7 @@ def test_the_pipeline_still_generates_and_saves_as_the_stock_one(pipe, tmp_path)
     pipe.save_pretrained(tmp_path)
     assert '"WanPipeline"' in (tmp_path / "model_index.json").read_text()
     again = StreamingWanPipeline.from_pretrained(tmp_path)
-    assert np.array_equal(next(begin(again)).frames, next(begin(pipe)).frames)
+    np.testing.assert_allclose(next(begin(again)).frames, next(begin(pipe)).frames, atol=1e-5)
 
 
 @pytest.mark.parametrize(
