@@ -174,7 +174,8 @@ def _install(
     for layer in layers:
         family.check_processor(layer)
     engine = Engine(method, schedule, [layer.module for layer in layers], component, backend, break_even, seed)
-    processors = {role: family.processor(role, engine) for role in {layer.role for layer in layers}}
+    first_of_role = {layer.role: layer for layer in reversed(layers)}
+    processors = {role: family.processor(layer, engine) for role, layer in first_of_role.items()}
     originals = tuple((layer.module, layer.module.processor) for layer in layers)
     for layer in layers:
         layer.module.set_processor(processors[layer.role])

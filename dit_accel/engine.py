@@ -108,6 +108,7 @@ class Engine:
         *,
         dense: Callable[[], Tensor],
         text: TextPosition = "none",
+        reason: str | None = None,
     ) -> Tensor:
         """One attention call.
 
@@ -116,6 +117,7 @@ class Engine:
             q, k, v: `[B, N, H, D]`, the axis order of Diffusers.
             dense: computes the call as the stock processor would.
             text: where text stands in the sequence; its tokens are those beyond the grid. Default: there is none.
+            reason: why no method can run this call (a mask that is no valid length), for the report. Default: it can.
 
         Returns:
             `[B, N, H, D]`.
@@ -126,7 +128,7 @@ class Engine:
             self.component, layer, state.step, state.branch, state.generation, method.name, method.requested_density
         )
         self.calls.append(record)
-        record.reason = self._reason(method, layer, state, layout, q)
+        record.reason = reason or self._reason(method, layer, state, layout, q)
         if record.reason is None:
             out = self._attend(method, layer, layout, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), record)
             if out is not None:
@@ -268,12 +270,12 @@ class Engine:
 
     @staticmethod
     def _layout(state: RunState, text: TextPosition, tokens: int) -> TokenLayout:
-        video = TokenLayout(state.grid)
+        video = TokenLayout(state.grid, prefix_frames=state.prefix_frames)
         words = tokens - video.tokens
         if text == "none" or words <= 0:
             return video
         valid = None if state.text_valid is None else tuple(video.tokens + n for n in state.text_valid)
-        return TokenLayout(state.grid, words, text, valid)
+        return TokenLayout(state.grid, words, text, valid, state.prefix_frames)
 
     def _state(self) -> RunState:
         if self.state is None:

@@ -21,6 +21,7 @@ class RunState:
         generation: how many generations this transformer has begun since it was accelerated.
         batch: rows in the batch of this pass.
         text_valid: valid text tokens per batch item, where the model pads its text. None: all.
+        prefix_frames: leading frames of the grid that are conditioning and not denoised.
     """
 
     grid: tuple[int, int, int]
@@ -31,6 +32,7 @@ class RunState:
     generation: int = 0
     batch: int = 1
     text_valid: tuple[int, ...] | None = None
+    prefix_frames: int = 0
 
 
 @dataclass

@@ -7,8 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from dit_accel.errors import UnsupportedError
@@ -16,6 +18,8 @@ from dit_accel.layout import TextPosition
 
 if TYPE_CHECKING:
     from dit_accel.engine import Engine
+
+UNKNOWN_MASK = "the call has an attention mask that is no valid length"
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +29,7 @@ class AttentionLayer:
     Args:
         name: path of the attention module in the transformer, for example ``blocks.0.attn1``.
         module: the attention module, whose processor is replaced.
-        role: which of the family's processors serves it ("self", "joint", "single").
+        role: layers of one role share a processor ("self", "joint"); a role of its own gives a layer its own.
     """
 
     name: str
@@ -44,6 +48,7 @@ class ForwardGeometry:
             the pipeline says no noise level.
         timestep_scale: timestep value of pure noise (1000, or 1 where the timestep is a fraction).
         text_valid: valid text tokens per batch item, where the model pads its text. None: all.
+        prefix_frames: leading frames of the grid that are conditioning and not denoised.
     """
 
     grid: tuple[int, int, int]
@@ -51,6 +56,7 @@ class ForwardGeometry:
     timestep: Tensor
     timestep_scale: float = 1000.0
     text_valid: tuple[int, ...] | None = None
+    prefix_frames: int = 0
 
 
 class Family(ABC):
@@ -64,11 +70,16 @@ class Family(ABC):
 
     @abstractmethod
     def layers(self, model: Any) -> list[AttentionLayer]:
-        """The attention layers to take over, in execution order."""
+        """The attention layers to take over; a layer's index, in schedules and reports, is its place here."""
 
     @abstractmethod
-    def processor(self, role: str, engine: Engine) -> Callable[..., Any]:
-        """A processor for `role` that computes q, k, v as the stock one does and calls `engine.attend`."""
+    def processor(self, layer: AttentionLayer, engine: Engine) -> Callable[..., Any]:
+        """The processor of a role: it computes q, k, v as the stock one does and calls `engine.attend`.
+
+        Args:
+            layer: the first layer of the role.
+            engine: the engine to call.
+        """
 
     @abstractmethod
     def read(self, model: Any, arguments: dict[str, Any]) -> ForwardGeometry:
@@ -88,6 +99,12 @@ class Family(ABC):
             )
 
 
+def block_layers(model: Any, blocks: str, attention: str, role: str = "self") -> list[AttentionLayer]:
+    """The attention module called `attention` in every block of the list `blocks` of `model`."""
+    modules = enumerate(getattr(model, blocks))
+    return [AttentionLayer(f"{blocks}.{i}.{attention}", getattr(block, attention), role) for i, block in modules]
+
+
 def bind_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call of `model.forward` by name."""
     cls: Any = type(model)
@@ -103,6 +120,28 @@ def patch_grid(latents: Tensor, patch: tuple[int, int, int]) -> tuple[int, int, 
     """Token grid of latents `[B, C, F, H, W]` under `patch` (frames, height, width)."""
     frames, height, width = latents.shape[2:]
     return frames // patch[0], height // patch[1], width // patch[2]
+
+
+def image_grid(ids: Tensor, tokens: int) -> tuple[int, int, int]:
+    """Token grid of an image and the reference images that follow it, from their position ids.
+
+    Images of one size are frames. A reference whose tokens fill whole rows of the image's width continues it
+    downwards, so that the image keeps its geometry. Otherwise all tokens are one row.
+
+    Args:
+        ids: `[N, 3 or more]` or with a batch axis before: (image, row, column) of every token.
+        tokens: number of image tokens that the model is given.
+    """
+    ids = (ids[0] if ids.ndim == 3 else ids)[:, :3].cpu()
+    starts = [0, *(torch.nonzero(ids[1:, 0] != ids[:-1, 0]).flatten() + 1).tolist(), len(ids)]
+    images = [ids[a:b] for a, b in pairwise(starts)]
+    sizes = [(int(image[:, 1].max()) + 1, int(image[:, 2].max()) + 1) for image in images]
+    height, width = sizes[0]
+    if len(ids) != tokens or height * width != len(images[0]):
+        return 1, 1, tokens
+    if all(size == sizes[0] for size in sizes) and tokens == len(sizes) * height * width:
+        return len(sizes), height, width
+    return (1, tokens // width, width) if tokens % width == 0 else (1, 1, tokens)
 
 
 class AccelProcessor:
@@ -128,9 +167,24 @@ class AccelProcessor:
         return out
 
     def attend_joint(
-        self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, text: TextPosition
+        self,
+        attn: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        text: TextPosition,
+        mask_is_length: bool = False,
     ) -> Tensor:
         """Attention over video and text together, all `[B, N, H, D]`, text `before` or `after` the video.
+
+        Args:
+            attn: the attention module.
+            query, key, value: `[B, N, H, D]`.
+            mask: attention mask of the stock processor, or None.
+            text: where text stands.
+            mask_is_length: the mask says no more than the valid lengths that the family has read. A call with any
+                other mask runs dense.
 
         Returns `[B, N, H * D]`.
         """
@@ -138,7 +192,8 @@ class AccelProcessor:
         def dense() -> Tensor:
             return self.dense(query, key, value, mask)
 
-        out = self.engine.attend(attn, query, key, value, dense=dense, text=text)
+        reason = None if mask is None or mask_is_length else UNKNOWN_MASK
+        out = self.engine.attend(attn, query, key, value, dense=dense, text=text, reason=reason)
         return out.flatten(2, 3).type_as(query)
 
     def refuse_parallel(self) -> None:

@@ -10,7 +10,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from dit_accel.engine import Engine
-from dit_accel.families.base import AccelProcessor, AttentionLayer, Family, ForwardGeometry
+from dit_accel.families.base import AccelProcessor, AttentionLayer, Family, ForwardGeometry, block_layers
 from dit_accel.families.registry import register_family
 
 
@@ -56,10 +56,9 @@ class CogVideoXFamily(Family):
 
     def layers(self, model: Any) -> list[AttentionLayer]:
         """`attn1` of every block."""
-        blocks = enumerate(model.transformer_blocks)
-        return [AttentionLayer(f"transformer_blocks.{i}.attn1", block.attn1) for i, block in blocks]
+        return block_layers(model, "transformer_blocks", "attn1")
 
-    def processor(self, role: str, engine: Engine) -> Callable[..., Any]:
+    def processor(self, layer: AttentionLayer, engine: Engine) -> Callable[..., Any]:
         """One shared `CogVideoXJointAttention`."""
         return CogVideoXJointAttention(engine)
 

@@ -10,7 +10,14 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from dit_accel.engine import Engine
-from dit_accel.families.base import AccelProcessor, AttentionLayer, Family, ForwardGeometry, patch_grid
+from dit_accel.families.base import (
+    AccelProcessor,
+    AttentionLayer,
+    Family,
+    ForwardGeometry,
+    block_layers,
+    patch_grid,
+)
 from dit_accel.families.registry import register_family
 
 
@@ -41,7 +48,7 @@ class HunyuanVideoJointAttention(AccelProcessor):
             words[:2] = _norm(attn.norm_added_q, words[0]), _norm(attn.norm_added_k, words[1])
             stream = [torch.cat(pair, dim=1) for pair in zip(stream, words, strict=True)]
         query, key, value = stream
-        out = self.attend_joint(attn, query, key, value, attention_mask, "after")
+        out = self.attend_joint(attn, query, key, value, attention_mask, "after", mask_is_length=True)
         hidden, text = out[:, :video], out[:, video:]
         if getattr(attn, "to_out", None) is not None:
             hidden = attn.to_out[1](attn.to_out[0](hidden))
@@ -57,7 +64,7 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
 
 @register_family
 class HunyuanVideoFamily(Family):
-    """`HunyuanVideoTransformer3DModel`: HunyuanVideo text to video."""
+    """`HunyuanVideoTransformer3DModel`: HunyuanVideo text and image to video."""
 
     name = "hunyuan-video"
     transformer_classes = ("HunyuanVideoTransformer3DModel",)
@@ -65,20 +72,22 @@ class HunyuanVideoFamily(Family):
 
     def layers(self, model: Any) -> list[AttentionLayer]:
         """Double blocks, then single blocks, as the published schedules number them."""
-        double = [
-            AttentionLayer(f"transformer_blocks.{i}.attn", b.attn) for i, b in enumerate(model.transformer_blocks)
-        ]
-        single = enumerate(model.single_transformer_blocks)
-        return double + [AttentionLayer(f"single_transformer_blocks.{i}.attn", b.attn) for i, b in single]
+        return block_layers(model, "transformer_blocks", "attn") + block_layers(
+            model, "single_transformer_blocks", "attn"
+        )
 
-    def processor(self, role: str, engine: Engine) -> Callable[..., Any]:
+    def processor(self, layer: AttentionLayer, engine: Engine) -> Callable[..., Any]:
         """One shared `HunyuanVideoJointAttention`."""
         return HunyuanVideoJointAttention(engine)
 
     def read(self, model: Any, arguments: dict[str, Any]) -> ForwardGeometry:
-        """Latents `[B, C, F, H, W]` and patch sizes give the grid; the text mask, whose ones stand first, a length."""
+        """Latents `[B, C, F, H, W]` and patch sizes give the grid; the text mask, whose ones stand first, a length.
+
+        Image to video by token replacement keeps the image as the first latent frame.
+        """
         latents = arguments["hidden_states"]
         patch = (model.config.patch_size_t, model.config.patch_size, model.config.patch_size)
         words = tuple(int(n) for n in arguments["encoder_attention_mask"].sum(1).tolist())
         grid = patch_grid(latents, patch)
-        return ForwardGeometry(grid, latents.shape[0], arguments["timestep"], text_valid=words)
+        prefix = int(model.config.image_condition_type == "token_replace")
+        return ForwardGeometry(grid, latents.shape[0], arguments["timestep"], text_valid=words, prefix_frames=prefix)

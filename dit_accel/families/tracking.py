@@ -97,7 +97,17 @@ class RunStateHook(ModelHook):
         self, geometry: ForwardGeometry, step: int, noise: float, branch: str, steps: int | None, is_new: bool
     ) -> RunState:
         self.generation += int(is_new)
-        return RunState(geometry.grid, step, noise, branch, steps, self.generation, geometry.batch, geometry.text_valid)
+        return RunState(
+            geometry.grid,
+            step,
+            noise,
+            branch,
+            steps,
+            self.generation,
+            geometry.batch,
+            geometry.text_valid,
+            geometry.prefix_frames,
+        )
 
     def _shape_changed(self, geometry: ForwardGeometry) -> bool:
         return self.last is not None and (self.last.grid != geometry.grid or self.last.batch != geometry.batch)

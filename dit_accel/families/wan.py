@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 (text, image, first-last-frame to video, two experts, TI2V): self-attention over video tokens.
+"""Wan 2.1 and 2.2 (text, image, first-last-frame to video, VACE, two experts, TI2V): self-attention over video tokens.
 
 Cross-attention to text and image tokens keeps Diffusers' own processor.
 """
@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from dit_accel.engine import Engine
-from dit_accel.families.base import AccelProcessor, AttentionLayer, Family, ForwardGeometry, patch_grid
+from dit_accel.families.base import (
+    AccelProcessor,
+    AttentionLayer,
+    Family,
+    ForwardGeometry,
+    block_layers,
+    patch_grid,
+)
 from dit_accel.families.registry import register_family
 
 
@@ -59,22 +66,27 @@ class WanSelfAttention(AccelProcessor):
 
 @register_family
 class WanFamily(Family):
-    """`WanTransformer3DModel`: Wan 2.1 T2V, I2V, FLF2V, Wan 2.2 A14B and TI2V-5B."""
+    """`WanTransformer3DModel` (Wan 2.1 T2V, I2V, FLF2V, Wan 2.2 A14B and TI2V-5B) and `WanVACETransformer3DModel`."""
 
     name = "wan"
-    transformer_classes = ("WanTransformer3DModel",)
+    transformer_classes = ("WanTransformer3DModel", "WanVACETransformer3DModel")
     stock_processors = ("WanAttnProcessor",)
 
     def layers(self, model: Any) -> list[AttentionLayer]:
-        """Self-attention `attn1` of every block."""
-        return [AttentionLayer(f"blocks.{i}.attn1", block.attn1) for i, block in enumerate(model.blocks)]
+        """Self-attention `attn1` of every block; VACE's control blocks come last, so that layer i is block i."""
+        control = block_layers(model, "vace_blocks", "attn1") if hasattr(model, "vace_blocks") else []
+        return block_layers(model, "blocks", "attn1") + control
 
-    def processor(self, role: str, engine: Engine) -> Callable[..., Any]:
+    def processor(self, layer: AttentionLayer, engine: Engine) -> Callable[..., Any]:
         """One shared `WanSelfAttention`."""
         return WanSelfAttention(engine)
 
     def read(self, model: Any, arguments: dict[str, Any]) -> ForwardGeometry:
-        """Latents `[B, C, F, H, W]` and the model's patch size give the grid."""
-        latents = arguments["hidden_states"]
+        """Latents `[B, C, F, H, W]` and the model's patch size give the grid.
+
+        A timestep per token (TI2V) that begins lower than it ends says that the first frame is the image.
+        """
+        latents, timestep = arguments["hidden_states"], arguments["timestep"]
         grid = patch_grid(latents, tuple(model.config.patch_size))
-        return ForwardGeometry(grid, latents.shape[0], arguments["timestep"])
+        prefix = int(timestep.ndim == 2 and bool((timestep[:, 0] < timestep[:, -1]).all()))
+        return ForwardGeometry(grid, latents.shape[0], timestep, prefix_frames=prefix)

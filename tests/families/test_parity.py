@@ -1,0 +1,119 @@
+"""Every family and variant, through its whole pipeline: dense through us is stock, sparse runs, remove restores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from captured import ONE_PER_TRANSFORMER, captured, run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dit_accel
+from dit_accel.samples.tiny_random import TINY, tiny_arguments, tiny_names, tiny_pipeline
+
+SPARSE = {"method": "composed", "tile": [1, 2, 2], "density": 0.1, "break_even": 1.0}
+GRIDS = {"wan2.1-vace": (4, 4, 6), "hunyuan-video-1.5": (3, 8, 12), "hunyuan-video-1.5-i2v": (3, 6, 9)}
+GRIDS |= {"flux1-kontext": (2, 8, 12), "cogvideox1.5-5b": (2, 4, 6), "cogvideox1.5-5b-i2v": (2, 4, 6)}
+BRANCHES = {"WanPipeline": {"cond", "uncond"}, "CogVideoXPipeline": {"cond_uncond"}, "FluxPipeline": {"cond"}}
+BRANCHES |= {"HunyuanVideo15Pipeline": {"pred_cond", "pred_uncond"}, "HunyuanVideoPipeline": {"cond"}}
+
+
+def latents(pipe, name):
+    # Two steps where the second one belongs to the second expert.
+    steps = 2 if getattr(pipe, "transformer_2", None) is not None else 1
+    return np.asarray(pipe(**tiny_arguments(name, steps) | {"output_type": "latent"})[0].detach())
+
+
+@pytest.mark.parametrize("name", tiny_names())
+def test_whole_pipeline(name):
+    pipe = tiny_pipeline(name)
+    transformers = [m for m in (pipe.transformer, getattr(pipe, "transformer_2", None)) if m is not None]
+    before = [dict(m.attn_processors) for m in transformers]
+    stock = latents(pipe, name)
+    with dit_accel.accelerate(pipe, method="dense") as acc:
+        np.testing.assert_allclose(latents(pipe, name), stock, atol=1e-5)
+        calls = acc.report().calls
+        assert {c.component for c in calls} == set(acc.engines)
+        assert len(acc.engines) == len(transformers)
+    if TINY[name].pipeline in BRANCHES:
+        assert {c.branch for c in calls} == BRANCHES[TINY[name].pipeline]
+    with dit_accel.accelerate(pipe, **SPARSE) as acc:
+        assert np.abs(latents(pipe, name) - stock).max() > 1e-4
+        assert acc.report().dense_reasons == {}
+        assert acc.report().density < 1
+        default = (1, 8, 12) if TINY[name].is_image else (3, 4, 6)
+        assert acc.engines["transformer"].state.grid == GRIDS.get(name, default)
+    np.testing.assert_array_equal(latents(pipe, name), stock)
+    for model, processors in zip(transformers, before, strict=True):
+        assert all(model.attn_processors[key] is processor for key, processor in processors.items())
+
+
+@pytest.mark.parametrize("name", ONE_PER_TRANSFORMER)
+def test_lora_is_kept(name):
+    from peft import LoraConfig
+
+    model, values = captured(name)
+    plain = run(model, values)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"]
+    model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    stock = run(model, values)
+    assert not torch.allclose(stock, plain, atol=1e-4)
+    with dit_accel.accelerate(model, method="dense"):
+        torch.testing.assert_close(run(model, values), stock, atol=1e-5, rtol=0)
+    with dit_accel.accelerate(model, method="composed", density=1.0, break_even=1.0) as acc:
+        torch.testing.assert_close(run(model, values), stock, atol=2e-5, rtol=1e-4)
+        assert acc.report().dense_reasons == {}
+
+
+@pytest.mark.parametrize("name", ["wan2.1-t2v", "wan2.1-i2v", "wan2.1-vace", "flux1-dev", "flux2-dev", "cogvideox-5b"])
+def test_fused_projections(name):
+    model, values = captured(name)
+    model.fuse_qkv_projections()
+    stock = run(model, values)
+    with dit_accel.accelerate(model, method="dense"):
+        torch.testing.assert_close(run(model, values), stock, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["hunyuan-video", "hunyuan-video-1.5", "hunyuan-video-1.5-i2v"])
+@pytest.mark.parametrize("parameters", [{"method": "dense"}, {"method": "composed", "density": 0.3, "break_even": 1.0}])
+def test_prompts_of_different_length_in_one_batch(name, parameters):
+    model, values = captured(name)
+    batch = {k: torch.cat([v, v]) if isinstance(v, torch.Tensor) and v.ndim else v for k, v in values.items()}
+    batch["encoder_attention_mask"][1, 7:] = 0
+    second = {k: v[1:] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in batch.items()}
+    stock = run(model, batch)
+    assert not torch.allclose(stock[0], stock[1], atol=1e-4)
+    with dit_accel.accelerate(model, **parameters) as acc:
+        both = run(model, batch)
+        assert len(set(acc.engines["transformer"].state.text_valid)) == 2
+        torch.testing.assert_close(both[:1], run(model, values), atol=1e-5, rtol=0)
+        torch.testing.assert_close(both[1:], run(model, second), atol=1e-5, rtol=0)
+    if parameters["method"] == "dense":
+        torch.testing.assert_close(both, stock, atol=1e-5, rtol=0)
+
+
+class PairsOfTokens(TorchDispatchMode):
+    """Notes whether any operation returns a tensor with an entry for (nearly) every pair of tokens."""
+
+    def __init__(self, video, tokens):
+        super().__init__()
+        self.sizes, self.found = range(video, tokens + 1), False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.ndim > 1:
+                self.found |= x.shape[-1] in self.sizes and x.shape[-2] in self.sizes
+        return out
+
+
+@pytest.mark.parametrize("parameters", [{"method": "dense"}, SPARSE])
+def test_no_mask_of_all_pairs_is_made_for_hunyuan_video_15(parameters):
+    model, values = captured("hunyuan-video-1.5")
+    video, tokens = 288, 288 + 100 + 32 + 49
+    with PairsOfTokens(video, tokens) as stock:
+        run(model, values)
+    assert stock.found
+    with dit_accel.accelerate(model, **parameters), PairsOfTokens(video, tokens) as ours:
+        run(model, values)
+    assert not ours.found
