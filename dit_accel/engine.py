@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +15,11 @@ from dit_accel.kernels.registry import Backend, choose_backend
 from dit_accel.layout import TextPosition, TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method
-from dit_accel.order import TokenOrder
-from dit_accel.plan import BlockPlan
 from dit_accel.plan_picture import PlanPicture, picture
+from dit_accel.planner import QKV, Planned, Planner
 from dit_accel.report import CallRecord
 from dit_accel.schedule import Schedule
-from dit_accel.state import CallContext, RunState
-
-# A head table may give every layer a dozen modes.
-_STATIC_PLANS_KEPT = 32
-
-
-@dataclass(frozen=True)
-class _Planned:
-    order: TokenOrder | None
-    plan: BlockPlan
-    density: float | Tensor
+from dit_accel.state import RunState
 
 
 @dataclass(frozen=True)
@@ -41,7 +28,7 @@ class _Part:
 
     heads: Tensor | None
     method: Method
-    planned: _Planned
+    planned: Planned
     qkv: tuple[Tensor, Tensor, Tensor]
     backend: Backend
 
@@ -81,9 +68,8 @@ class Engine:
         self.state: RunState | None = None
         self._layer_of = {id(module): index for index, module in enumerate(layers)}
         self._methods = [self._method_for(index) for index in range(len(layers))]
-        self._memory: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._heads: dict[tuple[int, int, torch.device], list[tuple[Method, Tensor]]] = {}
-        self._static: OrderedDict[tuple[Any, ...], _Planned] = OrderedDict()
+        self._planner = Planner(schedule, seed)
 
     def begin(self, state: RunState) -> None:
         """Take note of the forward pass that starts; forget everything when it starts a new generation."""
@@ -94,7 +80,7 @@ class Engine:
 
     def reset(self) -> None:
         """Forget what was kept between calls (plans that depend on q and k, centroids, statistics, errors)."""
-        self._memory.clear()
+        self._planner.reset()
         if self.guard is not None:
             self.guard.reset()
 
@@ -133,6 +119,8 @@ class Engine:
             out = self._attend(method, layer, layout, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), record)
             if out is not None:
                 return out.transpose(1, 2)
+        elif self._searches(layer, state, layout, record.reason):
+            self._search(method, layer, layout, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), record)
         with record.timed("attend", q.device):
             return dense()
 
@@ -187,8 +175,7 @@ class Engine:
         record: CallRecord,
     ) -> _Part:
         """Order, plan and backend of one group of heads; q, k, v `[B, H, N, D]` of all heads."""
-        q, k, v = (x if heads is None else x.index_select(1, heads) for x in (q, k, v))
-        planned, qkv = self._planned(method, layer, layout, q, k, v, record)
+        planned, qkv = self._planner.plan(method, layer, layout, self._state(), _of_heads((q, k, v), heads), record)
         request = request_of(qkv[0], planned.plan, method.remainder, precision=method.precision)
         return _Part(heads, method, planned, qkv, choose_backend(self.backend, request))
 
@@ -206,54 +193,16 @@ class Engine:
             ]
         return self._heads[key]
 
-    def _planned(
+    def _searches(self, layer: int, state: RunState, layout: TokenLayout, reason: str) -> bool:
+        """Whether a call that the schedule makes dense plans for the steps that follow."""
+        timetable = self.schedule.dense_reason(layer, state.step, state.noise, layout.tokens)
+        return reason == timetable and self.schedule.searches(layer, state.step, layout.tokens)
+
+    def _search(
         self, method: Method, layer: int, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, record: CallRecord
-    ) -> tuple[_Planned, tuple[Tensor, Tensor, Tensor]]:
-        """Order and plan, new or kept, and q, k, v `[B, H, N, D]` in that order."""
-        call = self._call(method, layer, layout)
-        kept = self._kept(method, layer, layout, call, q.device)
-        if kept is None:
-            with record.timed("order", q.device):
-                order = method.order(q, k, v, call)
-                q, k, v = (q, k, v) if order is None else order.to(q.device).apply(q, k, v)
-            with record.timed("select", q.device):
-                plan = method.select(q, k, call)
-                density = plan.density if q.device.type == "cpu" or method.is_static else plan.density_per_head().mean()
-                kept = _Planned(None if order is None else order.to(q.device), plan.to(q.device), density)
-            self._keep(method, layer, layout, call, kept)
-        elif kept.order is not None:
-            with record.timed("order", q.device):
-                q, k, v = kept.order.apply(q, k, v)
-        return kept, (q, k, v)
-
-    def _kept(
-        self, method: Method, layer: int, layout: TokenLayout, call: CallContext, device: torch.device
-    ) -> _Planned | None:
-        if method.is_static:
-            found = self._static.get((method, layout, device))
-            if found is not None:
-                self._static.move_to_end((method, layout, device))
-            return found
-        made = call.memory.get("planned")
-        if made is None or not 0 <= call.step - made[0] < self.schedule.refresh or made[1] != (method, layout):
-            return None
-        return made[2]
-
-    def _keep(self, method: Method, layer: int, layout: TokenLayout, call: CallContext, planned: _Planned) -> None:
-        if method.is_static:
-            self._static[method, layout, planned.plan.indices.device] = planned
-            if len(self._static) > _STATIC_PLANS_KEPT:
-                self._static.popitem(last=False)
-        elif self.schedule.refresh > 1:
-            call.memory["planned"] = (call.step, (method, layout), planned)
-
-    def _call(self, method: Method, layer: int, layout: TokenLayout) -> CallContext:
-        state = self._state()
-        # Groups of heads keep apart what they remember; one that is alone shares with all layers.
-        group = None if self.schedule.head_table is None else method
-        memory = self._memory.setdefault((layer, state.branch, group), {})
-        shared = self._memory.setdefault(("shared", state.branch, group), {})
-        return CallContext(layout, layer, state.step, state.noise, state.branch, memory, shared, self.seed)
+    ) -> None:
+        for member, heads in self._groups(method, layer, q.shape[1], q.device):
+            self._planner.search(member, layer, layout, self._state(), _of_heads((q, k, v), heads), record)
 
     def _reason(self, method: Method, layer: int, state: RunState, layout: TokenLayout, q: Tensor) -> str | None:
         if method.name == "dense" and self.schedule.head_table is None:
@@ -283,6 +232,12 @@ class Engine:
                 "attention was called outside the transformer's forward pass, so its geometry is unknown"
             )
         return self.state
+
+
+def _of_heads(qkv: QKV, heads: Tensor | None) -> QKV:
+    """q, k, v `[B, H, N, D]` of some heads, int64 `[H']`; None: of all."""
+    q, k, v = qkv
+    return qkv if heads is None else (q.index_select(1, heads), k.index_select(1, heads), v.index_select(1, heads))
 
 
 def _join(parts: list[_Part], layout: TokenLayout, q: Tensor) -> Tensor:

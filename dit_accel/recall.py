@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.plan import BlockPlan
+from dit_accel.reuse import whole_blocks
 
 _ELEMENTS = 2**24
 
@@ -57,8 +58,7 @@ def sampled_rows(tokens: int, rows: int, seed: int = 0) -> Tensor:
 def _block_masks(plan: BlockPlan, queries: Tensor) -> list[Tensor]:
     """Selected key blocks of each query token, bool `[B', H', R, nk]` on the CPU; second, those attended whole."""
     row = plan.q_blocks.block_of_token()[queries]
-    counts = [plan.counts] if plan.full_counts is None else [plan.counts, plan.full_counts]
-    return [BlockPlan(plan.q_blocks, plan.k_blocks, plan.indices, c).to_mask().cpu()[..., row, :] for c in counts]
+    return [part.to_mask().cpu()[..., row, :] for part in (plan, whole_blocks(plan))]
 
 
 def _covered(plan: BlockPlan, masks: list[Tensor], part: Tensor, queries: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class CallRecord:
         reason: why the call ran dense; None when the method ran.
         backend: backend of `block_attention`, or "dense".
         level: how many times the guard had raised the density of this layer and branch.
+        measures: what the method says of its choice, and "overlap" with the plan it replaces; numbers or 0-d tensors.
     """
 
     component: str
@@ -51,6 +52,7 @@ class CallRecord:
     reason: str | None = None
     backend: str = "dense"
     level: int = 0
+    measures: dict[str, Any] = field(default_factory=dict)
     _density: float | Tensor = 1.0
     _error: tuple[float, float] | Tensor | None = None
     _marks: dict[str, list[Any]] = field(default_factory=dict)
@@ -119,6 +121,7 @@ class CallRecord:
             "reason": self.reason,
             "level": self.level,
             **error,
+            **({"measures": {k: round(float(v), 6) for k, v in self.measures.items()}} if self.measures else {}),
             **{f"{phase}_ms": round(self.milliseconds(phase), 4) for phase in PHASES},
         }
 

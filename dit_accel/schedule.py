@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,6 +21,13 @@ def _ranges(value: Any) -> Any:
             value = [value]
         return tuple(tuple(pair) if isinstance(pair, list) else pair for pair in value)
     return value
+
+
+def _numbers(value: Any) -> Any:
+    """Accept one number for a list with one, and a list for a tuple."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
 
 
 NonNegative = Annotated[int, Field(ge=0)]
@@ -64,6 +71,15 @@ class Schedule(BaseModel):
             1 includes it). They survive a change of the step count, which step ranges do not. Default none.
         dense_layers: layer ranges that run dense. Default none.
         refresh: a plan that depends on q and k is made anew every `refresh` sparse steps. Default 1: at every step.
+        search_steps: instead of `refresh`: plans are made at the first executed step from each of these on, and used
+            until the next (arXiv 2502.21079; with one step arXiv 2509.24014). In a step that runs dense the plan is
+            made from its q and k and the output stays dense. A sparse step without a plan makes one. Default none.
+        layer_groups: layer ranges, `[[0, 4], [4, 8]]`, that use the plan of their first sparse layer. Default none.
+        layer_heads: which plan the other layers of a group use: "union": for all heads what any head of the first
+            layer keeps, as heads of different layers have nothing in common (arXiv 2510.09883); "index": that of the
+            head with the same number. Default "union".
+        head_groups: plans are made for this many representatives, the means of neighbouring heads, and used by all
+            (arXiv 2509.24745). It must divide the heads. Default None: every head has its own.
         min_tokens: shorter sequences run dense. Default 0.
         overrides: other method parameters for some layers; a layer may stand in one override only.
         head_table: which method, with which parameters, each head runs under: the path of a file written by
@@ -82,6 +98,10 @@ class Schedule(BaseModel):
     dense_noise: NoiseWindows = ()
     dense_layers: StepRanges = ()
     refresh: Annotated[int, Field(ge=1)] = 1
+    search_steps: Annotated[tuple[NonNegative, ...], BeforeValidator(_numbers)] = ()
+    layer_groups: StepRanges = ()
+    layer_heads: Literal["union", "index"] = "union"
+    head_groups: Annotated[int, Field(ge=1)] | None = None
     min_tokens: NonNegative = 0
     overrides: Annotated[tuple[Override, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = ()
     head_table: Annotated[HeadTable | None, BeforeValidator(lambda v: None if v is None else HeadTable.make(v))] = None
@@ -93,6 +113,19 @@ class Schedule(BaseModel):
         _check_ranges("dense_noise", self.dense_noise)
         _check_ranges("dense_layers", self.dense_layers)
         _check_ranges("overrides", tuple(r for override in self.overrides for r in override.layers))
+        _check_ranges("layer_groups", self.layer_groups)
+        return self
+
+    @model_validator(mode="after")
+    def _reuse_is_possible(self) -> Schedule:
+        if self.search_steps and self.refresh > 1:
+            raise ValueError("search_steps and refresh both say when plans are made: give one of them")
+        if list(self.search_steps) != sorted(set(self.search_steps)):
+            raise ValueError(f"search_steps: expected ascending steps, each once, got {list(self.search_steps)}")
+        if self.head_table is not None and (self.layer_groups or self.head_groups):
+            raise ValueError(
+                "head_table gives every layer its own groups of heads: leave out layer_groups and head_groups"
+            )
         return self
 
     @classmethod
@@ -117,6 +150,27 @@ class Schedule(BaseModel):
         if tokens < self.min_tokens:
             return f"{tokens} tokens are fewer than min_tokens {self.min_tokens}"
         return None
+
+    @property
+    def keeps_plans(self) -> bool:
+        """Whether a plan outlives the step that made it."""
+        return self.refresh > 1 or bool(self.search_steps)
+
+    def keeps(self, made: int, step: int) -> bool:
+        """Whether a plan made at step `made` serves step `step`."""
+        if self.search_steps:
+            return made <= step and not any(made < at <= step for at in self.search_steps)
+        return 0 <= step - made < self.refresh
+
+    def searches(self, layer: int, step: int, tokens: int) -> bool:
+        """Whether a call that runs dense for its step or noise level makes a plan for the steps that follow."""
+        begun = any(at <= step for at in self.search_steps)
+        is_dense_layer = any(start <= layer < end for start, end in self.dense_layers)
+        return begun and not is_dense_layer and tokens >= self.min_tokens
+
+    def layer_group(self, layer: int) -> int | None:
+        """First layer of the group that `layer` shares its plan with; None when it plans alone."""
+        return next((start for start, end in self.layer_groups if start <= layer < end), None)
 
     def parameters_for(self, layer: int) -> dict[str, Any]:
         """Method parameters that replace the common ones in `layer`; empty for most layers."""

@@ -48,6 +48,7 @@ class CallContext:
         memory: what this method kept for this (layer, branch); emptied when a generation starts.
         shared: the same for all layers of this branch; emptied when a generation starts.
         seed: seed for methods that draw random numbers (routing noise, sampled rows).
+        measures: what the method wants in the report of this call: numbers, or 0-d tensors that are read later.
     """
 
     layout: TokenLayout
@@ -58,3 +59,4 @@ class CallContext:
     memory: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    measures: dict[str, Any] = field(default_factory=dict)

@@ -89,7 +89,7 @@ def test_static_plans_are_shared_by_layers():
     engine.begin(RunState(GRID, 0, 0.5))
     for layer in layers:
         engine.attend(layer, *tensors(), dense=lambda: torch.empty(0))
-    assert len(engine._static) == 1
+    assert len(engine._planner._static) == 1
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "yml", "safetensors"])

@@ -1,0 +1,184 @@
+"""Order and plan of every call: made anew, or the ones that the schedule lets it use again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import ConfigError
+from dit_accel.layout import TokenLayout
+from dit_accel.methods.base import Method
+from dit_accel.order import TokenOrder
+from dit_accel.plan import BlockPlan
+from dit_accel.report import CallRecord
+from dit_accel.reuse import for_all_heads, overlap, representative_heads, union_of_heads
+from dit_accel.schedule import Schedule
+from dit_accel.state import CallContext, RunState
+
+# A head table may give every layer a dozen modes.
+_STATIC_PLANS_KEPT = 32
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Order (None: raster) and plan of a call, and the density of the plan (a tensor where reading it would wait)."""
+
+    order: TokenOrder | None
+    plan: BlockPlan
+    density: float | Tensor
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A plan that depends on q and k: when and where it was made, from what, and what other layers use of it."""
+
+    step: int
+    layer: int
+    key: tuple[Any, ...]
+    planned: Planned
+    for_others: Planned
+
+
+class Planner:
+    """Makes the order and plan of each call of one transformer and keeps those that may be used again.
+
+    Plans of static methods are kept for good and shared by all calls with the same layout. Others are kept per layer,
+    or per group of layers, and guidance branch, as long as the schedule says, and forgotten by `reset`.
+
+    Args:
+        schedule: says what may be used again.
+        seed: seed for methods that draw random numbers.
+    """
+
+    def __init__(self, schedule: Schedule, seed: int = 0) -> None:
+        self.schedule, self.seed = schedule, seed
+        self._memory: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._made: dict[tuple[Any, ...], _Made] = {}
+        self._static: OrderedDict[tuple[Any, ...], Planned] = OrderedDict()
+
+    def reset(self) -> None:
+        """Forget what depends on q and k: plans, and what methods keep (centroids, statistics)."""
+        self._memory.clear()
+        self._made.clear()
+
+    def plan(
+        self, method: Method, layer: int, layout: TokenLayout, state: RunState, qkv: QKV, record: CallRecord
+    ) -> tuple[Planned, QKV]:
+        """Order and plan, new or kept, and q, k, v `[B, H, N, D]` in that order; times go to `record`."""
+        device = qkv[0].device
+        kept = self._kept(method, layer, layout, state, qkv[0])
+        if kept is None:
+            kept, ordered = self._make(method, self._call(method, layer, layout, state), qkv, record)
+            self._keep(method, layer, layout, state, qkv[0], kept, record)
+            if ordered is not None:
+                return kept, ordered
+        if kept.order is not None:
+            with record.timed("order", device):
+                qkv = kept.order.apply(*qkv)
+        return kept, qkv
+
+    def search(
+        self, method: Method, layer: int, layout: TokenLayout, state: RunState, qkv: QKV, record: CallRecord
+    ) -> None:
+        """Make the plan of a call that runs dense, for the steps that follow, unless the one that is kept will do."""
+        if not method.is_static and self._kept(method, layer, layout, state, qkv[0]) is None:
+            planned, _ = self._make(method, self._call(method, layer, layout, state), qkv, record)
+            self._keep(method, layer, layout, state, qkv[0], planned, record)
+
+    def _make(self, method: Method, call: CallContext, qkv: QKV, record: CallRecord) -> tuple[Planned, QKV | None]:
+        """A new plan, and q, k, v in its order where they had to be put so (None: representatives stood for them)."""
+        device, heads, groups = qkv[0].device, qkv[0].shape[1], self.schedule.head_groups
+        q, k, v = qkv
+        if groups not in (None, heads) and not method.is_static:
+            with record.timed("select", device):
+                q, k, v = (representative_heads(x, groups) for x in qkv)
+        with record.timed("order", device):
+            order = method.order(q, k, v, call)
+            order = None if order is None else order.to(device)
+            q, k, v = (q, k, v) if order is None else order.apply(q, k, v)
+        with record.timed("select", device):
+            plan = method.select(q, k, call)
+            if q.shape[1] != heads:
+                order, plan = for_all_heads(order, plan, heads)
+            record.measures.update(call.measures)
+            planned = Planned(order, plan.to(device), _density(plan, device, method.is_static))
+        return planned, (q, k, v) if q.shape[1] == heads else None
+
+    def _kept(self, method: Method, layer: int, layout: TokenLayout, state: RunState, q: Tensor) -> Planned | None:
+        if method.is_static:
+            found = self._static.get((method, layout, q.device))
+            if found is not None:
+                self._static.move_to_end((method, layout, q.device))
+            return found
+        made = self._made.get(self._slot(method, layer, state))
+        if made is None or made.key != (method, layout, q.shape[:2]) or not self.schedule.keeps(made.step, state.step):
+            return None
+        return made.planned if layer == made.layer else made.for_others
+
+    def _keep(
+        self,
+        method: Method,
+        layer: int,
+        layout: TokenLayout,
+        state: RunState,
+        q: Tensor,
+        planned: Planned,
+        record: CallRecord,
+    ) -> None:
+        if method.is_static:
+            self._static[method, layout, q.device] = planned
+            if len(self._static) > _STATIC_PLANS_KEPT:
+                self._static.popitem(last=False)
+            return
+        group = self.schedule.layer_group(layer)
+        if group is None and not self.schedule.keeps_plans:
+            return
+        slot, key = self._slot(method, layer, state), (method, layout, q.shape[:2])
+        old = self._made.get(slot)
+        with record.timed("select", q.device):
+            if old is not None and old.key == key and old.layer == layer and _comparable(old.planned, planned):
+                record.measures["overlap"] = overlap(planned.plan, old.planned.plan)
+            others = planned if group is None else self._for_others(planned)
+        self._made[slot] = _Made(state.step, layer, key, planned, others)
+
+    def _for_others(self, planned: Planned) -> Planned:
+        """What the other layers of a group use: heads of different layers have nothing in common but their number."""
+        if self.schedule.layer_heads == "index":
+            return planned
+        if planned.order is not None and planned.order.query.ndim == 3 and planned.order.query.shape[1] > 1:
+            raise ConfigError(
+                "schedule.layer_heads", "'union' needs one order for all heads; this method orders each: use 'index'"
+            )
+        plan = union_of_heads(planned.plan)
+        return Planned(planned.order, plan, _density(plan, plan.indices.device, static=False))
+
+    def _slot(self, method: Method, layer: int, state: RunState) -> tuple[Any, ...]:
+        """Where a plan is kept: per layer or group of layers, branch, and group of heads."""
+        group = self.schedule.layer_group(layer)
+        return (layer if group is None else group, state.branch, self._head_group(method))
+
+    def _head_group(self, method: Method) -> Method | None:
+        """Groups of heads keep apart what they remember; one that is alone shares with all layers."""
+        return None if self.schedule.head_table is None else method
+
+    def _call(self, method: Method, layer: int, layout: TokenLayout, state: RunState) -> CallContext:
+        group = self._head_group(method)
+        memory = self._memory.setdefault((layer, state.branch, group), {})
+        shared = self._memory.setdefault(("shared", state.branch, group), {})
+        return CallContext(layout, layer, state.step, state.noise, state.branch, memory, shared, self.seed)
+
+
+def _density(plan: BlockPlan, device: torch.device, static: bool) -> float | Tensor:
+    """Density of a plan; left on the device where reading it at every call would make the host wait."""
+    return plan.density if device.type == "cpu" or static else plan.density_per_head().mean()
+
+
+def _comparable(old: Planned, new: Planned) -> bool:
+    """Whether the blocks of both plans hold the same tokens."""
+    same = old.order is new.order or (old.order is not None and new.order is not None and new.order.is_shared)
+    return same and old.plan.k_blocks.same_as(new.plan.k_blocks) and old.plan.q_blocks.same_as(new.plan.q_blocks)

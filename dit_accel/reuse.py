@@ -1,0 +1,66 @@
+"""One selection for several heads or layers: representative heads, unions over heads, and how alike two plans are.
+
+Axis legend: B batch, H heads, g representatives, N tokens, D head size, nq / nk query / key blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import ConfigError
+from dit_accel.order import TokenOrder
+from dit_accel.plan import BlockPlan
+
+
+def representative_heads(x: Tensor, groups: int) -> Tensor:
+    """Means over `groups` runs of neighbouring heads: `[B, H, N, D]` becomes fp32 (fp64) `[B, g, N, D]`.
+
+    Source: arXiv 2509.24745. All heads of a model turn tokens by the same rotary angles, so their mean is a
+    query or key like any other.
+
+    Raises:
+        ConfigError: the heads do not divide into `groups`.
+    """
+    heads = x.shape[1]
+    if heads % groups:
+        raise ConfigError("schedule.head_groups", f"expected a divisor of the {heads} heads, got {groups}")
+    x = x if x.dtype == torch.float64 else x.float()
+    return x.unflatten(1, (groups, -1)).mean(2)
+
+
+def for_all_heads(order: TokenOrder | None, plan: BlockPlan, heads: int) -> tuple[TokenOrder | None, BlockPlan]:
+    """Order and plan of the representatives as those of all `heads` heads, each as its group's representative."""
+
+    def spread(x: Tensor, axis: int) -> Tensor:
+        return x if x.shape[axis] == 1 else x.repeat_interleave(heads // x.shape[axis], axis)
+
+    if order is not None:
+        query, key = (x if x.ndim == 1 else spread(x, 1) for x in (order.query, order.key_index))
+        order = TokenOrder(query, None if order.key is None else key)
+    full = None if plan.full_counts is None else spread(plan.full_counts, 1)
+    indices, counts = spread(plan.indices, 1), spread(plan.counts, 1)
+    return order, BlockPlan(plan.q_blocks, plan.k_blocks, indices, counts, full, plan.predicate)
+
+
+def whole_blocks(plan: BlockPlan) -> BlockPlan:
+    """The part of a plan whose blocks are attended whole; a row of it may be empty."""
+    if plan.full_counts is None:
+        return plan
+    return BlockPlan(plan.q_blocks, plan.k_blocks, plan.indices, plan.full_counts)
+
+
+def union_of_heads(plan: BlockPlan) -> BlockPlan:
+    """The plan, shared by all heads, that keeps what any head keeps (arXiv 2510.09883 takes the maximum over heads)."""
+    if plan.indices.shape[1] == 1:
+        return plan
+    mask = plan.to_mask().any(1, keepdim=True)
+    whole = None if plan.predicate is None else whole_blocks(plan).to_mask().any(1, keepdim=True)
+    return BlockPlan.from_mask(mask, plan.q_blocks, plan.k_blocks, whole, plan.predicate)
+
+
+def overlap(plan: BlockPlan, other: BlockPlan) -> Tensor:
+    """Blocks that both plans keep over blocks that one of them keeps (Jaccard), mean over batch and heads, 0-d fp64."""
+    first, second = plan.to_mask(), other.to_mask()
+    both, either = (x.sum((-1, -2), dtype=torch.float64) for x in (first & second, first | second))
+    return (both / either).mean()
