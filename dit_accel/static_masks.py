@@ -1,7 +1,8 @@
-"""Parts of block masks that depend on the layout alone, `[n, n]` bool over blocks."""
+"""Orders, blockings and block masks that depend on the layout alone."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.layout import TokenLayout
+from dit_accel.order import TokenOrder, video_order
 from dit_accel.plan import Blocking
 
 
@@ -25,3 +27,61 @@ def with_text(layout: TokenLayout, blocks: Blocking, video: Tensor) -> Tensor:
     mask = torch.ones(blocks.count, blocks.count, dtype=torch.bool)
     mask[~text.unsqueeze(-1) & ~text] = video.flatten()
     return mask
+
+
+def band(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], width: int) -> Tensor:
+    """Bool `[nq, nk]`: block pairs that hold some coordinates i, j with |i - j| <= `width`.
+
+    Args:
+        queries, keys: first and last coordinate of each block, int64 `[n]` each.
+        width: half-width of the band in tokens.
+    """
+    first_q, last_q = (x.unsqueeze(-1) for x in queries)
+    first_k, last_k = keys
+    return (first_k - last_q <= width) & (first_q - last_k <= width)
+
+
+def spans(blocks: Blocking, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+    """First and last video token of each video block, counted in the order of the blocks, int64 `[n]` each."""
+    video = ~layout.text_blocks(blocks)
+    first = blocks.starts[:-1][video] - layout.video_start
+    return first, first + blocks.lengths[video] - 1
+
+
+def half_width(layout: TokenLayout, density: float, rounding: str = "none") -> int:
+    """Half-width w of the band |i - j| <= w whose area is `density` of all token pairs (arXiv 2502.01776).
+
+    The rows and columns of text are counted in the area. 1.0 means everything.
+
+    Args:
+        layout: token geometry.
+        density: kept share of the token pairs.
+        rounding: "none"; "up" to a multiple of 128 (released for Wan and Cosmos); "down" to a multiple of 128, and
+            |i - j| < w instead (released for HunyuanVideo and CogVideoX).
+    """
+    if density == 1:
+        return layout.tokens
+    area = max(0.0, density - 2 * layout.text / layout.tokens)
+    width = layout.tokens * (1 - math.sqrt(1 - area))
+    if rounding == "up":
+        return math.ceil(width / 128) * 128
+    if rounding == "down":
+        return max(0, math.floor(width / 128) * 128 - 1)
+    return math.floor(width)
+
+
+def frame_blocks(layout: TokenLayout, size: int) -> Blocking:
+    """Blocks of `size` tokens of which none crosses the border of a frame."""
+    return layout.blocks(size, video=Blocking.segments([layout.frame_tokens] * layout.frames, size))
+
+
+def token_major(layout: TokenLayout, leading: int = 0) -> TokenOrder:
+    """Video tokens place by place, the frames of a place together; text stays in place.
+
+    Args:
+        layout: token geometry.
+        leading: frames that stay where they are, before the others. Default 0.
+    """
+    start = leading * layout.frame_tokens
+    rest = torch.arange(start, layout.video).view(-1, layout.frame_tokens).T.flatten()
+    return video_order(layout, torch.cat([torch.arange(start), rest]))

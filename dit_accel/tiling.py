@@ -42,9 +42,9 @@ def tile_order(layout: TokenLayout, tile: Triple, dilation: Triple = _EACH) -> T
 
 @lru_cache(maxsize=16)
 def tile_blocks(layout: TokenLayout, tile: Triple, dilation: Triple = _EACH) -> Blocking:
-    """One block per tile, in the order of `tile_order`; text is cut into blocks of a tile's size."""
+    """One block per tile, in the order of `tile_order`; text is cut into blocks of the largest tile's size."""
     lengths = _tile_of_token(layout, tile, dilation).bincount()
-    return layout.blocks(tile[0] * tile[1] * tile[2], video=Blocking.from_lengths(lengths))
+    return layout.blocks(int(lengths.max()), video=Blocking.from_lengths(lengths))
 
 
 def _tile_of_token(layout: TokenLayout, tile: Triple, dilation: Triple) -> torch.Tensor:

@@ -1,0 +1,65 @@
+"""Grouped attention: densities, symmetry and reach of its patterns."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from method_cases import plan_of
+
+COUNTS = [(1, 32, 32), (1, 4, 4), (1, 8, 8), (8, 6, 10)]
+
+
+def grid_of(counts, tile):
+    return tuple(n * t for n, t in zip(counts, tile, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("counts", "parameters", "density"),
+    [
+        ((1, 32, 32), {}, 63 / 1024),
+        ((1, 4, 4), {}, 7 / 16),
+        ((1, 8, 8), {}, 15 / 64),
+        ((8, 6, 10), {}, 0.34375),
+        ((8, 6, 10), {"cross": "lines"}, 22 / 480),
+        ((1, 32, 32), {"pattern": "B"}, 9 / 1024),
+        ((1, 4, 4), {"pattern": "B"}, 9 / 16),
+        ((1, 8, 8), {"pattern": "B"}, 9 / 64),
+        ((8, 6, 10), {"pattern": "B"}, 27 / 480),
+    ],
+)
+def test_densities(counts, parameters, density):
+    tile = (1 if counts[0] == 1 else 2, 2, 2)
+    assert plan_of("grat", grid_of(counts, tile), tile=tile, **parameters).density == pytest.approx(density)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("cross", ["planes", "lines"])
+def test_x_is_symmetric_and_joins_all_groups_over_one_other(counts, cross):
+    mask = plan_of("grat", counts, tile=(1, 1, 1), cross=cross).to_mask()[0, 0]
+    assert torch.equal(mask, mask.T)
+    if cross == "planes":
+        assert (mask.float() @ mask.float() > 0).all()
+
+
+def test_x_on_an_axis_with_one_group_is_dense():
+    assert plan_of("grat", (6, 8, 8), tile=(6, 2, 2)).density == 1
+    assert plan_of("grat", (1, 8, 8), tile=(1, 8, 2)).density == 1
+
+
+@pytest.mark.parametrize("reach", [0, 1, 2])
+def test_b_is_sliding_tiles_with_an_odd_window(reach):
+    grid, tile = (5, 9, 11), (2, 2, 3)
+    box = plan_of("grat", grid, tile=tile, pattern="B", reach=reach)
+    assert torch.equal(box.to_mask(), plan_of("sliding_tile", grid, tile=tile, window=(2 * reach + 1,) * 3).to_mask())
+    counts = [-(-n // t) for n, t in zip(grid, tile, strict=True)]
+    assert set(box.counts.flatten().tolist()) == {math.prod(min(n, 2 * reach + 1) for n in counts)}
+
+
+def test_a_ring_adds_the_neighbours():
+    with_ring, cross, box = (
+        plan_of("grat", (4, 5, 6), tile=(1, 1, 1), cross="lines", **change).to_mask()
+        for change in ({"ring": True}, {}, {"pattern": "B"})
+    )
+    assert torch.equal(with_ring, cross | box)

@@ -1,0 +1,115 @@
+"""What every static method must be: valid on any grid, blind to q and k, exact at its widest, silent about padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from method_cases import attend, masked, tensors, token_mask
+from torch.nn import functional as F
+
+from dit_accel.layout import TokenLayout
+from dit_accel.methods.registry import get_method, list_methods, method_class
+from dit_accel.state import CallContext
+
+SMALL = {
+    "a_shape": {"n_init": 5, "n_local": 9, "block": 8},
+    "grat": {"tile": (1, 2, 2)},
+    "neighborhood": {"window": (2, 3, 3), "tile": (2, 2, 2)},
+    "radial": {"block": 8, "decay": 0.1},
+    "sink_recent": {"recent_frames": 1, "block": 8},
+    "sliding_tile": {"window": (1, 1, 3), "tile": (2, 2, 2)},
+    "sparse_vdit": {"mode": "multi_diagonal", "density": 0.2, "block": 8},
+}
+WIDE = {
+    "a_shape": {"n_local": 10**6},
+    "dense": {},
+    "grat": {"tile": (9, 99, 99)},
+    "neighborhood": {"window": (0, 0, 0)},
+    "radial": {"density": 1.0},
+    "sink_recent": {"recent_frames": 99},
+    "sliding_tile": {"window": (0, 0, 0)},
+    "sparse_vdit": {"density": 1.0},
+}
+LAYOUTS = [
+    TokenLayout((4, 5, 7)),
+    TokenLayout((4, 5, 7), 9, "before"),
+    TokenLayout((4, 5, 7), 9, "after", valid=(143, 149)),
+    TokenLayout((1, 9, 16), 5, "before"),
+]
+
+
+def test_these_methods_are_static():
+    assert {*SMALL, *WIDE} <= {name for name in list_methods() if method_class(name).is_static}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", sorted(WIDE))
+def test_the_widest_setting_is_dense(name, layout):
+    q, k, v = tensors(layout, batch=2)
+    everything = torch.ones(layout.tokens, layout.tokens, dtype=torch.bool)
+    method = get_method(name, **WIDE[name])
+    torch.testing.assert_close(attend(method, layout, q, k, v), masked(layout, q, k, v, everything))
+    assert method.select(q, k, CallContext(layout)).density == pytest.approx(1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_attention_is_that_of_the_token_mask(name, layout):
+    q, k, v = tensors(layout, batch=2)
+    method = get_method(name, **SMALL[name])
+    mask = token_mask(method, layout)
+    # Methods whose unit is the frame see a whole image.
+    assert mask.all() == (layout.frames == 1 and name in ("radial", "sink_recent"))
+    assert mask[layout.text_slice()].all()
+    assert mask[:, layout.text_slice()].all()
+    torch.testing.assert_close(attend(method, layout, q, k, v), masked(layout, q, k, v, mask))
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_padding_and_large_logits(name):
+    layout = TokenLayout((3, 4, 5), 9, "after", valid=(63,))
+    q, k, v = tensors(layout)
+    method = get_method(name, **SMALL[name])
+    q, k = 30 * q, 30 * k
+    out = attend(method, layout, q, k, v)[:, :, :63]
+    q[:, :, 63:], k[:, :, 63:], v[:, :, 63:] = -99.0, 99.0, torch.nan
+    assert torch.equal(attend(method, layout, q, k, v)[:, :, :63], out)
+    assert out.isfinite().all()
+
+
+grids = st.tuples(st.integers(1, 6), st.integers(1, 7), st.integers(1, 9))
+
+
+@settings(max_examples=25, deadline=None)
+@given(grids, st.sampled_from(["none", "before", "after"]), st.integers(1, 9), st.sampled_from(sorted(SMALL)))
+def test_any_grid_makes_a_valid_plan(grid, position, text, name):
+    layout = TokenLayout(grid, 0 if position == "none" else text, position)
+    method, call = get_method(name, **SMALL[name]), CallContext(layout)
+    plan = method.select(None, None, call).validate()
+    assert plan.q_blocks.tokens == plan.k_blocks.tokens == layout.tokens
+    order = method.order(None, None, None, call)
+    if order is not None:
+        order.validate()
+        assert torch.equal(order.query[layout.text_slice()], torch.arange(layout.tokens)[layout.text_slice()])
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_defaults_make_a_plan_of_a_real_shape_in_memory_proportional_to_its_blocks(name):
+    layout = TokenLayout((33, 45, 80))
+    plan = get_method(name).select(None, None, CallContext(layout))
+    assert plan.density < 0.7
+    assert plan.counts.shape[:2] == (1, 1)
+    assert plan.indices.numel() <= plan.q_blocks.count * plan.k_blocks.count
+    assert plan.indices.numel() < layout.tokens**2 / 2000
+
+
+def test_float64_is_exact():
+    layout = TokenLayout((3, 5, 7))
+    q, k, v = (x.double() for x in tensors(layout))
+    for name, parameters in SMALL.items():
+        method = get_method(name, **parameters)
+        got = attend(method, layout, q, k, v, "reference")
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=token_mask(method, layout))
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
