@@ -30,17 +30,30 @@ def run(
     keys, values = (x.to(work).masked_fill(~real.transpose(-1, -2), 0) for x in (k, v))
     logits = scale * _scores(queries, keys, real, plan, precision)
     logits = logits.masked_fill(~(plan.to_token_mask() & real), -torch.inf)
-    rows = values
-    if remainder is not None:
-        extra, summary = _summaries(queries, keys, values, real, plan, scale, remainder)
-        logits, rows = torch.cat([logits, extra], -1), torch.cat([values, summary], 2)
-    lse = logits.logsumexp(-1)
-    weights = (logits - lse.unsqueeze(-1)).exp().masked_fill(lse.isneginf().unsqueeze(-1), 0)
-    out = weights @ rows
-    if remainder is not None and remainder.first_order != "none":
-        tail = weights[..., -plan.k_blocks.count :]
-        out = out + scale * _first_order(queries, keys, values, real, plan.k_blocks, tail, remainder)
+    if remainder is None:
+        lse, weights = _softmax(logits)
+        return (weights @ values).to(q.dtype), lse
+    centres = torch.zeros_like(queries) if remainder.about == "key" else _mean_queries(queries, plan.q_blocks)
+    extra, summary = _summaries(queries, centres, keys, values, real, plan, scale, remainder)
+    lse, weights = _softmax(torch.cat([logits, extra], -1))
+    exact, tail = weights.split([keys.shape[2], plan.k_blocks.count], -1)
+    out = exact @ values + torch.einsum("bhqj,bhqjd->bhqd", tail, summary)
+    if remainder.first_order == "mixed":
+        tail = _mean_queries(tail, plan.q_blocks)
+    if remainder.first_order != "none":
+        out = out + scale * _first_order(queries - centres, keys, values, real, plan.k_blocks, tail, remainder)
     return out.to(q.dtype), lse
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and weights of every row; a row without keys has -inf and zeros."""
+    lse = logits.logsumexp(-1)
+    return lse, (logits - lse.unsqueeze(-1)).exp().masked_fill(lse.isneginf().unsqueeze(-1), 0)
+
+
+def _mean_queries(x: Tensor, blocks: Blocking) -> Tensor:
+    """For every row of `x` `[B, H, Nq, ...]` the mean over the rows of its query block; same shape."""
+    return torch.cat([part.mean(2, keepdim=True).expand_as(part) for part in x.split(blocks.lengths.tolist(), 2)], 2)
 
 
 def _scores(q: Tensor, k: Tensor, real: Tensor, plan: BlockPlan, precision: Precision | None) -> Tensor:
@@ -66,23 +79,28 @@ def _int8(x: Tensor, blocks: Blocking) -> Tensor:
 
 
 def _summaries(
-    q: Tensor, k: Tensor, v: Tensor, real: Tensor, plan: BlockPlan, scale: float, remainder: Remainder
+    q: Tensor, centre: Tensor, k: Tensor, v: Tensor, real: Tensor, plan: BlockPlan, scale: float, remainder: Remainder
 ) -> tuple[Tensor, Tensor]:
-    """Logits `[B, H, Nq, nk]` of the summary keys and their values `[B, H, nk, D]`, block by block."""
+    """Logits `[B, H, Nq, nk]` of the summary keys and their values `[B, H, Nq, nk, D]`, block by block.
+
+    `centre` is the mean query of every query `[B, H, Nq, D]`, or zero about the mean key, where that is the same.
+    """
     selected = plan.to_mask()[..., plan.q_blocks.block_of_token().to(q.device), :]
     logits, values = [], []
     for j in range(plan.k_blocks.count):
         inside = slice(int(plan.k_blocks.starts[j]), int(plan.k_blocks.starts[j + 1]))
         count = real[..., inside].sum(-1).to(q.dtype).unsqueeze(-1)  # [B, 1, 1, 1]
         mean = k[:, :, inside].sum(2, keepdim=True) / count.clamp(min=1)
-        spread = (k[:, :, inside] - mean).square() * real[..., inside].transpose(-1, -2)
-        variance = spread.sum(2, keepdim=True) / count.clamp(min=1)
-        logit = scale * (q * mean).sum(-1) + count.log().squeeze(-1)
+        seen = (scale * centre @ k[:, :, inside].transpose(-1, -2)).masked_fill(~real[..., inside], -torch.inf)
+        mass, weights = _softmax(seen)
+        logit = scale * ((q - centre) * mean).sum(-1) + mass
         if remainder.mass == "diagonal":
+            spread = (k[:, :, inside] - mean).square() * real[..., inside].transpose(-1, -2)
+            variance = spread.sum(2, keepdim=True) / count.clamp(min=1)
             logit = logit + torch.minimum(0.5 * ((scale * q).square() * variance).sum(-1), count.log().squeeze(-1))
         logits.append(logit.masked_fill(selected[..., j] | (count == 0).squeeze(-1), -torch.inf))
-        values.append(v[:, :, inside].sum(2) / count.squeeze(-1).clamp(min=1))
-    return torch.stack(logits, -1), torch.stack(values, 2)
+        values.append(weights @ v[:, :, inside])
+    return torch.stack(logits, -1), torch.stack(values, 3)
 
 
 def _first_order(

@@ -1,7 +1,7 @@
 """The unselected blocks, as summary keys that join the softmax of the exact part through its log-sum-exp.
 
 Nothing is ever larger than a chunk: neither the summary logits (N x nk) nor the covariances H (nk x D x D).
-Axis legend: G = B * H heads, nq / nk query / key blocks, T tokens per block, U query tokens of a chunk.
+Axis legend: G = B * H heads, nq / nk query / key blocks, T tokens per block, U query blocks of a chunk.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Summary:
 
     Args:
         k, v: the blocks `[G, nk, T, D]`, padding zero.
-        real: 1 for a real token and 0 for padding `[G, nk, T]`, in the dtype of k.
+        real: 1 for a real token and 0 for padding `[G, nk, T]`, in the dtype of k; None when no slot is padding.
         mean_k, mean_v: `[G, nk, D]`.
         tokens: number of real tokens `[G, nk]`.
         variance: of the keys, per channel `[G, nk, D]`; None when the mass is not corrected.
@@ -30,7 +30,7 @@ class Summary:
 
     k: Tensor
     v: Tensor
-    real: Tensor
+    real: Tensor | None
     mean_k: Tensor
     mean_v: Tensor
     tokens: Tensor
@@ -39,19 +39,25 @@ class Summary:
     @classmethod
     def of(cls, k: Tensor, v: Tensor, real: Tensor | None, remainder: Remainder) -> Summary:
         """One pass over k and v `[G, nk, T, D]`; real bool `[G, nk, T]`, None when no slot is padding."""
-        weight = k.new_ones(1, 1, k.shape[2]).expand(k.shape[:3]) if real is None else real.to(k.dtype)
-        tokens = weight.sum(-1)
+        weight = None if real is None else real.to(k.dtype)
+        tokens = k.new_full(k.shape[:2], k.shape[2]) if weight is None else weight.sum(-1)
         mean_k, mean_v = (x.sum(2) / tokens.clamp(min=1).unsqueeze(-1) for x in (k, v))
-        variance = None
-        if remainder.mass == "diagonal":
-            variance = torch.empty_like(mean_k)
-            for head in range(len(k)):
-                spread = (k[head] - mean_k[head].unsqueeze(1)).square_() * weight[head].unsqueeze(-1)
-                variance[head] = spread.sum(1) / tokens[head].clamp(min=1).unsqueeze(-1)
+        out = cls(k, v, weight, mean_k, mean_v, tokens, None)
+        if remainder.mass == "mean":
+            return out
+        variance = torch.empty_like(mean_k)
+        for head in range(len(k)):
+            spread = out.deviations(head, slice(None)).square_().sum(1)
+            variance[head] = spread / tokens[head].clamp(min=1).unsqueeze(-1)
         return cls(k, v, weight, mean_k, mean_v, tokens, variance)
 
+    def deviations(self, head: int, blocks: slice) -> Tensor:
+        """Keys minus the mean of their block `[n, T, D]`, zero at padding, for n of the blocks of a head."""
+        delta = self.k[head, blocks] - self.mean_k[head, blocks].unsqueeze(1)
+        return delta if self.real is None else delta.mul_(self.real[head, blocks].unsqueeze(-1))
+
     def logits(self, head: int, q: Tensor, selected: Tensor, scale: float, blocks: slice) -> Tensor:
-        """Logits `[U, T, n]` of the summary keys `blocks`, -inf where selected or empty.
+        """Logits `[U, T, n]` of the summary keys `blocks`, about the mean key; -inf where selected or empty.
 
         Args:
             head: which of the G heads.
@@ -61,45 +67,104 @@ class Summary:
             blocks: n of the nk key blocks.
         """
         mass = self.tokens[head, blocks].log()
-        out = torch.matmul(q, self.mean_k[head, blocks].T).mul_(scale)
+        out = torch.matmul(q, scale * self.mean_k[head, blocks].T)
         if self.variance is not None:
-            second = torch.matmul((scale * q).square_(), self.variance[head, blocks].T).mul_(0.5)
+            second = torch.matmul((scale * q).square_(), 0.5 * self.variance[head, blocks].T)
             out += second.minimum(mass)
-        return out.add_(mass).masked_fill_(selected[:, None, blocks], -torch.inf)
+        # A small bias rather than a mask of the logits: one pass less over them.
+        return out.add_(torch.where(selected[:, blocks], -torch.inf, mass).unsqueeze(1))
+
+    def seen_by(self, head: int, centres: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """What each of the queries `centres` `[U, D]` gets from each block: log-mass `[U, nk]`, value `[nk, U, D]`."""
+        logits = torch.matmul(scale * centres, self.k[head].transpose(1, 2))
+        if self.real is not None:
+            logits.masked_fill_(self.real[head].unsqueeze(1) == 0, -torch.inf)
+        mass = logits.logsumexp(-1)
+        return mass.T, torch.bmm(_weights(logits, mass), self.v[head])
 
     def covariances(self, head: int, first: int, last: int, group: int) -> tuple[Tensor, Tensor]:
         """H summed over groups of `group` blocks, `[g, D, D]`, and their tokens `[g]`, for blocks first to last."""
         dim = self.k.shape[-1]
+        if group == 1:
+            inside = slice(first, last)
+            each = torch.bmm(self.deviations(head, inside).transpose(1, 2), self.v[head, inside])
+            return each, self.tokens[head, inside]
         h, tokens = [], []
         for start in range(first, last, group):
             inside = slice(start, min(start + group, last))
-            delta = (self.k[head, inside] - self.mean_k[head, inside].unsqueeze(1)) * self.real[head, inside, :, None]
-            h.append(delta.view(-1, dim).T @ self.v[head, inside].reshape(-1, dim))
+            h.append(self.deviations(head, inside).view(-1, dim).T @ self.v[head, inside].reshape(-1, dim))
             tokens.append(self.tokens[head, inside].sum())
         return torch.stack(h), torch.stack(tokens)
 
 
+@dataclass(frozen=True)
+class _Head:
+    """One head: query blocks `[nq, T, D]`, what they selected `[nq, nk]`, and their mean queries `[nq, D]` or None."""
+
+    index: int
+    q: Tensor
+    selected: Tensor
+    centres: Tensor | None
+    summary: Summary
+    scale: float
+
+    def moved(self, rows: slice) -> Tensor:
+        """Queries of some query blocks relative to the point of expansion, `[U, T, D]`."""
+        return self.q[rows] if self.centres is None else self.q[rows] - self.centres[rows].unsqueeze(1)
+
+    def logits(self, rows: slice, blocks: slice) -> tuple[Tensor, Tensor]:
+        """Logits `[U, T, n]` of the summary keys `blocks` and their values, `[n, D]` or one set per row `[U, n, D]`."""
+        summary, chosen = self.summary, self.selected[rows]
+        if self.centres is None:
+            return summary.logits(self.index, self.q[rows], chosen, self.scale, blocks), summary.mean_v[self.index]
+        mass, value = summary.seen_by(self.index, self.centres[rows], self.scale)
+        mean_k = self.scale * summary.mean_k[self.index].T
+        # scale * (q - c)·m is taken apart, so that c stays out of the pass over the queries.
+        bias = (mass - torch.matmul(self.centres[rows], mean_k)).masked_fill_(chosen, -torch.inf)
+        out = torch.matmul(self.q[rows], mean_k).add_(bias.unsqueeze(1))
+        return out[..., blocks], value.transpose(0, 1)[:, blocks]
+
+
 def add_remainder(
-    q: Tensor, out: Tensor, lse: Tensor, selected: Tensor, summary: Summary, remainder: Remainder, scale: float
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    selected: Tensor,
+    summary: Summary,
+    remainder: Remainder,
+    scale: float,
+    lengths: Tensor,
 ) -> None:
     """Let the unselected blocks join the exact part, in place.
 
     Args:
-        q: query blocks `[G, nq, T, D]`.
+        q: query blocks `[G, nq, T, D]`, padding zero.
         out, lse: output `[G, nq, T, D]` and log-sum-exp `[G, nq, T]` of the exact part; 0 and -inf without keys.
         selected: bool `[G, nq, nk]`.
         summary: statistics of the key blocks.
         remainder: what to add.
         scale: factor on q·k.
+        lengths: how many tokens of each query block are queries, `[nq]`.
     """
-    count = summary.tokens.shape[1]
+    count, size = summary.tokens.shape[1], q.shape[2]
     group = remainder.blocks_per_group(count)
-    for head in range(len(q)):
-        for rows in _chunks(q.shape[1], q.shape[2] * count):
-            part, chosen = q[head, rows], selected[head, rows]
-            _join(part, out[head, rows], lse[head, rows], chosen, summary, scale, head)
-        if group:
-            _add_first_order(q[head], out[head], lse[head], selected[head], summary, scale, head, group)
+    real = (torch.arange(size, device=q.device) < lengths.unsqueeze(-1)).to(q.dtype).unsqueeze(-1)
+    for index in range(len(q)):
+        centres = None if remainder.about == "key" else q[index].sum(1) / lengths.unsqueeze(-1)
+        head = _Head(index, q[index], selected[index], centres, summary, scale)
+        # Weights of the groups, kept where they are few: per query, or per query block.
+        is_mixed = remainder.first_order == "mixed"
+        shape = (q.shape[1], 1 if is_mixed else size, -(-count // group) if group else 0)
+        shares = q.new_empty(shape) if remainder.first_order not in ("none", "block") else None
+        widest = max(size, q.shape[3]) if centres is not None else size
+        for rows in _chunks(q.shape[1], widest * count):
+            weights = _join(head, rows, out[index, rows], lse[index, rows])
+            if shares is not None:
+                shares[rows] = _shares(weights, group, real[rows] / lengths[rows, None, None] if is_mixed else None)
+        if is_mixed and shares is not None:
+            _add_mixed_first_order(head, out[index], shares.squeeze(1))
+        elif group:
+            _add_first_order(head, out[index], lse[index], group, shares)
 
 
 def _chunks(total: int, numbers: int) -> list[slice]:
@@ -113,28 +178,50 @@ def _weights(logits: Tensor, lse: Tensor) -> Tensor:
     return logits.sub_(lse.masked_fill(lse.isneginf(), 0).unsqueeze(-1)).exp_()
 
 
-def _join(q: Tensor, out: Tensor, lse: Tensor, selected: Tensor, summary: Summary, scale: float, head: int) -> None:
-    """Summary keys into one softmax with the exact part of query blocks `[U, T, D]`, in place."""
-    logits = summary.logits(head, q, selected, scale, slice(None))
+def _shares(weights: Tensor, group: int, pool: Tensor | None) -> Tensor:
+    """Weights `[U, T, n]` summed over groups of blocks `[U, T, g]`, or averaged by `pool` `[U, T, 1]`: `[U, 1, n]`."""
+    if pool is not None:
+        return torch.bmm(pool.transpose(1, 2), weights)
+    index = torch.arange(weights.shape[-1], device=weights.device) // group
+    return weights.new_zeros(*weights.shape[:2], int(index[-1]) + 1).index_add_(-1, index, weights)
+
+
+def _join(head: _Head, rows: slice, out: Tensor, lse: Tensor) -> Tensor:
+    """Summary keys into one softmax with the exact part of query blocks `[U, T, D]`, in place; their weights."""
+    logits, values = head.logits(rows, slice(None))
     joint = torch.logaddexp(lse, logits.logsumexp(-1))
     out.mul_(_weights(lse.unsqueeze(-1).clone(), joint))
-    out.add_(torch.matmul(_weights(logits, joint), summary.mean_v[head]))
+    weights = _weights(logits, joint)
+    out.add_(torch.matmul(weights, values))
     lse.copy_(joint)
+    return weights
 
 
-def _add_first_order(
-    q: Tensor, out: Tensor, lse: Tensor, selected: Tensor, summary: Summary, scale: float, head: int, group: int
-) -> None:
-    """Σ_g (p_g / t_g) * scale * q·H_g into the output of one head `[nq, T, D]`, in place; lse is that of the union."""
-    count, (_, size, dim) = summary.tokens.shape[1], q.shape
+def _add_first_order(head: _Head, out: Tensor, lse: Tensor, group: int, shares: Tensor | None) -> None:
+    """Σ_g (p_g / t_g) * scale * x·H_g into the output of one head `[nq, T, D]`, in place; lse is that of the union.
+
+    `shares` `[nq, T, g]` are the p_g; None: they are made again, chunk by chunk.
+    """
+    count, (_, size, dim) = head.summary.tokens.shape[1], head.q.shape
     for groups in _chunks(-(-count // group), dim * dim):
         first, last = groups.start * group, min(groups.stop * group, count)
-        h, tokens = summary.covariances(head, first, last, group)
-        share = (torch.arange(last - first, device=q.device) // group).expand(size, -1)
-        for rows in _chunks(len(q), size * max(last - first, len(h) * dim)):
-            weights = _weights(summary.logits(head, q[rows], selected[rows], scale, slice(first, last)), lse[rows])
-            mass = weights.new_zeros(*weights.shape[:2], len(h))
-            mass.scatter_add_(-1, share.expand_as(weights), weights)
-            mass.mul_(scale / tokens.clamp(min=1))
-            lifted = mass.unsqueeze(-1) * q[rows].unsqueeze(-2)
+        h, tokens = head.summary.covariances(head.index, first, last, group)
+        for rows in _chunks(len(out), size * max(last - first, len(h) * dim)):
+            if shares is None:
+                mass = _shares(_weights(head.logits(rows, slice(first, last))[0], lse[rows]), group, None)
+            else:
+                mass = shares[rows, :, groups]
+            mass = mass * (head.scale / tokens.clamp(min=1))
+            lifted = mass.unsqueeze(-1) * head.moved(rows).unsqueeze(-2)
             out[rows].add_(torch.matmul(lifted.flatten(-2), h.flatten(0, 1)))
+
+
+def _add_mixed_first_order(head: _Head, out: Tensor, shares: Tensor) -> None:
+    """Σ_j (p_j / t_j) * scale * x·H_j into the output of one head `[nq, T, D]`, with shares `[nq, nk]`, in place."""
+    dim = out.shape[-1]
+    for blocks in _chunks(shares.shape[1], dim * dim):
+        h, tokens = head.summary.covariances(head.index, blocks.start, blocks.stop, 1)
+        mass = shares[:, blocks] * (head.scale / tokens.clamp(min=1))
+        for rows in _chunks(len(out), dim * max(dim, out.shape[1])):
+            mixed = torch.matmul(mass[rows], h.flatten(1)).view(-1, dim, dim)
+            out[rows].baddbmm_(head.moved(rows), mixed)

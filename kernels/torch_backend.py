@@ -211,7 +211,8 @@ def _attend_rest(
     real = None if operands.real is None else operands.real.view(k.shape[:3])
     selected = plan.to_mask().expand(batch, heads, -1, -1).reshape(-1, nq, nk)
     q, out, lse = (x.view(batch * heads, nq, size, *x.shape[2:]) for x in (operands.q, out, lse))
-    add_remainder(q, out, lse, selected, Summary.of(k, v, real, remainder), remainder, operands.scale)
+    lengths = plan.q_blocks.on(q.device)[1].to(q.dtype)
+    add_remainder(q, out, lse, selected, Summary.of(k, v, real, remainder), remainder, operands.scale, lengths)
 
 
 def _why_not(request: Request) -> str | None:

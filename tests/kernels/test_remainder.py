@@ -11,10 +11,10 @@ from dit_accel.errors import PlanError
 from dit_accel.kernels import Remainder, block_attention, remainder
 from dit_accel.plan import Blocking, BlockPlan
 
-ORDERS = ["none", "block", "grouped", "global"]
-EVERY = pytest.mark.parametrize(
-    "rest", [Remainder(mass, order, 3) for mass in ("mean", "diagonal") for order in ORDERS], ids=str
-)
+ORDERS = ["none", "block", "mixed", "grouped", "global"]
+ABOUT_KEY = [Remainder(mass, order, 3) for mass in ("mean", "diagonal") for order in ORDERS]
+ABOUT_QUERY = [Remainder("mean", order, 3, "query") for order in ORDERS]
+EVERY = pytest.mark.parametrize("rest", ABOUT_KEY + ABOUT_QUERY, ids=str)
 
 
 def dense(q, k, v):
@@ -105,6 +105,44 @@ def test_the_error_shrinks_with_the_order_of_the_expansion(order, slope):
     assert coarse / fine == pytest.approx(slope, rel=0.1)
 
 
+@pytest.mark.parametrize("rest", ABOUT_QUERY, ids=str)
+def test_about_the_query_identical_queries_in_each_block_are_exact(rest):
+    q, k, v = tensors(queries=64, factor=3.0)
+    q = q[:, :, ::8].repeat_interleave(8, dim=2)
+    out = block_attention(q, k, v, random_plan(*uniform(64, 8)), remainder=rest, backend="torch")
+    torch.testing.assert_close(out, dense(q, k, v))
+
+
+@pytest.mark.parametrize(("order", "slope"), [("none", 4), ("mixed", 8), ("block", 8)])
+def test_about_the_query_the_error_is_of_second_or_third_order_in_both_spreads(order, slope):
+    def error(spread):
+        q, k, v = tensors(heads=4, queries=128, dim=8)
+        q, k = (x[:, :, ::8].repeat_interleave(8, dim=2) + spread * x for x in (q, k))
+        rest = Remainder("mean", order, about="query")
+        plan = random_plan(*uniform(128, 8), share=0.2, axes=(1, 4))
+        out = block_attention(q, k, v, plan, remainder=rest, backend="torch")
+        return float((out - dense(q, k, v)).norm())
+
+    assert error(0.02) / error(0.01) == pytest.approx(slope, rel=0.1)
+
+
+def test_about_the_query_is_closer_than_about_the_key_where_queries_are_alike():
+    q, k, v = tensors(heads=4, queries=128, dim=8, factor=2.0)
+    q = q[:, :, ::8].repeat_interleave(8, dim=2) + 0.2 * q
+    plan = random_plan(*uniform(128, 8), share=0.2, axes=(1, 4))
+    exact = dense(q, k, v)
+    about_key, about_query = (
+        (block_attention(q, k, v, plan, remainder=rest, backend="torch") - exact).norm()
+        for rest in (Remainder("diagonal", "block"), Remainder(about="query"))
+    )
+    assert about_query < 0.5 * about_key
+
+
+def test_the_mass_about_the_query_is_not_corrected():
+    with pytest.raises(PlanError, match=r"Remainder\.mass: expected 'mean' with about='query'"):
+        Remainder("diagonal", about="query")
+
+
 def test_every_term_beats_dropping_the_rest():
     dropped, zeroth = spread_error(None, 0.4), spread_error(Remainder(), 0.4)
     assert zeroth < 0.5 * dropped
@@ -156,15 +194,13 @@ def test_the_second_order_mass_is_capped():
     assert lse.isfinite().all()
 
 
-@pytest.mark.parametrize("order", ORDERS[:1] + ORDERS[3:])
-def test_large_logits_in_single_precision(order):
+@EVERY
+def test_large_logits_in_single_precision(rest):
     q, k, v = tensors(queries=96)
     q = q * 80 * 4 / (q @ k.transpose(-1, -2)).abs().max()
     plan = random_plan(*uniform(96, 8))
-    expected = block_attention(q, k, v, plan, remainder=Remainder(first_order=order), backend="reference")
-    got = block_attention(
-        q.float(), k.float(), v.float(), plan, remainder=Remainder(first_order=order), backend="torch"
-    )
+    expected = block_attention(q, k, v, plan, remainder=rest, backend="reference")
+    got = block_attention(q.float(), k.float(), v.float(), plan, remainder=rest, backend="torch")
     assert (got - expected).abs().max() < 2e-4 * expected.abs().max()
 
 
