@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 
 from dit_accel.layout import TokenLayout
+from dit_accel.selection.choose import generator_for
 
 # Logits of one chunk of heads; at 720p a single head of 64 rows has 4.8 million.
 _CHUNK_LOGITS = 1 << 25
 
 
-def sample_rows(layout: TokenLayout, count: int, seed: int) -> Tensor:
+def sample_rows(layout: TokenLayout, count: int, *key: int) -> Tensor:
     """Video tokens drawn at random, one from each of `count` equal parts of the video, int64 `[m]` on the CPU.
 
     Args:
         layout: token geometry; text and padding are never drawn.
         count: wanted rows; all video tokens when there are no more.
-        seed: same seed, same rows.
+        key: what the draw depends on, for example seed, layer and step; same key, same rows.
     """
     count = min(count, layout.video)
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_for(torch.device("cpu"), *key)
     edges = torch.arange(count + 1) * layout.video // count
     place = torch.rand(count, generator=generator, dtype=torch.float64)
     return edges[:-1] + (place * edges.diff()).long() + layout.video_start

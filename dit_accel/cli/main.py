@@ -12,11 +12,11 @@ from dit_accel.cli.app import console, run_app, version_option
 from dit_accel.cli.bench import bench_app
 from dit_accel.cli.demo import demo
 from dit_accel.cli.doctor import doctor
+from dit_accel.cli.methods import methods_app
 from dit_accel.cli.report import report
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 presets_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="List the presets, or show one.")
-methods_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="List the methods, or show one.")
 app.add_typer(presets_app, name="presets")
 app.add_typer(methods_app, name="methods")
 app.command()(demo)
@@ -69,34 +69,6 @@ def show_preset(
     else:
         export.write_text(text, encoding="utf-8")
         console.print(f"written: {export}", markup=False)
-
-
-@methods_app.callback()
-def methods(context: typer.Context) -> None:
-    """List the methods."""
-    if context.invoked_subcommand:
-        return
-    from dit_accel.methods.registry import list_methods, method_class
-
-    table = Table("method", "source", "what it does")
-    for name in list_methods():
-        cls = method_class(name)
-        table.add_row(name, cls.source, (cls.__doc__ or "").splitlines()[0])
-    console.print(table)
-
-
-@methods_app.command("show")
-def show_method(name: str) -> None:
-    """Print a method's description, parameters and defaults."""
-    import inspect
-
-    from dit_accel.methods.registry import method_class
-
-    cls = method_class(name)
-    console.print(inspect.cleandoc(cls.__doc__ or ""), markup=False)
-    console.print(f"\nSource: {cls.source}\n\nDefaults:", markup=False)
-    for field, default in cls.parameters().items():
-        console.print(f"  {field}: {default!r}", markup=False)
 
 
 def main() -> None:

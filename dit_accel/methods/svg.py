@@ -79,7 +79,7 @@ class SVG(Method):
     def errors(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> Tensor:
         """Mean squared error of the sampled rows under the spatial and the temporal mask, `[B, H, 2]`."""
         layout = call.layout
-        rows = sample_rows(layout, self.rows, call.seed + 7919 * call.step + 104729 * call.layer)
+        rows = sample_rows(layout, self.rows, call.seed, call.layer, call.step)
         masks = self.profile_masks(layout, rows).to(q.device)
         found = []
         for heads, logits in sampled_logits(q, k, rows, layout):
