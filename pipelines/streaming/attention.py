@@ -13,11 +13,15 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from dit_accel.errors import UnsupportedError
+from dit_accel.kernels import block_attention
 from dit_accel.pipelines.streaming.cache import FrameCache
 from dit_accel.pipelines.streaming.positions import PositionRule, Rotary
+from dit_accel.plan import Blocking, BlockPlan
 
 if TYPE_CHECKING:
     from dit_accel.pipelines.streaming.runtime import CausalWan
+
+_BLOCK = 64
 
 CLEAN = -1
 """The step of a pass over finished frames, which writes the keys and values that later chunks read."""
@@ -52,13 +56,34 @@ class AttentionCall:
         """Tokens per frame."""
         return self.grid[0] * self.grid[1]
 
-    @property
-    def own_slice(self) -> slice | None:
-        """The keys of the queries' own frames, as a slice of the key axis; None when they do not stand together."""
-        first = self.frames.index(self.own.start)
-        if self.frames[first : first + len(self.own)] != tuple(self.own):
-            return None
-        return slice(first * self.frame_tokens, (first + len(self.own)) * self.frame_tokens)
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys or values `[B, M, H, D]` of the past frames, and of the queries' own frames."""
+        frames = x.unflatten(1, (len(self.frames), -1))
+        own = [place for place, frame in enumerate(self.frames) if frame in self.own]
+        past = [place for place, frame in enumerate(self.frames) if frame not in self.own]
+        return _take(frames, past), _take(frames, own)
+
+
+def _take(frames: Tensor, places: list[int]) -> Tensor:
+    """Some frames of `[B, F, S, H, D]` as tokens `[B, N, H, D]`; a view where they stand together."""
+    if places and places == list(range(places[0], places[-1] + 1)):
+        return frames[:, places[0] : places[-1] + 1].flatten(1, 2)
+    return frames[:, places].flatten(1, 2)
+
+
+def attend_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Dense attention that also says its log-sum-exp, for merging parts.
+
+    Args:
+        q: `[B, N, H, D]`.
+        k, v: `[B, M, H, D]`, M at least 1.
+
+    Returns:
+        Output `[B, N, H, D]` and log-sum-exp `[B, H, N]`.
+    """
+    plan = BlockPlan.full(Blocking.uniform(q.shape[1], _BLOCK), Blocking.uniform(k.shape[1], _BLOCK), q.device)
+    out, lse = block_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), plan, return_lse=True)
+    return out.transpose(1, 2), lse
 
 
 class DenseContext:
@@ -72,8 +97,14 @@ class DenseContext:
         out: Tensor = dispatch_attention_fn(q, k, v, backend=call.backend)
         return out
 
-    def evict(self, layer: int, frame: int, k: Tensor, v: Tensor) -> None:
-        """A frame leaves the cache; k, v `[B, S, H, D]` as stored, gone after this call."""
+    def evict(self, layer: int, frame: int, k: Tensor, v: Tensor, grid: tuple[int, int]) -> None:
+        """A frame leaves the cache.
+
+        Args:
+            layer, frame: which.
+            k, v: `[B, S, H, D]`, gone after this call; keys are rotated in space and not in time.
+            grid: (height, width) of the frame in tokens.
+        """
 
     def begin_chunk(self, frames: range) -> None:
         """A new chunk begins, or the same one once more."""
@@ -113,6 +144,12 @@ class Branch:
     text: Tensor
     policy: DenseContext
     text_kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def evict(self, layer: int, frame: int, k: Tensor, v: Tensor, grid: tuple[int, int]) -> None:
+        """Hand a frame that leaves the cache to the policy; k, v `[B, S, H, D]` as stored."""
+        if self.rule.is_fixed:
+            k = self.rotary.time(k, [-at for at in self.rule.of([frame], self.cache.origin)])
+        self.policy.evict(layer, frame, k, v, grid)
 
     def set_text(self, text: Tensor) -> None:
         """Change the prompt; the cached keys and values of the old one are dropped."""

@@ -119,11 +119,11 @@ class CausalWan:
         """
         frames = range(start, start + latents.shape[2])
         cache = branch.cache
+        grid = self.grid(latents)
         if write:
-            cache.make_room(frames, branch.policy.evict)
+            cache.make_room(frames, lambda layer, frame, k, v: branch.evict(layer, frame, k, v, grid))
         if past is None:
             past = [frame for frame in cache.visible(frames) if frame < start]
-        grid = self.grid(latents)
         outer, self.now = self.now, Pass(branch, frames, tuple(past), step, write, grid)
         try:
             out: Tensor = self.transformer(
