@@ -2,6 +2,114 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
 
+from dit_accel.cli.app import console
+
 bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed on this machine.")
+
+
+def command_line() -> str:
+    """The command as typed, for the column that says how a result was made."""
+    return shlex.join(["dit-accel", *sys.argv[1:]])
+
+
+@bench_app.command("attention")
+def attention(
+    shapes: Annotated[list[str] | None, typer.Option(help="Shapes; `--list-shapes` names them.")] = None,
+    methods: Annotated[list[str] | None, typer.Option(help="Methods. Default: all but dense.")] = None,
+    densities: Annotated[
+        list[float] | None, typer.Option(help="Densities of the sweep. Default: the method's.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 5,
+    heads: Annotated[int | None, typer.Option(help="Heads to time. Default: the model's.", min=1)] = None,
+    limit: Annotated[float, typer.Option(help="Longest dense call in seconds; heads are left out to keep it.")] = 60.0,
+    backend: Annotated[str, typer.Option(help="Backend of the sparse attention.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the inputs.", min=0)] = 0,
+    csv: Annotated[Path | None, typer.Option(help="File for the results, written row by row.")] = None,
+    list_shapes: Annotated[bool, typer.Option("--list-shapes", help="List the shapes and leave.")] = False,
+) -> None:
+    """Time methods against the fastest dense attention found here; each is verified on a small case first.
+
+    A static plan is made once for all layers and steps, so selecting it counts in `select_first_ms` alone.
+    """
+    import torch
+
+    from dit_accel.bench.attention import Options, measure, stamp, variants
+    from dit_accel.bench.shapes import SHAPES, find_shape
+    from dit_accel.bench.table import stream_csv
+    from dit_accel.methods.registry import list_methods
+    from dit_accel.models import resolve_device
+
+    if list_shapes:
+        for shape in SHAPES.values():
+            console.print(f"{shape.name}: {shape.of}; {shape.layout.tokens} tokens, {shape.heads} heads", markup=False)
+        return
+    chosen = [find_shape(name) for name in shapes or ["cpu-1k", "cpu-4k"]]
+    names = methods or [name for name in list_methods() if name != "dense"]
+    cases = variants(names, densities or [])
+    where, kind = resolve_device(device, dtype)
+    options = Options(torch.device(where), kind, rounds, heads, limit, backend, seed)
+    rows = (row.to_dict() for shape in chosen for row in measure(shape, cases, options))
+    for row in stream_csv(csv, rows, {**stamp(), "command": command_line()}):
+        console.print(_line(row), markup=False)
+    if csv is not None:
+        console.print(f"written: {csv}", markup=False)
+
+
+@bench_app.command("step")
+def step(
+    preset: Annotated[str, typer.Option(help="Preset that gives the model's sizes.")] = "tiny-wan",
+    layers: Annotated[int | None, typer.Option(help="Blocks. Default: all, or as many as fit.", min=1)] = None,
+    methods: Annotated[list[str] | None, typer.Option(help="Methods. Default: the preset's.")] = None,
+    densities: Annotated[
+        list[float] | None, typer.Option(help="Densities of the sweep. Default: the method's.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 3,
+    backend: Annotated[str, typer.Option(help="Backend of the sparse attention.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    csv: Annotated[Path | None, typer.Option(help="File for the results, written row by row.")] = None,
+) -> None:
+    """Time one forward pass of a whole transformer with random weights, dense and accelerated in turn."""
+    import torch
+
+    from dit_accel.bench.attention import stamp, variants
+    from dit_accel.bench.step import build, measure_step
+    from dit_accel.bench.table import stream_csv
+    from dit_accel.methods.registry import get_method
+    from dit_accel.models import resolve_device
+    from dit_accel.presets import load_preset
+
+    resolved = load_preset(preset)
+    own = [get_method(resolved.method.name, **resolved.method.parameters)]
+    cases = variants(methods, densities or []) if methods else own
+    where, kind = resolve_device(device, dtype)
+    built = build(resolved, layers, torch.device(where), kind)
+    console.print(f"{resolved.name}: {built.layers} of {resolved.model.layers} blocks, random weights", markup=False)
+    rows = measure_step(resolved, built, cases, rounds, backend)
+    for row in stream_csv(csv, rows, {**stamp(), "command": command_line()}):
+        console.print(
+            f"{row['method']} {row['parameters']}: {row['ratio']:.2f}x dense [{row['ratio_low']:.2f}, "
+            f"{row['ratio_high']:.2f}], {row['dense_s']:.2f} s dense, {row['method_s']:.2f} s, density {row['density']:.3f}",
+            markup=False,
+        )
+
+
+def _line(row: Any) -> str:
+    head = f"{row['shape']} {row['method']} {row['parameters']}"
+    if row["ratio"] is None:
+        return f"{head}: {row['note']}"
+    note = f" ({row['note']})" if row["note"] else ""
+    spent = ", ".join(f"{part} {row[f'{part}_ms']:.1f}" for part in ("dense", "order", "select", "attend"))
+    return (
+        f"{head}: {row['ratio']:.2f}x dense [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}] at density "
+        f"{row['density']:.3f}; ms: {spent} (first select {row['select_first_ms']:.1f}); {row['backend']}{note}"
+    )

@@ -1,0 +1,1 @@
+"""Benchmarks: methods against the fastest dense attention of this machine, at real models' shapes and at small ones."""
