@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dit_accel.bench.random_blocks import RandomBlocks
 from dit_accel.bench.shapes import Shape, structured_qkv
 from dit_accel.bench.timing import DenseRun, Spread, available_bytes, fastest_dense, interleaved, ratios, seconds, timed
 from dit_accel.errors import DitAccelError
@@ -91,11 +92,20 @@ class Row:
 
 
 def variants(names: Iterable[str], densities: Sequence[float]) -> list[Method]:
-    """Every method at every density; a method without a density once, with its defaults."""
-    found = []
+    """Every method at every density; a method without a density once, with its defaults.
+
+    Args:
+        names: registered methods, or "random_blocks" for the kernel alone.
+        densities: none: the defaults of the methods.
+    """
+    found: list[Method] = []
     for name in names:
-        takes = "density" in method_class(name).model_fields
-        found += [get_method(name, density=d) for d in densities] if takes and densities else [get_method(name)]
+        if name == RandomBlocks.name:
+            found += [RandomBlocks(density=d) for d in densities] or [RandomBlocks()]
+        elif "density" in method_class(name).model_fields and densities:
+            found += [get_method(name, density=d) for d in densities]
+        else:
+            found.append(get_method(name))
     return found
 
 

@@ -56,7 +56,9 @@ def build(preset: Preset, layers: int | None, device: torch.device, dtype: torch
         raise UnsupportedError(f"bench step: one block of {preset.name} does not fit into the free memory of {device}")
     torch.manual_seed(seed)
     with torch.device(device):
-        model = _wan(preset, count).to(dtype).eval()
+        model = _wan(preset, count).eval()
+    if dtype != torch.float32:
+        model = model.to(dtype)
     sizes, grid = preset.model, token_grid(preset.model, preset.generation)
     latents = [size * patch for size, patch in zip(grid, sizes.patch, strict=True)]
     generator = torch.Generator().manual_seed(seed)

@@ -22,7 +22,7 @@ def command_line() -> str:
 @bench_app.command("attention")
 def attention(
     shapes: Annotated[list[str] | None, typer.Option(help="Shapes; `--list-shapes` names them.")] = None,
-    methods: Annotated[list[str] | None, typer.Option(help="Methods. Default: all but dense.")] = None,
+    methods: Annotated[list[str] | None, typer.Option(help="Methods, or random_blocks. Default: all.")] = None,
     densities: Annotated[
         list[float] | None, typer.Option(help="Densities of the sweep. Default: the method's.")
     ] = None,
@@ -38,7 +38,8 @@ def attention(
 ) -> None:
     """Time methods against the fastest dense attention found here; each is verified on a small case first.
 
-    A static plan is made once for all layers and steps, so selecting it counts in `select_first_ms` alone.
+    `random_blocks` times the kernel alone. A static plan is made once for all layers and steps, so selecting it counts
+    in `select_first_ms` alone.
     """
     import torch
 
@@ -53,7 +54,7 @@ def attention(
             console.print(f"{shape.name}: {shape.of}; {shape.layout.tokens} tokens, {shape.heads} heads", markup=False)
         return
     chosen = [find_shape(name) for name in shapes or ["cpu-1k", "cpu-4k"]]
-    names = methods or [name for name in list_methods() if name != "dense"]
+    names = methods or [name for name in list_methods() if name != "dense"] + ["random_blocks"]
     cases = variants(names, densities or [])
     where, kind = resolve_device(device, dtype)
     options = Options(torch.device(where), kind, rounds, heads, limit, backend, seed)
@@ -98,7 +99,8 @@ def step(
     for row in stream_csv(csv, rows, {**stamp(), "command": command_line()}):
         console.print(
             f"{row['method']} {row['parameters']}: {row['ratio']:.2f}x dense [{row['ratio_low']:.2f}, "
-            f"{row['ratio_high']:.2f}], {row['dense_s']:.2f} s dense, {row['method_s']:.2f} s, density {row['density']:.3f}",
+            f"{row['ratio_high']:.2f}], {row['dense_s']:.2f} s dense, {row['method_s']:.2f} s, "
+            f"density {row['density']:.3f}",
             markup=False,
         )
 

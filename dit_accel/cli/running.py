@@ -55,6 +55,10 @@ def call_pipeline(
         marks = [time.perf_counter()]
 
         def advance(_pipe: Any, step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+            if (
+                torch.cuda.is_available()
+            ):  # kernels run on after their launch; without this a step would seem to take none
+                torch.cuda.synchronize()
             marks.append(time.perf_counter())
             if on_step is not None:
                 on_step(step, kwargs["latents"])

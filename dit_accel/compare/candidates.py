@@ -1,0 +1,85 @@
+"""What is compared: presets, or methods with parameters, each written as one word on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from dit_accel.acceleration import resolve_policy
+from dit_accel.errors import ConfigError, near_matches
+from dit_accel.methods.base import Method
+from dit_accel.methods.registry import list_methods
+from dit_accel.presets import Preset, list_presets, load_preset
+from dit_accel.schedule import Schedule
+
+DENSE = "dense"
+CEILING = "dense, other kernel"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to generate.
+
+    Args:
+        label: as it stands in tables.
+        method, schedule: what runs.
+        options: other arguments of `accelerate`.
+    """
+
+    label: str
+    method: Method
+    schedule: Schedule
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_candidate(text: str, base: Preset) -> Candidate:
+    """A candidate from `PRESET`, `FILE.yaml` or `METHOD[:KEY=VALUE,...]`.
+
+    A method keeps the schedule of `base`; keys may be parameters of the method or fields of the schedule, and values
+    are YAML: ``composed:density=0.2,tile=[4,4,4],dense_steps=2``.
+
+    Raises:
+        ConfigError: neither a preset nor a method, or a preset of another family; wrong parameters.
+    """
+    name, _, rest = text.partition(":")
+    if text in list_presets() or text.endswith((".yaml", ".yml")):
+        preset = load_preset(text)
+        if preset.family != base.family:
+            raise ConfigError(text, f"is for family {preset.family!r}; the others are for {base.family!r}")
+        method, schedule = resolve_policy(preset, None, None, {})
+        return Candidate(text, method, schedule)
+    if name not in list_methods():
+        raise ConfigError("candidate", f"{text!r} is no preset and no method{near_matches(name, list_methods())}")
+    try:
+        values = yaml.safe_load("{" + rest.replace("=", ": ") + "}") if rest else {}
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, dict) or None in values.values():
+        raise ConfigError("candidate", f"{text!r}: expected METHOD:KEY=VALUE,KEY=VALUE")
+    method, schedule = resolve_policy(base, name, None, {str(key): value for key, value in values.items()})
+    return Candidate(text, method, schedule)
+
+
+def references(base: Preset) -> tuple[Candidate, Candidate]:
+    """Dense, and dense computed by our kernel at full density: their difference is rounding, the best to be had."""
+    dense, _ = resolve_policy(base, "dense", Schedule(), {})
+    whole = {"order": "raster", "density": 1.0, "remainder": "drop"}
+    full, _ = resolve_policy(base, "composed", Schedule(), whole)
+    return Candidate(DENSE, dense, Schedule()), Candidate(CEILING, full, Schedule(), {"break_even": 1.0})
+
+
+def all_candidates(texts: Sequence[str], base: Preset, ceiling: bool = True) -> list[Candidate]:
+    """Dense first, then the ceiling, then what is asked for; without texts, the other presets of the same model.
+
+    Raises:
+        ConfigError: one is wrong, or asked for twice.
+    """
+    model = base.name.split("/")[0]
+    texts = texts or [name for name in list_presets(base.family) if name.startswith(f"{model}/")]
+    asked = [parse_candidate(text, base) for text in dict.fromkeys(texts)]
+    dense, whole = references(base)
+    others = [candidate for candidate in asked if candidate.method.name != "dense" or candidate.schedule.head_table]
+    return [dense, *([whole] if ceiling else []), *others]

@@ -1,0 +1,187 @@
+"""Benchmarks: what they verify, count and refuse. No test asserts a speed."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dit_accel.bench import attention as bench
+from dit_accel.bench.attention import Options, measure, variants, verify
+from dit_accel.bench.random_blocks import RandomBlocks
+from dit_accel.bench.shapes import SHAPES, Shape, find_shape, structured_qkv
+from dit_accel.bench.step import build, measure_step
+from dit_accel.bench.timing import Spread, fastest_dense, interleaved, ratios
+from dit_accel.cli import main
+from dit_accel.errors import ConfigError, DitAccelError, UnsupportedError
+from dit_accel.estimate import token_grid
+from dit_accel.layout import TokenLayout
+from dit_accel.methods.registry import get_method
+from dit_accel.presets import load_preset
+
+CPU = Options(torch.device("cpu"), torch.float32, rounds=2)
+SMALL = Shape("small", TokenLayout((3, 9, 10), 7, "after"), 2, 16, "a test")
+
+
+@pytest.mark.parametrize(
+    ("shape", "preset"), [("wan-1.3b-480p", "wan2.1-t2v-1.3b-480p"), ("wan-14b-720p", "wan2.1-t2v-14b-720p")]
+)
+def test_shapes_are_those_of_the_presets(shape, preset):
+    resolved = load_preset(preset)
+    assert SHAPES[shape].layout.grid == token_grid(resolved.model, resolved.generation)
+    assert (SHAPES[shape].heads, SHAPES[shape].head_dim) == (resolved.model.heads, resolved.model.head_dim)
+
+
+def test_an_unknown_shape_is_refused():
+    with pytest.raises(ConfigError, match="did you mean 'flux-1024'"):
+        find_shape("flux-1042")
+
+
+def test_inputs_are_seeded_and_smooth_over_the_video():
+    layout = TokenLayout((2, 16, 16), 5, "before")
+    q, k, _ = structured_qkv(layout, 2, 16, torch.device("cpu"), torch.float32, seed=3)
+    assert torch.equal(q, structured_qkv(layout, 2, 16, torch.device("cpu"), torch.float32, seed=3)[0])
+    assert not torch.equal(q, structured_qkv(layout, 2, 16, torch.device("cpu"), torch.float32, seed=4)[0])
+    video = k[:, :, layout.video_slice()]
+    near = (video[:, :, 1:] * video[:, :, :-1]).sum(-1).mean()
+    far = (video[:, :, 200:] * video[:, :, :-200]).sum(-1).mean()
+    assert near > 2 * far.abs()
+
+
+def test_rounds_interleave_and_ratios_are_paired():
+    calls = []
+
+    def run(name, times):
+        return lambda: calls.append(name) or next(times)
+
+    runs = [run("a", iter([2.0, 8.0])), run("b", iter([1.0, 2.0]))]
+    base, other = interleaved(runs, 2)
+    assert calls == ["a", "b", "b", "a"]
+    assert ratios(base, other) == Spread(3.0, 2.0, 4.0)
+
+
+def test_a_density_sweep_makes_one_case_per_density():
+    cases = variants(["composed", "sliding_tile", "random_blocks"], [0.2, 0.5])
+    assert [(c.name, c.requested_density) for c in cases if c.name != "sliding_tile"] == [
+        ("composed", 0.2),
+        ("composed", 0.5),
+        ("random_blocks", 0.2),
+        ("random_blocks", 0.5),
+    ]
+    assert [c.name for c in variants(["random_blocks"], [])] == ["random_blocks"]
+
+
+def test_random_blocks_have_the_density_asked_for():
+    layout = TokenLayout((1, 32, 32))
+    q = torch.zeros(1, 3, 1024, 8)
+    _, plan = RandomBlocks(density=0.25, block=64).plan(layout, q, q)
+    assert plan.validate().density_per_head().flatten().tolist() == [0.25] * 3
+
+
+def test_each_method_is_verified_before_it_is_timed(monkeypatch):
+    """A kernel that is wrong gets a note, and no time."""
+    methods = [get_method("composed", density=0.3, order="raster", block=32), get_method("radial", block=32)]
+    assert 0 < verify(methods[0], SMALL, CPU) < 1e-4
+    right = bench.block_attention
+
+    def wrong(q, k, v, plan, **options):
+        out = right(q, k, v, plan, **options)
+        return out if options["backend"] == "reference" or options.get("remainder") is None else out * 1.5
+
+    monkeypatch.setattr(bench, "block_attention", wrong)
+    rows = {row.method: row for row in measure(SMALL, methods, CPU)}
+    assert "wrong: the small case is off by 0.5" in rows["composed"].note
+    assert rows["composed"].ratio is None
+    assert rows["radial"].ratio is not None
+    with pytest.raises(DitAccelError, match="wrong"):
+        verify(methods[0], SMALL, CPU)
+
+
+def test_a_row_holds_what_was_measured():
+    dynamic, static = measure(SMALL, [get_method("composed", density=0.3), get_method("radial", block=32)], CPU)
+    for row in (dynamic, static):
+        assert row.tokens == 277
+        assert row.dense_backend == "sdpa"
+        assert row.backend == "torch"
+        assert 0 < row.density <= 1
+        assert row.ratio_low <= row.ratio <= row.ratio_high
+        assert row.dense_ms > 0
+        assert row.attend_ms > 0
+        assert row.verified_error < 1e-4
+        assert row.note == ""
+    assert dynamic.select_ms > 0
+    assert dynamic.overhead > 0
+    assert static.select_ms == 0
+    assert static.select_first_ms > 0
+
+
+def test_heads_are_left_out_to_keep_the_time_limit():
+    big = Shape("big", TokenLayout((100, 1000, 1000)), 2, 16, "a test")
+    (row,) = measure(big, [get_method("radial")], replace(CPU, limit=1e-3))
+    assert row.ratio is None
+    assert "not timed: one head takes about" in row.note
+    (row,) = measure(SMALL, [get_method("radial", block=32)], replace(CPU, heads=1))
+    assert (row.heads, row.model_heads, row.note) == (1, 2, "1 of 2 heads")
+
+
+def test_the_fastest_dense_is_dense():
+    q, k, v = (torch.randn(1, 2, 50, 16) for _ in range(3))
+    _, run = fastest_dense(q, k, v)
+    torch.testing.assert_close(run(q, k, v), (q @ k.mT / 4).softmax(-1) @ v)
+
+
+def test_a_step_runs_the_whole_transformer():
+    preset = load_preset("tiny-wan")
+    generation = preset.generation.model_copy(update={"height": 32, "width": 32, "num_frames": 5})
+    small = preset.model_copy(update={"generation": generation})
+    built = build(small, 2, torch.device("cpu"), torch.float32)
+    assert built.layers == 2
+    assert len(built.model.blocks) == 2
+    (row,) = measure_step(small, built, [get_method("composed", density=0.3)], rounds=1)
+    assert row["tokens"] == 3 * 8 * 8
+    assert 0.2 < row["density"] < 0.6
+    assert row["ratio"] > 0
+    with pytest.raises(UnsupportedError, match="family 'flux'"):
+        build(preset.model_copy(update={"family": "flux"}), 1, torch.device("cpu"), torch.float32)
+
+
+def test_blocks_that_do_not_fit_are_left_out(monkeypatch):
+    from dit_accel.bench import step
+
+    preset = load_preset("wan2.1-t2v-14b-720p")
+    monkeypatch.setattr(step, "available_bytes", lambda device: 10**9)
+    with pytest.raises(UnsupportedError, match="one block"):
+        build(preset, None, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(step, "available_bytes", lambda device: 64 * 10**9)
+    assert 10 < step._layers_that_fit(preset, torch.device("cpu"), torch.float32) < 40
+
+
+def call(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["dit-accel", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        main.main()
+    captured = capsys.readouterr()
+    return left.value.code or 0, captured.out, captured.err
+
+
+def test_the_command_writes_rows_with_hardware_versions_date_and_command(monkeypatch, capsys, tmp_path):
+    from dit_accel.bench import shapes
+
+    monkeypatch.setitem(shapes.SHAPES, "small", SMALL)
+    path = tmp_path / "new" / "results.csv"
+    options = ["--shapes", "small", "--methods", "composed", "--densities", "0.3", "--rounds", 1, "--csv", path]
+    code, out, err = call(monkeypatch, capsys, "bench", "attention", *options)
+    assert code == 0, err
+    assert "small composed" in out
+    (row,) = csv.DictReader(path.open())
+    assert row["torch"] == torch.__version__
+    assert row["device"]
+    assert row["date"]
+    assert row["command"] == f"dit-accel bench attention {' '.join(map(str, options))}"
+    code, out, _ = call(monkeypatch, capsys, "bench", "attention", "--list-shapes")
+    assert "flux-4096" in out
+    assert call(monkeypatch, capsys, "bench", "attention", "--shapes", "smal")[0] == 2
+    assert call(monkeypatch, capsys, "bench", "attention", *options[:-1], "/proc/none/x.csv")[0] == 2
