@@ -69,6 +69,7 @@ class Acceleration:
         if not self._installed:
             return "removed: " + "; ".join(what)
         where = [f"{name}: {len(part.originals)} attention layers" for name, part in self._installed.items()]
+        where += self.settings.get("notes", [])
         calls = self.report()
         return "\n".join(what + where + ([calls.summary()] if calls.calls else ["no generation yet"]))
 
@@ -115,6 +116,7 @@ def accelerate(
     backend: str = "auto",
     break_even: float | None = None,
     seed: int = 0,
+    family: Family | None = None,
     **parameters: Any,
 ) -> Acceleration:
     """Accelerate a Diffusers pipeline (or a bare transformer) in place.
@@ -132,6 +134,8 @@ def accelerate(
         break_even: density above which a call runs dense because dense is faster. Default None: as measured for the
             backend; 1.0 turns the rule off.
         seed: seed of methods that draw random numbers. Default 0.
+        family: how to read the transformer, for one that has no family of its own:
+            `GenericFamily(grid=(frames, height, width), text="before")`. Default None: looked up by its class.
         parameters: the method's parameters (`density=0.3`) and fields of the schedule (`dense_steps=10`).
 
     Returns:
@@ -144,18 +148,20 @@ def accelerate(
     resolved = load_preset(preset) if isinstance(preset, (str, Path)) else preset
     policy, timetable = resolve_policy(resolved, method, schedule, parameters)
     models = _transformers(pipe)
-    families = {name: family_of(model) for name, model in models.items()}
+    families = {name: (family or family_of(model)).for_model(model) for name, model in models.items()}
     _check_family(resolved, families)
     for model in models.values():
         if model in _ACTIVE:
             _ACTIVE[model].remove()
-    settings = {
+    settings: dict[str, Any] = {
         "preset": None if resolved is None else resolved.name,
         "method": policy.name,
         "parameters": policy.model_dump(mode="json"),
         "schedule": timetable.model_dump(mode="json", exclude_defaults=True),
         "backend": backend,
     }
+    if notes := [f"{name}: {note}" for name, model in models.items() for note in families[name].notes(model)]:
+        settings["notes"] = notes
     engines = (policy, timetable, backend, break_even, seed)
     return Acceleration(settings, {n: _install(n, m, families[n], *engines) for n, m in models.items()})
 

@@ -95,6 +95,7 @@ class Engine:
         dense: Callable[[], Tensor],
         text: TextPosition = "none",
         reason: str | None = None,
+        valid: tuple[int, ...] | None = None,
     ) -> Tensor:
         """One attention call.
 
@@ -104,12 +105,14 @@ class Engine:
             dense: computes the call as the stock processor would.
             text: where text stands in the sequence; its tokens are those beyond the grid. Default: there is none.
             reason: why no method can run this call (a mask that is no valid length), for the report. Default: it can.
+            valid: valid tokens per batch item, text and video, where the call itself says so. Default: as the state
+                of the forward pass says.
 
         Returns:
             `[B, N, H, D]`.
         """
         state, layer = self._state(), self._layer_of[id(module)]
-        method, layout = self._methods[layer], self._layout(state, text, q.shape[1])
+        method, layout = self._methods[layer], self._layout(state, text, q.shape[1], valid)
         record = CallRecord(
             self.component, layer, state.step, state.branch, state.generation, method.name, method.requested_density
         )
@@ -218,12 +221,13 @@ class Engine:
         return get_method(self.method.name, **{**self.method.model_dump(exclude_unset=True), **changed})
 
     @staticmethod
-    def _layout(state: RunState, text: TextPosition, tokens: int) -> TokenLayout:
+    def _layout(state: RunState, text: TextPosition, tokens: int, valid: tuple[int, ...] | None = None) -> TokenLayout:
         video = TokenLayout(state.grid, prefix_frames=state.prefix_frames)
         words = tokens - video.tokens
         if text == "none" or words <= 0:
             return video
-        valid = None if state.text_valid is None else tuple(video.tokens + n for n in state.text_valid)
+        if valid is None and state.text_valid is not None:
+            valid = tuple(video.tokens + n for n in state.text_valid)
         return TokenLayout(state.grid, words, text, valid, state.prefix_frames)
 
     def _state(self) -> RunState:

@@ -85,6 +85,14 @@ class Family(ABC):
     def read(self, model: Any, arguments: dict[str, Any]) -> ForwardGeometry:
         """Read the geometry from the bound arguments of `model.forward`."""
 
+    def for_model(self, model: Any) -> Family:
+        """The family as it applies to `model`; most families are the same for all their models."""
+        return self
+
+    def notes(self, model: Any) -> list[str]:
+        """What is taken for granted or not known about `model`, for summary and report. Default: nothing to say."""
+        return []
+
     def check_processor(self, layer: AttentionLayer) -> None:
         """Refuse a processor that is not the stock one, since replacing it would drop what it does.
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from dit_accel.errors import UnsupportedError
 from dit_accel.families.base import Family
+from dit_accel.families.generic import GenericFamily
 
 _FAMILIES: dict[str, Family] = {}
 F = TypeVar("F", bound=type[Family])
@@ -38,15 +39,17 @@ def family_names() -> list[str]:
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family that knows `model`, looked up by the names of its class and base classes.
+    """The family that knows `model`, looked up by the names of its class and base classes; else the generic one.
 
     Raises:
-        UnsupportedError: no family knows the class; the message lists those that are known.
+        UnsupportedError: no family can serve the class; the message lists those that are known.
     """
     _load_all()
     for cls in type(model).__mro__:
         if cls.__name__ in _FAMILIES:
             return _FAMILIES[cls.__name__]
+    if GenericFamily.fits(model):
+        return GenericFamily()
     raise UnsupportedError(
         f"no family for {type(model).__name__}; known transformer classes: {', '.join(sorted(_FAMILIES))}"
     )

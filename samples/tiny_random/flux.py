@@ -18,12 +18,11 @@ from diffusers import (
 )
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
 
-from dit_accel.samples.tiny_random.hunyuan_video import CHAT
-from dit_accel.samples.tiny_random.text import WIDTH, byte_tokenizer, clip_text, decoder_sizes, t5
+from dit_accel.samples.tiny_random.text import CHAT, WIDTH, byte_tokenizer, clip_text, decoder_sizes, t5
 
 _CHANNELS = 4
 _PACKED = 4 * _CHANNELS  # channels of a token: 2 x 2 latent pixels
-_BLOCKS: dict[str, Any] = {
+IMAGE_VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
     "block_out_channels": (8, 8), "layers_per_block": 1, "latent_channels": _CHANNELS, "norm_num_groups": 4,
 }  # fmt: skip
@@ -46,7 +45,7 @@ def _flux1(guidance: bool, in_channels: int = _PACKED) -> dict[str, Any]:
         "text_encoder": clip_text(words),
         "tokenizer_2": pieces,
         "text_encoder_2": t5(pieces),
-        "vae": AutoencoderKL(**_BLOCKS, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1),
+        "vae": AutoencoderKL(**IMAGE_VAE, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1),
         "transformer": model,
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance),
     }
@@ -79,7 +78,7 @@ def _flux2(text_dim: int, guidance: bool) -> dict[str, Any]:
         guidance_embeds=guidance,
     )  # fmt: skip
     return {
-        "vae": AutoencoderKLFlux2(**_BLOCKS),
+        "vae": AutoencoderKLFlux2(**IMAGE_VAE),
         "transformer": model,
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     }

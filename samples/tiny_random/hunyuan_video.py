@@ -33,6 +33,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTe
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 from dit_accel.samples.tiny_random.text import (
+    CHAT,
     WIDTH,
     byte_tokenizer,
     clip_images,
@@ -40,14 +41,11 @@ from dit_accel.samples.tiny_random.text import (
     clip_vision_config,
     decoder_sizes,
     llama,
+    mrope_sizes,
     t5,
 )
 
 _CHANNELS = 4
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def _transformer(**changes: Any) -> HunyuanVideoTransformer3DModel:
@@ -121,8 +119,6 @@ def _parts15() -> dict[str, Any]:
     system = next(value for value in message or () if isinstance(value, str))
     prefix = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
     tokenizer, glyphs = byte_tokenizer("qwen", 1200, (prefix, 108), CHAT), ByT5Tokenizer()
-    sizes = decoder_sizes(tokenizer) | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
-    sizes.pop("head_dim")
     vae = AutoencoderKLHunyuanVideo15(
         latent_channels=_CHANNELS, block_out_channels=(8, 8, 8), layers_per_block=1, spatial_compression_ratio=4,
         temporal_compression_ratio=4,
@@ -138,7 +134,7 @@ def _parts15() -> dict[str, Any]:
     return {
         "tokenizer": tokenizer,
         "tokenizer_2": glyphs,
-        "text_encoder": Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**sizes)),
+        "text_encoder": Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**mrope_sizes(tokenizer))),
         "text_encoder_2": t5(glyphs),
         "vae": vae,
         "transformer": model,

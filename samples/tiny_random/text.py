@@ -24,6 +24,11 @@ from transformers import (
 
 WIDTH = 16
 """Width of every text encoder here."""
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Chat template of Qwen."""
 
 _SPECIAL = re.compile(r"(<\|?\w+\|?>|\n\n)")
 _AFTER = {"t5": "$A </s>", "clip": "<s> $A </s>", "llama": "<s> $A", "qwen": "$A"}
@@ -106,6 +111,13 @@ def decoder_sizes(tokenizer: PreTrainedTokenizerFast, layers: int = 3) -> dict[s
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
+
+
+def mrope_sizes(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Config values of a small Qwen2.5-VL language model."""
+    sizes = decoder_sizes(tokenizer) | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    del sizes["head_dim"]
+    return sizes
 
 
 def llama(tokenizer: PreTrainedTokenizerFast) -> LlamaModel:

@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 
+from dit_accel.families.base import bind_forward
 from dit_accel.samples.tiny_random import tiny_arguments, tiny_pipeline
 
 # One name per class of transformer, and the further layouts that change what a processor sees.
@@ -20,7 +21,7 @@ def _capture(name):
     pipe, seen = tiny_pipeline(name), []
 
     def keep(module, args, kwargs):
-        seen.append(kwargs)
+        seen.append({k: v for k, v in bind_forward(module, args, kwargs).items() if k != "self"})
 
     hook = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     pipe(**tiny_arguments(name, steps=1))
@@ -36,4 +37,10 @@ def captured(name):
 
 @torch.no_grad()
 def run(model, values):
-    return model(**values)[0]
+    out = model(**values)[0]
+    return torch.stack(out) if isinstance(out, list) else out
+
+
+def processors(model):
+    """Every attention processor by the name of its module."""
+    return {name: module.processor for name, module in model.named_modules() if hasattr(module, "processor")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from captured import ONE_PER_TRANSFORMER, captured, run
+from captured import ONE_PER_TRANSFORMER, captured, processors, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_accel
@@ -14,6 +14,7 @@ from dit_accel.samples.tiny_random import TINY, tiny_arguments, tiny_names, tiny
 SPARSE = {"method": "composed", "tile": [1, 2, 2], "density": 0.1, "break_even": 1.0}
 GRIDS = {"wan2.1-vace": (4, 4, 6), "hunyuan-video-1.5": (3, 8, 12), "hunyuan-video-1.5-i2v": (3, 6, 9)}
 GRIDS |= {"flux1-kontext": (2, 8, 12), "cogvideox1.5-5b": (2, 4, 6), "cogvideox1.5-5b-i2v": (2, 4, 6)}
+GRIDS |= {"ltx-video": (3, 8, 16)}
 BRANCHES = {"WanPipeline": {"cond", "uncond"}, "CogVideoXPipeline": {"cond_uncond"}, "FluxPipeline": {"cond"}}
 BRANCHES |= {"HunyuanVideo15Pipeline": {"pred_cond", "pred_uncond"}, "HunyuanVideoPipeline": {"cond"}}
 
@@ -28,7 +29,7 @@ def latents(pipe, name):
 def test_whole_pipeline(name):
     pipe = tiny_pipeline(name)
     transformers = [m for m in (pipe.transformer, getattr(pipe, "transformer_2", None)) if m is not None]
-    before = [dict(m.attn_processors) for m in transformers]
+    before = [processors(m) for m in transformers]
     stock = latents(pipe, name)
     with dit_accel.accelerate(pipe, method="dense") as acc:
         np.testing.assert_allclose(latents(pipe, name), stock, atol=1e-5)
@@ -44,8 +45,8 @@ def test_whole_pipeline(name):
         default = (1, 8, 12) if TINY[name].is_image else (3, 4, 6)
         assert acc.engines["transformer"].state.grid == GRIDS.get(name, default)
     np.testing.assert_array_equal(latents(pipe, name), stock)
-    for model, processors in zip(transformers, before, strict=True):
-        assert all(model.attn_processors[key] is processor for key, processor in processors.items())
+    for model, found in zip(transformers, before, strict=True):
+        assert all(processors(model)[key] is processor for key, processor in found.items())
 
 
 @pytest.mark.parametrize("name", ONE_PER_TRANSFORMER)
