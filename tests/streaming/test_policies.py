@@ -1,0 +1,341 @@
+"""Attention policies of a stream: stored past, planned windows, growing sparsity."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stream_cases import FRAME, text, tiny_transformer
+from torch.nn import functional as F
+
+from dit_accel.errors import ConfigError, UnsupportedError
+from dit_accel.methods.registry import get_method
+from dit_accel.pipelines.streaming import flashblock
+from dit_accel.pipelines.streaming.attention import CLEAN, AttentionCall, DenseContext, attend_with_lse
+from dit_accel.pipelines.streaming.driver import ChunkDriver
+from dit_accel.pipelines.streaming.flashblock import FlashBlock
+from dit_accel.pipelines.streaming.light_forcing import LightForcing, chunk_sparsity
+from dit_accel.pipelines.streaming.planned import PlannedContext
+from dit_accel.pipelines.streaming.positions import Rotary
+from dit_accel.pipelines.streaming.runtime import CausalWan
+from dit_accel.plan import BlockPlan
+from dit_accel.streaming import StreamSettings
+
+GRID = (6, 7)
+TOKENS = 42
+
+
+@pytest.fixture(scope="module")
+def rotary():
+    return Rotary(tiny_transformer(layers=1).rope)
+
+
+def call_for(rotary, frames, own, step=0, layer=0, positions=None):
+    return AttentionCall(layer, step, own, tuple(frames), tuple(positions or map(float, frames)), GRID, rotary)
+
+
+def tensors(queries, keys, seed=0, batch=2, heads=2, dim=24):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((queries, 1), (keys, 1), (keys, 1))
+    return tuple(torch.randn(batch, n * TOKENS, heads, dim, generator=generator) for n, _ in shapes)
+
+
+def dense(q, k, v, mask=None):
+    out = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
+    return out.transpose(1, 2).to(q.dtype)
+
+
+def test_attention_with_log_sum_exp(rotary):
+    q, k, v = tensors(1, 3)
+    out, lse = attend_with_lse(q, k, v)
+    torch.testing.assert_close(out, dense(q, k, v), atol=1e-5, rtol=0)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 24**0.5
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+
+
+# The stored past.
+
+
+@pytest.mark.parametrize("fresh", [0.0, 0.4])
+@pytest.mark.parametrize("frames", [(0, 1, 2, 3, 4, 5), (0, 6, 7, 8, 3, 4)])
+def test_reuse_with_the_same_queries_is_dense(rotary, frames, fresh):
+    own, policy = range(frames[-3], frames[-3] + 3) if frames[1] == 1 else range(6, 9), FlashBlock({0}, (), fresh)
+    q, k, v = tensors(3, 6)
+    for step in (0, 1, 2):
+        out = policy.attend(call_for(rotary, frames, own, step), q, k, v)
+        torch.testing.assert_close(out, dense(q, k, v), atol=1e-5, rtol=0)
+
+
+def test_reuse_does_not_look_at_the_past_again_until_refresh_or_a_new_chunk(rotary):
+    policy, own, frames = FlashBlock({0, 2}, (1,)), range(4, 6), range(6)
+    q, k, v = tensors(2, 6)
+    changed = torch.cat([torch.zeros_like(v[:, : 4 * TOKENS]), v[:, 4 * TOKENS :]], 1)
+
+    def run(step, values, layer=0):
+        return policy.attend(call_for(rotary, frames, own, step, layer), q, k, values)
+
+    first = run(0, v)
+    assert torch.equal(run(1, v), run(1, changed))
+    torch.testing.assert_close(run(1, changed), first, atol=1e-5, rtol=0)
+    torch.testing.assert_close(run(1, changed, layer=1), dense(q, k, changed), atol=1e-5, rtol=0)
+    torch.testing.assert_close(run(2, changed), dense(q, k, changed), atol=1e-5, rtol=0)
+    torch.testing.assert_close(run(CLEAN, v), dense(q, k, v), atol=1e-5, rtol=0)
+    assert policy.bytes > 0
+    policy.begin_chunk(own)
+    assert policy.bytes == 0
+    torch.testing.assert_close(run(1, v), dense(q, k, v), atol=1e-5, rtol=0)
+
+
+def test_reuse_error_vanishes_with_the_change_of_the_queries(rotary):
+    q, k, v = tensors(2, 6)
+    errors = []
+    for epsilon in (0.3, 0.03, 0.003):
+        policy, moved = FlashBlock({0}, ()), q + epsilon * torch.randn_like(q)
+        policy.attend(call_for(rotary, range(6), range(4, 6), 0), q, k, v)
+        out = policy.attend(call_for(rotary, range(6), range(4, 6), 1), moved, k, v)
+        errors.append(float((out - dense(moved, k, v)).abs().max()))
+    assert errors[0] > 5 * errors[1] > 25 * errors[2] > 0
+
+
+def test_fresh_blocks_and_stale_blocks_partition_the_past(rotary):
+    q, k, v = tensors(2, 6)
+    policy = FlashBlock({0}, (), fresh=0.5)
+    policy.attend(call_for(rotary, range(6), range(4, 6), 0), q, k, v)
+    changed = torch.cat([torch.zeros_like(v[:, : 4 * TOKENS]), v[:, 4 * TOKENS :]], 1)
+    out = policy.attend(call_for(rotary, range(6), range(4, 6), 1), q, k, changed)
+    fresh = policy._stored[0].fresh
+    assert (fresh.sum(-1) == round(0.5 * fresh.shape[-1])).all()
+    keys = fresh.repeat_interleave(64, -1)[..., : 4 * TOKENS].repeat_interleave(64, -2)[..., : 2 * TOKENS, :]
+    weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) / 24**0.5).softmax(-1)
+    expected = torch.einsum("bhqk,bkhd->bqhd", weights, changed)
+    expected += torch.einsum("bhqk,bkhd->bqhd", weights[..., : 4 * TOKENS] * ~keys, v[:, : 4 * TOKENS])
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    everything = FlashBlock({0}, (), fresh=1.0)
+    torch.testing.assert_close(
+        everything.attend(call_for(rotary, range(6), range(4, 6), 1), q, k, v), dense(q, k, v), atol=1e-5, rtol=0
+    )
+
+
+def test_extreme_scores_stay_finite(rotary):
+    q, k, v = tensors(1, 3)
+    policy = FlashBlock({0}, ())
+    for step in (0, 1):
+        out = policy.attend(call_for(rotary, range(3), range(2, 3), step), 300 * q, 300 * k, v)
+        assert out.isfinite().all()
+
+
+def drive(policy, count=6, seed=0, runtime=None, **changes):
+    runtime = runtime or CausalWan(tiny_transformer())
+    settings = StreamSettings(**{"chunk": 2, "window": 8, "sink": 2, "steps": (1000.0, 750.0, 500.0), **changes})
+    driver = ChunkDriver(runtime, settings, text(), FRAME, seed, policy=policy)
+    return torch.cat([driver.next().latents for _ in range(count)], 2), driver
+
+
+def test_external_attention_runs_as_often_as_it_is_refreshed(monkeypatch):
+    count, original = [], flashblock._attend_past
+
+    def spy(*args):
+        count.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(flashblock, "_attend_past", spy)
+    drive(lambda: FlashBlock({0, 1}, ()), count=4)
+    assert len(count) == 2 * 2 * 3  # refreshed steps, layers, chunks with a past
+
+
+def test_refreshing_always_is_the_dense_stream():
+    plain, _ = drive(DenseContext)
+    kept, driver = drive(lambda: FlashBlock(range(3), ()))
+    torch.testing.assert_close(kept, plain, atol=1e-4, rtol=1e-4)
+    reused, _ = drive(lambda: FlashBlock({0}, ()))
+    assert (reused - plain).abs().max() > 1e-4
+    driver.flush()
+    assert driver.branches[0].policy.bytes == 0
+
+
+def test_wrong_share_is_named():
+    with pytest.raises(ConfigError, match=r"flashblock.fresh.*1.5"):
+        FlashBlock(fresh=1.5)
+
+
+# Plans of the library inside a window.
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("composed", {"density": 1.0, "block": 16, "order": "raster"}),
+        ("composed", {"density": 1.0, "tile": [2, 2, 4]}),
+        ("neighborhood", {"window": [17, 13, 15]}),
+    ],
+)
+def test_a_plan_that_keeps_everything_is_dense(rotary, name, parameters):
+    policy = PlannedContext(get_method(name, **parameters), min_frames=1)
+    q, k, v = tensors(3, 9)
+    frames, own = (0, 1, 20, 21, 22, 17, 18, 19, 16), range(20, 23)
+    out = policy.attend(call_for(rotary, frames, own), q, k, v)
+    torch.testing.assert_close(out, dense(q, k, v), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("composed", {"density": 0.3, "block": 16, "order": "raster", "remainder": "drop"}),
+        ("composed", {"density": 0.3, "tile": [2, 2, 4], "remainder": "drop", "sink_frames": 1}),
+        ("radial", {"block": 16}),
+        ("neighborhood", {"window": [3, 3, 3]}),
+    ],
+)
+def test_rows_of_the_chunk_are_those_of_the_whole_video(rotary, name, parameters):
+    method = get_method(name, **parameters)
+    policy = PlannedContext(method, min_frames=1)
+    q, k, v = tensors(3, 9)
+    frames, own = (0, 1, 20, 21, 22, 17, 18, 19, 16), range(20, 23)
+    out = policy.attend(call_for(rotary, frames, own), q, k, v)
+    from dit_accel.layout import TokenLayout
+
+    layout = TokenLayout((9, *GRID), prefix_frames=2)
+    place = [frames.index(frame) for frame in sorted(frames)]
+    k, v = (x.unflatten(1, (9, -1))[:, place].flatten(1, 2) for x in (k, v))
+    whole = q.repeat(1, 3, 1, 1)
+    order, plan = method.plan(layout, *(x.transpose(1, 2) for x in (whole, k, v)))
+    mask = plan.to_token_mask()
+    if order is not None:
+        inverse = order.inverse
+        mask = mask[..., inverse, :][..., inverse]
+    expected = dense(whole, k, v, mask)[:, 6 * TOKENS :]
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    assert mask.float().mean() < 0.9
+
+
+def test_planned_windows_stream_and_short_ones_are_dense():
+    plain, _ = drive(DenseContext)
+    sparse, _ = drive(lambda: PlannedContext(get_method("composed", density=0.3, block=4, order="raster")))
+    assert torch.equal(sparse[:, :, :4], plain[:, :, :4])
+    assert (sparse[:, :, 6:] - plain[:, :, 6:]).abs().max() > 1e-4
+
+
+# Growing sparsity.
+
+
+def test_worked_example_of_the_growth():
+    got = [chunk_sparsity(c, 3, 0.95, 0.85) for c in range(3, 22, 3)]
+    assert got == pytest.approx([0, 0.797, 0.825, 0.842, 0.853, 0.862, 0.868], abs=5e-4)
+
+
+@pytest.mark.parametrize("window", [None, 12])
+def test_growth_spends_the_budget_of_the_target(window):
+    ends = range(6, 22, 3)
+    seen = [c if window is None else min(c, window) for c in ends]
+    free = [chunk_sparsity(c, 3, 0.9, 0.7) for c in ends]
+    assert free == sorted(free)
+    if window is None:
+        spent = sum((1 - s) * keys for s, keys in zip(free, seen, strict=True))
+        assert spent == pytest.approx(0.3 * sum(seen), rel=1e-6)
+    assert chunk_sparsity(999, 3, 0.9, 0.7, window=window) == chunk_sparsity(
+        21 if window is None else 12, 3, 0.9, 0.7, window=window
+    )
+    assert {chunk_sparsity(c, 3, 0.8, 0.8) for c in ends} == {0.8}
+    assert {chunk_sparsity(c, 3, 0.0, 0.0) for c in ends} == {0.0}
+
+
+def select(policy, rotary, q, k, frames=range(9), own=range(6, 9), sparsity=0.7):
+    plan = policy.plan(call_for(rotary, frames, own), q, k, sparsity).validate()
+    per_frame = -(-TOKENS // policy.block)
+    return plan, plan.to_mask().unflatten(-1, (len(frames), per_frame))
+
+
+def test_selection_keeps_what_must_be_kept_and_the_budget(rotary):
+    policy = LightForcing(top_frames=2, block=10)
+    q, k, _ = tensors(3, 9)
+    plan, mask = select(policy, rotary, q, k)
+    past = mask[..., :6, :]
+    assert mask[..., 6:, :].all()
+    assert past[..., [0, 4, 5], :].any(-1).all()
+    assert (past.any(-1).sum(-1) <= 5).all()
+    assert (past.sum((-2, -1)) == round(0.3 * 6 * 5)).all()
+    assert plan.q_blocks.lengths.tolist() == [10, 10, 10, 10, 2] * 3
+    # A budget smaller than what is guaranteed gives one block of each fixed frame.
+    tight = select(policy, rotary, q, k, sparsity=0.999)[1][..., :6, :]
+    assert (tight.sum((-2, -1)) == 3).all()
+
+
+def test_all_frames_and_all_blocks_are_dense_attention(rotary):
+    q, k, _ = tensors(3, 9)
+    policy = LightForcing(top_frames=6, block=10)
+    plan, mask = select(policy, rotary, q, k, sparsity=0.0)
+    assert mask.all()
+    full = BlockPlan.full(plan.q_blocks, plan.k_blocks)
+    assert torch.equal(plan.to_mask(), full.to_mask().expand_as(plan.to_mask()))
+
+
+def test_a_planted_block_is_found_and_only_in_its_frame(rotary):
+    q = torch.zeros(1, 3 * TOKENS, 1, 24)
+    q[..., 0] = 4.0
+    k = torch.zeros(1, 9 * TOKENS, 1, 24)
+    k[:, 2 * TOKENS + 10 : 2 * TOKENS + 20, :, 0] = 5.0
+    k[:, 3 * TOKENS : 4 * TOKENS, :, 0] = 1.0
+    policy = LightForcing(top_frames=2, sink_frames=0, recent_frames=0, block=10)
+    keep = 1 - 1.01 / 30
+    _, mask = select(policy, rotary, q, k, sparsity=keep)
+    assert mask[..., :6, :].nonzero()[:, -2:].unique(dim=0).tolist() == [[2, 1]]
+
+
+def test_selection_does_not_depend_on_where_frames_are_stored(rotary):
+    q, k, _ = tensors(3, 9)
+    policy = LightForcing(top_frames=3, block=10)
+    order = [4, 0, 6, 7, 8, 5, 3, 1, 2]
+    _, plain = select(policy, rotary, q, k)
+    _, moved = select(policy, rotary, q, k.unflatten(1, (9, -1))[:, order].flatten(1, 2), frames=tuple(order))
+    assert torch.equal(moved, plain[..., order, :])
+
+
+@pytest.mark.parametrize("positions", ["absolute", "reindex"])
+def test_kept_block_keys_are_those_pooled_from_scratch(positions):
+    runtime = CausalWan(tiny_transformer(layers=1, frames=400))
+    seen = []
+
+    class Checked(LightForcing):
+        def _block_keys(self, call, k):
+            got = super()._block_keys(call, k)
+            scratch = LightForcing(block=self.block)._block_keys(call, k)
+            seen.append(float((got - scratch).abs().max()))
+            assert len(self._pooled.get(call.layer, {})) <= 8
+            return got
+
+    changes = {"positions": positions, "steps": (1000.0,), "chunk": 2}
+    _, driver = drive(lambda: Checked(block=4), count=150, runtime=runtime, **changes)
+    assert len(seen) == 149
+    assert max(seen) < 1e-5
+    driver.switch(text(1))
+    assert driver.branches[0].policy.bytes > 0
+
+
+def test_the_first_chunk_is_dense_and_later_ones_are_not():
+    plain, _ = drive(DenseContext)
+    sparse, _ = drive(lambda: LightForcing(block=2, top_frames=2))
+    assert torch.equal(sparse[:, :, :2], plain[:, :, :2])
+    assert (sparse[:, :, 2:] - plain[:, :, 2:]).abs().max() > 1e-4
+    none, _ = drive(lambda: LightForcing(0.0, 0.0))
+    assert torch.equal(none, plain)
+
+
+def test_wrong_sparsities_are_named():
+    with pytest.raises(ConfigError, match="target <= base"):
+        LightForcing(base=0.5, target=0.6)
+
+
+def test_orders_per_head_are_refused(rotary):
+    class PerHead:
+        name, is_static, remainder, precision = "per_head", False, None, None
+
+        def plan(self, layout, q, k, v, call):
+            from dit_accel.order import TokenOrder
+            from dit_accel.plan import Blocking
+
+            blocks = Blocking.uniform(layout.tokens, 16)
+            order = TokenOrder(torch.arange(layout.tokens).expand(1, 2, -1).contiguous())
+            return order, BlockPlan.full(blocks, blocks)
+
+    q, k, v = tensors(3, 9)
+    with pytest.raises(UnsupportedError, match="differs between heads"):
+        PlannedContext(PerHead()).attend(call_for(rotary, range(9), range(6, 9)), q, k, v)
