@@ -165,7 +165,7 @@ def test_text_attends_and_is_attended_by_all(position):
 @given(
     grid=st.tuples(st.integers(1, 7), st.integers(1, 6), st.integers(1, 9)),
     block=st.sampled_from([1, 4, 16, 64]),
-    variant=st.sampled_from(["released", "paper"]),
+    variant=st.sampled_from(["released", "paper", "blocks"]),
     density=st.one_of(st.none(), st.floats(0.01, 1.0)),
     sink=st.booleans(),
 )
@@ -177,6 +177,57 @@ def test_any_grid_makes_a_valid_plan(grid, block, variant, density, sink):
     assert plan.to_mask()[0, 0].diagonal().all()
     if density == 1.0:
         assert plan.density == 1.0
+
+
+def released_block_widths(frames, size, block, widths, least):
+    """The rule of LightX2V as it is written there: base squares and bands, frame distance by frame distance."""
+    a, count = size / block, -(-frames * size // block)
+    width = [max(least, c * a) for c in widths] + [least] * (frames - len(widths))
+    mask = torch.zeros(count, count, dtype=torch.bool)
+    for i in range(count):
+        for j in range(count):
+            for t in range(frames):
+                for x, y in ((i, j), (j, i)):
+                    n = x * block // size
+                    inside = (n + t) * size <= y * block <= (n + t + 1) * size
+                    mask[i, j] |= inside and abs(y - x - t * a) <= width[t]
+    return mask | (torch.arange(count) <= a)
+
+
+@pytest.mark.parametrize(("frames", "size", "block"), [(4, 96, 32), (5, 50, 16), (3, 20, 64)])
+def test_the_blocks_variant_is_the_rule_in_blocks(frames, size, block):
+    widths = (1.0, 0.5, 0.25)
+    plan = plan_of(frames, size, variant="blocks", block=block, widths=widths, least=2.0)
+    assert torch.equal(plan.to_mask()[0, 0], released_block_widths(frames, size, block, widths, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("size", "widths", "least", "density"),
+    [
+        (3600, (1.0, 0.5, 0.25, 0.25), 2.0, 0.324),
+        (3600, (1.0, 0.5, 0.056), 1.0, 0.223),
+        (1560, (1.0, 0.5, 0.25, 0.25), 2.0, 0.431),
+        (1560, (1.0, 0.5, 0.056), 1.0, 0.292),
+    ],
+)
+def test_densities_of_the_blocks_variant(size, widths, least, density):
+    plan = plan_of(21, size, variant="blocks", block=128, widths=widths, least=least)
+    assert plan.to_mask().double().mean().item() == pytest.approx(density, abs=6e-4)
+
+
+def test_the_paper_variant_has_no_floor():
+    wide, narrow = (plan_of(18, 768, variant="paper", decay=decay, block=16, sink=False) for decay in (1.0, 0.02))
+    released = plan_of(18, 768, decay=1e-9, block=16, sink=False)
+    assert narrow.density < 0.6 * released.density < 0.4 < wide.density
+    assert plan_of(18, 384, variant="paper", density=0.15, block=16).density == pytest.approx(0.15, abs=0.02)
+
+
+def test_conditioning_frames_are_a_sink():
+    call = CallContext(TokenLayout((9, 4, 16), prefix_frames=2))
+    for variant in ("released", "paper", "blocks"):
+        for sink in (False, True):
+            method = get_method("radial", variant=variant, decay=0.1, block=16, sink=sink)
+            assert method.select(None, None, call).to_mask()[0, 0, :, :8].all()
 
 
 def test_density_lowers_the_decay_as_far_as_the_rule_goes():
