@@ -33,6 +33,20 @@ class _Part:
     backend: Backend
 
 
+@dataclass(frozen=True)
+class DenseCall:
+    """A call that ran dense, for `Engine.observer`; q, k, v, out are `[B, H, N, D]` in raster order."""
+
+    component: str
+    layer: int
+    state: RunState
+    layout: TokenLayout
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+
+
 _Groups = Sequence[tuple[Method, Tensor | None]]
 
 
@@ -65,6 +79,7 @@ class Engine:
         self.calls: list[CallRecord] = []
         self.pictures: dict[int, list[PlanPicture]] = {}
         self.guard = None if schedule.max_error is None else Guard(schedule.max_error, seed)
+        self.observer: Callable[[DenseCall], None] | None = None
         self.state: RunState | None = None
         self._layer_of = {id(module): index for index, module in enumerate(layers)}
         self._methods = [self._method_for(index) for index in range(len(layers))]
@@ -125,7 +140,11 @@ class Engine:
         elif self._searches(layer, state, layout, record.reason):
             self._search(method, layer, layout, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), record)
         with record.timed("attend", q.device):
-            return dense()
+            out = dense()
+        if self.observer is not None and reason is None and q.shape[1] == layout.tokens:
+            heads_first = (x.transpose(1, 2) for x in (q, k, v, out))
+            self.observer(DenseCall(self.component, layer, state, layout, *heads_first))
+        return out
 
     def _attend(
         self, method: Method, layer: int, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, record: CallRecord

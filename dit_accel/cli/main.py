@@ -10,6 +10,7 @@ from rich.table import Table
 
 from dit_accel.cli.app import console, run_app, version_option
 from dit_accel.cli.bench import bench_app
+from dit_accel.cli.calibrate import calibrate
 from dit_accel.cli.compare import compare
 from dit_accel.cli.demo import demo
 from dit_accel.cli.doctor import doctor
@@ -25,6 +26,7 @@ app.add_typer(bench_app, name="bench")
 app.command()(doctor)
 app.command()(report)
 app.command()(compare)
+app.command()(calibrate)
 
 
 @app.callback()

@@ -11,7 +11,7 @@ from dit_accel.compare.runner import Task
 from dit_accel.errors import ConfigError
 from dit_accel.presets import Preset
 
-_SMALL_MODEL = "samples/tiny-wan"
+SMALL_MODEL = "samples/tiny-wan"
 _HELD_OUT_SEED = 99
 
 
@@ -29,7 +29,7 @@ def make_tasks(preset: Preset, prompts: Sequence[str], count: int, seed: int) ->
     """
     if prompts:
         return [Task(text, seed + number) for number, text in enumerate(prompts)], ()
-    if preset.repository != _SMALL_MODEL:
+    if preset.repository != SMALL_MODEL:
         raise ConfigError("--prompts", f"expected at least one prompt for {preset.name}")
     from dit_accel.samples.clips import caption, draw_scene
     from dit_accel.samples.evaluate_tiny_wan import CRITERIA, judge

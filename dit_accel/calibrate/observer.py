@@ -1,0 +1,159 @@
+"""Measures candidates on the queries, keys and values of a model that runs dense; keeps sums, never tensors."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.calibrate.statistics import Statistics
+from dit_accel.engine import DenseCall
+from dit_accel.kernels import block_attention
+from dit_accel.layout import TokenLayout
+from dit_accel.methods.base import Method
+from dit_accel.order import TokenOrder
+from dit_accel.plan import Blocking, BlockPlan
+from dit_accel.schedule import Schedule
+from dit_accel.state import CallContext
+
+_STATIC_KEPT = 64
+_Planned = tuple[TokenOrder | None, BlockPlan]
+
+
+class Observer:
+    """Adds every call that the schedule would not keep dense to `statistics`.
+
+    Args:
+        candidates: the methods to measure.
+        schedule: whose dense steps and layers are left out.
+        statistics: the sums to add to.
+        share: share of the query blocks that is computed per candidate and call, drawn anew each time. 1: all.
+        every: only every n-th step.
+        seed: of the draw.
+    """
+
+    def __init__(
+        self,
+        candidates: Sequence[Method],
+        schedule: Schedule,
+        statistics: Statistics,
+        share: float = 1.0,
+        every: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.candidates, self.schedule, self.statistics = candidates, schedule, statistics
+        self.share, self.every = share, every
+        self._generator = torch.Generator().manual_seed(seed)
+        self._memory: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._generation = -1
+        self._static: OrderedDict[tuple[int, TokenLayout], _Planned] = OrderedDict()
+
+    @torch.no_grad()
+    def __call__(self, seen: DenseCall) -> None:
+        """Measure all candidates on one call."""
+        state, layout = seen.state, seen.layout
+        if state.generation != self._generation:
+            self._memory.clear()
+            self._generation = state.generation
+        is_dense = self.schedule.dense_reason(seen.layer, state.step, state.noise, layout.tokens) is not None
+        if is_dense or state.step % self.every:
+            return
+        lengths = layout.valid or (layout.tokens,) * seen.q.shape[0]
+        real = torch.arange(layout.tokens) < torch.tensor(lengths).unsqueeze(-1)
+        real = real.to(seen.out.device)[:, None, :]
+        whole = seen.out.float().square().sum(-1).masked_fill(~real, 0).sum().clamp(min=1e-30)
+        errors, densities = [], []
+        for index, method in enumerate(self.candidates):
+            wrong, density = self._measure(index, method, seen, real)
+            errors.append(wrong / whole)
+            densities.append(density.expand(wrong.shape))
+        sums, layer = self.statistics, seen.layer
+        sums.error[layer] += torch.stack(errors, -1).double().cpu()
+        sums.density[layer] += torch.stack(densities, -1).double().cpu()
+        sums.calls[layer] += 1
+
+    def _measure(self, index: int, method: Method, seen: DenseCall, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared error of every head, from the blocks drawn to all rows, `[H]`; density of every head `[H or 1]`."""
+        order, plan = self._plan(index, method, seen)
+        q, k, v = (seen.q, seen.k, seen.v) if order is None else order.apply(seen.q, seen.k, seen.v)
+        out = seen.out if order is None else order.apply(seen.out, seen.k, seen.v)[0]
+        counted = real.expand(-1, q.shape[1], -1)
+        if order is not None:
+            counted = order.apply(counted.unsqueeze(-1).float(), seen.k, seen.v)[0].squeeze(-1) > 0
+        drawn = self._draw(plan.q_blocks)
+        part, tokens = take_query_blocks(plan, drawn)
+        tokens = tokens.to(q.device)
+        valid = seen.layout.valid
+        computed = block_attention(
+            q.index_select(2, tokens),
+            k,
+            v,
+            part,
+            remainder=method.remainder,
+            precision=method.precision,
+            kv_len=None if valid is None else torch.tensor(valid, dtype=torch.int32, device=q.device),
+        )
+        difference = (computed.float() - out.index_select(2, tokens).float()).square().sum(-1)
+        wrong = difference.masked_fill(~counted.index_select(2, tokens), 0).sum((0, 2))
+        return wrong * (plan.q_blocks.tokens / len(tokens)), plan.density_per_head().float().mean(0)
+
+    def _plan(self, index: int, method: Method, seen: DenseCall) -> _Planned:
+        """Order and plan on the device; those of a static method are kept."""
+        kept = self._static.get((index, seen.layout)) if method.is_static else None
+        if kept is not None:
+            return kept
+        state, key = seen.state, (index, seen.component, seen.state.branch)
+        call = CallContext(
+            seen.layout,
+            seen.layer,
+            state.step,
+            state.noise,
+            state.branch,
+            self._memory.setdefault((*key, seen.layer), {}),
+            self._memory.setdefault(key, {}),
+        )
+        order, plan = method.plan(seen.layout, seen.q, seen.k, seen.v, call)
+        planned = (None if order is None else order.to(seen.q.device), plan.to(seen.q.device))
+        if method.is_static:
+            self._static[index, seen.layout] = planned
+            if len(self._static) > _STATIC_KEPT:
+                self._static.popitem(last=False)
+        return planned
+
+    def _draw(self, blocks: Blocking) -> Tensor:
+        """Blocks to compute, ascending int64; all of them when `share` is 1."""
+        count = max(1, round(self.share * blocks.count))
+        return torch.randperm(blocks.count, generator=self._generator)[:count].sort().values
+
+
+def take_query_blocks(plan: BlockPlan, blocks: Tensor) -> tuple[BlockPlan, Tensor]:
+    """The plan of some query blocks alone, and the tokens in them.
+
+    Args:
+        plan: of all queries.
+        blocks: ascending indices of query blocks, int64 on the CPU.
+
+    Returns:
+        A plan whose queries are those tokens, in their order, and all keys; int64 token indices on the CPU.
+    """
+    chosen = torch.zeros(plan.q_blocks.count, dtype=torch.bool)
+    chosen[blocks] = True
+    tokens = torch.repeat_interleave(chosen, plan.q_blocks.lengths).nonzero().flatten()
+    index = blocks.to(plan.indices.device)
+    predicate = plan.predicate
+    if predicate is not None:
+        rows = tokens.to(predicate.lower.device)
+        predicate = replace(predicate, lower=predicate.lower[rows], upper=predicate.upper[rows])
+    part = BlockPlan(
+        Blocking.from_lengths(plan.q_blocks.lengths[blocks], plan.q_blocks.size),
+        plan.k_blocks,
+        plan.indices[:, :, index].contiguous(),
+        plan.counts[:, :, index].contiguous(),
+        None if plan.full_counts is None else plan.full_counts[:, :, index].contiguous(),
+        predicate,
+    )
+    return part, tokens

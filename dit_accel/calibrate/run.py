@@ -1,0 +1,195 @@
+"""Run the prompts dense, measure, resume, and write the preset."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dit_accel.acceleration import accelerate
+from dit_accel.calibrate.observer import Observer
+from dit_accel.calibrate.solve import Assignment, solve
+from dit_accel.calibrate.statistics import Statistics
+from dit_accel.cli.running import call_pipeline
+from dit_accel.families.registry import family_of
+from dit_accel.head_table import HeadTable
+from dit_accel.methods.base import Method
+from dit_accel.presets import Generation, Preset
+
+DEFAULT_CANDIDATES = (
+    "composed:density=0.1",
+    "composed:density=0.2",
+    "composed:density=0.35",
+    "composed:density=0.5",
+    "radial:decay=0.2,neighbor=0.5",
+    "radial",
+    "sliding_tile",
+    "neighborhood:density=0.2",
+    "dense",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a calibration measures; statistics of another plan are not mixed with its own.
+
+    Args:
+        preset: model, sizes and the schedule whose dense steps are left out.
+        candidates: the methods, by the words they were asked for with.
+        prompts: what to generate; prompt i runs with seed + i.
+        generation: sizes and sampling.
+        seed: of the first prompt, and of the blocks drawn.
+        share: share of the query blocks that is computed per candidate and call.
+        every: only every n-th step is measured.
+    """
+
+    preset: Preset
+    candidates: dict[str, Method]
+    prompts: tuple[str, ...]
+    generation: Generation
+    seed: int = 0
+    share: float = 0.25
+    every: int = 1
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values that say whether statistics belong to this plan."""
+        return {
+            "preset": self.preset.name,
+            "schedule": self.preset.schedule.model_dump(mode="json", exclude={"head_table", "max_error"}),
+            "candidates": {name: [m.name, m.model_dump(mode="json")] for name, m in self.candidates.items()},
+            "prompts": list(self.prompts),
+            "generation": self.generation.model_dump(mode="json"),
+            "seed": self.seed,
+            "share": self.share,
+            "every": self.every,
+        }
+
+
+def measure(pipe: Any, plan: Plan, path: Path, tell: Callable[[str], None]) -> Statistics:
+    """Generate every prompt dense and measure the candidates meanwhile; prompts that `path` holds are not run again.
+
+    The file is written after each prompt; a run that is killed loses the prompt under way and nothing else. Two
+    transformers of one pipeline are pooled: a head table serves both.
+
+    Args:
+        pipe: the pipeline, unaccelerated.
+        plan: what to measure.
+        path: file of the statistics.
+        tell: called with one line before each prompt and at the end.
+
+    Raises:
+        ConfigError: `path` holds statistics of another plan.
+    """
+    settings = json.loads(json.dumps(plan.settings()))
+    held = Statistics.load(path, settings) if path.exists() else None
+    for number, prompt in enumerate(plan.prompts):
+        if held is not None and number in held.done:
+            continue
+        begun = time.perf_counter()
+        tell(_progress(number, prompt, plan, held))
+        sums = _empty(pipe, plan) if held is None else held.copy()
+        with accelerate(pipe, method="dense") as acceleration:
+            for engine in acceleration.engines.values():
+                engine.observer = Observer(
+                    list(plan.candidates.values()),
+                    plan.preset.schedule,
+                    sums,
+                    plan.share,
+                    plan.every,
+                    plan.seed + number,
+                )
+            call_pipeline(pipe, plan.generation, prompt, plan.seed + number)
+        sums.done.append(number)
+        sums.seconds += time.perf_counter() - begun
+        sums.save(path, settings)
+        held = sums
+    if held is None:
+        raise ValueError("calibration needs at least one prompt")
+    tell(f"measured {len(held.done)} prompts in {held.seconds:.0f} s; statistics: {path}")
+    return held
+
+
+def _empty(pipe: Any, plan: Plan) -> Statistics:
+    """Empty sums of the size of the model."""
+    layers = family_of(pipe.transformer).layers(pipe.transformer)
+    return Statistics.empty(len(layers), layers[0].module.heads, len(plan.candidates))
+
+
+def _progress(number: int, prompt: str, plan: Plan, held: Statistics | None) -> str:
+    done = 0 if held is None else len(held.done)
+    line = f"prompt {number + 1} of {len(plan.prompts)}: {prompt}"
+    if held is None or not done:
+        return line
+    left = held.seconds / done * (len(plan.prompts) - done)
+    return f"{line} (about {left / 60:.1f} min left)" if left >= 60 else f"{line} (about {left:.0f} s left)"
+
+
+def assign(held: Statistics, max_error: float | None = None, max_density: float | None = None) -> Assignment:
+    """Solve for the layers that were seen; layers that always run dense take the first candidate, which never runs.
+
+    Args:
+        held: what was measured.
+        max_error, max_density: the budget, one of them; see `solve`.
+    """
+    seen = held.calls > 0
+    found = solve(held.mean_error()[seen], held.mean_density()[seen], max_error=max_error, max_cost=max_density)
+    choice = torch.zeros(held.error.shape[:2], dtype=torch.int64)
+    choice[seen] = found.choice
+    return replace(found, choice=choice)
+
+
+def head_table(assignment: Assignment, candidates: dict[str, Method]) -> HeadTable:
+    """The assignment as a table; its palette holds the candidates that were chosen."""
+    names = list(candidates)
+    used = sorted({int(index) for index in assignment.choice.flatten()})
+    modes = {
+        f"m{index}": {"method": candidates[names[index]].name, "parameters": _plain(candidates[names[index]])}
+        for index in used
+    }
+    return HeadTable.make({"modes": modes, "heads": [[f"m{i}" for i in row] for row in assignment.choice.tolist()]})
+
+
+def write_preset(path: Path, plan: Plan, assignment: Assignment, held: Statistics) -> None:
+    """Write a preset that extends the one calibrated for; it can be given wherever a preset is named.
+
+    Args:
+        path: file to write, `.yaml`.
+        plan: what was measured.
+        assignment: the solution.
+        held: the statistics it rests on.
+    """
+    table = head_table(assignment, plan.candidates)
+    most = Counter(name for row in table.heads for name in row).most_common(1)[0][0]
+    modes = {name: mode.model_dump(mode="json", exclude_defaults=True) for name, mode in table.modes.items()}
+    rows = [list(row) for row in table.heads]
+    told = (
+        f"dit-accel calibrate, {time.strftime('%Y-%m-%d')}: {len(held.done)} prompts at "
+        f"{plan.generation.height} x {plan.generation.width} x {plan.generation.num_frames}, "
+        f"{plan.generation.num_inference_steps} steps; predicted error {assignment.error:.4f} at density "
+        f"{assignment.cost:.3f}"
+    )
+    data = {
+        "extends": plan.preset.name,
+        "name": path.stem,
+        "description": f"{plan.preset.description}, calibrated per head",
+        "method": {"name": modes[most]["method"], "parameters": modes[most].get("parameters", {})},
+        "schedule": {"overrides": [], "head_table": {"modes": modes, "heads": rows}},
+        "source": told,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=10**6)
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _plain(method: Method) -> dict[str, Any]:
+    return method.model_dump(mode="json", exclude_unset=True)

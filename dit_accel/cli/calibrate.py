@@ -1,0 +1,62 @@
+"""`dit-accel calibrate`: measure what each head can bear, and write a preset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dit_accel.cli.app import console, errors
+
+
+def calibrate(
+    max_error: Annotated[float | None, typer.Option(help="Budget for the relative error of a layer.", min=0)] = None,
+    density: Annotated[float | None, typer.Option(help="Budget for the mean density, instead.", min=0, max=1)] = None,
+    preset: Annotated[str, typer.Option(help="Preset that gives model, sizes and schedule.")] = "tiny-wan",
+    candidates: Annotated[
+        list[str] | None, typer.Option(help="METHOD[:KEY=VALUE,...], once per candidate. Default: a palette of nine.")
+    ] = None,
+    prompts: Annotated[list[str] | None, typer.Option(help="Prompts. Default: captions (small model).")] = None,
+    num_prompts: Annotated[int, typer.Option(help="How many captions.", min=1)] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the first prompt.", min=0)] = 1000,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
+    share: Annotated[float, typer.Option(help="Share of the query blocks that is measured.", min=0.001, max=1)] = 0.25,
+    every: Annotated[int, typer.Option(help="Measure every n-th step.", min=1)] = 1,
+    output: Annotated[Path, typer.Option(help="Preset to write.")] = Path("outputs/calibrated.yaml"),
+    model: Annotated[str | None, typer.Option(help="Pipeline folder or hub id instead of the preset's.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Run a few prompts dense, measure which method each head can bear, and write the best preset within a budget.
+
+    The statistics stand beside the preset (.safetensors); a run that was killed goes on from them, and another budget
+    is solved from them without running the model again.
+    """
+    from dit_accel.calibrate.run import DEFAULT_CANDIDATES, Plan, assign, head_table, measure, write_preset
+    from dit_accel.calibrate.tasks import calibration_prompts
+    from dit_accel.cli.running import quiet_loading
+    from dit_accel.compare.candidates import parse_candidate
+    from dit_accel.errors import ConfigError
+    from dit_accel.models import load_pipeline
+    from dit_accel.presets import load_preset
+
+    if (max_error is None) == (density is None):
+        raise ConfigError("--max-error, --density", "expected exactly one of them")
+    if output.suffix not in (".yaml", ".yml"):
+        raise ConfigError("--output", f"expected a name that ends in .yaml, got {str(output)!r}")
+    base = load_preset(preset)
+    generation = base.generation
+    if num_inference_steps is not None:
+        generation = generation.model_copy(update={"num_inference_steps": num_inference_steps})
+    methods = {text: parse_candidate(text, base).method for text in candidates or DEFAULT_CANDIDATES}
+    texts = calibration_prompts(base, prompts or [], num_prompts, seed)
+    plan = Plan(base, methods, texts, generation, seed, share, every)
+    quiet_loading()
+    pipe = load_pipeline(model or base.repository, device, dtype)
+    held = measure(pipe, plan, output.with_suffix(".safetensors"), lambda line: errors.print(line, markup=False))
+    assignment = assign(held, max_error, density)
+    write_preset(output, plan, assignment, held)
+    console.print(head_table(assignment, methods).render(), markup=False)
+    console.print(f"predicted error {assignment.error:.4f} at density {assignment.cost:.3f}", markup=False)
+    console.print(f"preset: {output}", markup=False)
