@@ -105,7 +105,7 @@ def test_forced_blocks_count_inside_the_budget_or_beside_it():
     inside = select_blocks(scores, TopK(count=3), forced)
     assert inside[..., 3].all()
     assert (inside.sum(-1) == 3).all()
-    beside = select_blocks(scores, TopK(count=3), forced, counted=False)
+    beside = select_blocks(scores, TopK(count=3), beside=forced)
     assert torch.equal(beside, select_blocks(scores.masked_fill(forced, -INF), TopK(count=3)) | forced)
     more = torch.ones(5, 8, dtype=torch.bool)
     assert select_blocks(scores, TopK(count=1), more).all()

@@ -53,16 +53,14 @@ class Sparge(DynamicMethod):
     def _keys(self, k: Tensor, call: CallContext) -> Tensor:
         return smooth_keys(k, call.layout.valid) if self.smooth else k
 
-    def forced(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor | None:
-        """What the base forces, and the rows and columns of blocks whose tokens disagree."""
-        always = super().forced(q, k, call, q_blocks, k_blocks)
+    def beside(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor | None:
+        """Rows and columns of blocks whose tokens disagree."""
         if self.similarity < 0:
-            return always
+            return None
         valid = call.layout.valid
         rows = self_similarity(q, q_blocks, valid) <= self.similarity
         columns = self_similarity(self._keys(k, call), k_blocks, valid) <= self.similarity
-        mixed = rows.unsqueeze(-1) | columns.unsqueeze(-2)
-        return mixed if always is None else mixed | always
+        return rows.unsqueeze(-1) | columns.unsqueeze(-2)
 
     def budget(self, call: CallContext) -> Budget:
         """Top-p without the crossing block."""
@@ -72,11 +70,6 @@ class Sparge(DynamicMethod):
     def rounding(self) -> Rounding:
         """Down."""
         return "floor"
-
-    @property
-    def counts_forced(self) -> bool:
-        """Blocks kept by the gate are beside the budget."""
-        return False
 
     @property
     def precision(self) -> Precision | None:

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dit_accel.methods.base import Density
-from dit_accel.methods.dynamic import DynamicMethod, Size
+from dit_accel.methods.base import Density, Size
+from dit_accel.methods.dynamic import DynamicMethod
 from dit_accel.methods.registry import register
 from dit_accel.plan import Blocking
 from dit_accel.selection import Budget, TopK

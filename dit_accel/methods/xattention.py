@@ -9,8 +9,8 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from dit_accel.errors import ConfigError
-from dit_accel.methods.base import BlockSize
-from dit_accel.methods.dynamic import DynamicMethod, Share, Size
+from dit_accel.methods.base import BlockSize, Size
+from dit_accel.methods.dynamic import DynamicMethod, Share
 from dit_accel.methods.registry import register
 from dit_accel.plan import Blocking
 from dit_accel.selection import Budget, TopP

@@ -43,7 +43,7 @@ def select_blocks(
     budget: Budget,
     forced: Tensor | None = None,
     *,
-    counted: bool = True,
+    beside: Tensor | None = None,
     normalisation: Normalisation = "softmax",
 ) -> Tensor:
     """Which key blocks are kept, bool `[B, H, nq, nk]`; ties go to the lower index.
@@ -51,17 +51,18 @@ def select_blocks(
     Args:
         scores: `[B, H, nq, nk]`, higher is better, -inf where a block must not be chosen.
         budget: how many.
-        forced: bool that broadcasts against `scores`, blocks that are kept whatever their score. Default: none.
-        counted: whether forced blocks are part of the budget (and of the mass that top-p counts), or are left out of
-            the ranking and come on top of it.
+        forced: bool that broadcasts against `scores`, blocks that are kept whatever their score, as part of the budget
+            and of the mass that top-p counts. Default: none.
+        beside: the same for blocks that are left out of the ranking and come on top of the budget. Default: none.
         normalisation: how scores become shares of the mass, see `shares_of`.
     """
     real = ~scores.isneginf()
-    always = torch.zeros_like(real) if forced is None else forced.to(scores.device).expand_as(real) & real
-    total = real.sum(-1)
-    rows = scores if counted else scores.masked_fill(always, -torch.inf)
+    first, extra = (
+        torch.zeros_like(real) if x is None else x.to(scores.device).expand_as(real) & real for x in (forced, beside)
+    )
+    first, total = first & ~extra, real.sum(-1)
+    rows = scores.masked_fill(extra, -torch.inf)
     shares = shares_of(rows, normalisation)
-    first = always if counted else torch.zeros_like(always)
     if budget.scope == "head":
         # Each row keeps its best block, or a row of small scores would be left with nothing to attend.
         best = torch.zeros_like(real).scatter_(-1, rows.argmax(-1, keepdim=True), True) & ~rows.isneginf()
@@ -70,7 +71,7 @@ def select_blocks(
         mask = _keep(rows, shares, first, total.sum(-1, keepdim=True), budget).view_as(real)
     else:
         mask = _keep(rows, shares, first, total, budget)
-    return mask | always
+    return mask | extra
 
 
 def _keep(rows: Tensor, shares: Tensor, first: Tensor, total: Tensor, budget: Budget) -> Tensor:
@@ -89,7 +90,7 @@ def select_plan(
     layout: TokenLayout,
     forced: Tensor | None = None,
     *,
-    counted: bool = True,
+    beside: Tensor | None = None,
     normalisation: Normalisation = "softmax",
 ) -> BlockPlan:
     """The plan that `select_blocks` makes, with text and padding treated alike for every method.
@@ -103,12 +104,12 @@ def select_plan(
         q_blocks, k_blocks: the partitions, made by `layout.blocks`.
         layout: token geometry.
         forced: bool that broadcasts against `scores`, further blocks that are always kept.
-        counted, normalisation: see `select_blocks`.
+        beside, normalisation: see `select_blocks`.
     """
     device = scores.device
     always = layout.text_blocks(k_blocks).to(device).expand(1, 1, q_blocks.count, -1)
     always = always if forced is None else always | forced.to(device)
-    mask = select_blocks(scores, budget, always, counted=counted, normalisation=normalisation)
+    mask = select_blocks(scores, budget, always, beside=beside, normalisation=normalisation)
     return plan_of_mask(mask, q_blocks, k_blocks, layout, ~scores.isneginf())
 
 
@@ -133,6 +134,7 @@ def adapt_heads(
     density: float,
     forced: Tensor | None = None,
     *,
+    beside: Tensor | None = None,
     normalisation: Normalisation = "softmax",
     gate: float = 0.8,
 ) -> Tensor:
@@ -141,14 +143,14 @@ def adapt_heads(
     Args:
         scores: `[B, H, nq, nk]`.
         density: common share of blocks.
-        forced: bool that broadcasts against `scores`, blocks that are always kept.
-        normalisation: how scores become shares, see `shares_of`.
+        forced, beside, normalisation: see `select_blocks`.
         gate: recall above which a head counts as easy.
 
     Returns:
         fp64 `[B, H]`, for `TopK.share`.
     """
-    mask = select_blocks(scores, TopK(share=density, rounding="ceil"), forced, normalisation=normalisation)
+    budget = TopK(share=density, rounding="ceil")
+    mask = select_blocks(scores, budget, forced, beside=beside, normalisation=normalisation)
     # Each row is normalised by its own sum, so that scores made with a stale normaliser can be used too.
     kept = (shares_of(scores, normalisation) * mask).sum(-1)
     return head_classes(kept.mean(-1), density, gate)

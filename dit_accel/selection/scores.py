@@ -18,12 +18,13 @@ from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
 from dit_accel.selection.pooling import gather_blocks, real_tokens, working
 
-_ELEMENTS = 2**24
+# About 16 MB of fp32: larger groups gain nothing and leave the cache of a CPU.
+_ELEMENTS = 2**22
 
 
-def row_groups(rows: int, width: int, elements: int = _ELEMENTS) -> Iterator[slice]:
-    """Cut `rows` rows of `width` elements into groups of about `elements` elements, at least one row each."""
-    step = max(1, elements // max(1, width))
+def row_groups(rows: int, width: int) -> Iterator[slice]:
+    """Cut `rows` rows of `width` elements into groups of about `_ELEMENTS` elements, at least one row each."""
+    step = max(1, _ELEMENTS // max(1, width))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -53,7 +54,7 @@ def block_mass(
         q_blocks, k_blocks: partitions.
         layout: token geometry; padded keys get no mass, padded queries give none.
         lse: log-sum-exp of every query row, `[B, H, N]`. Default None: computed. With that of an earlier step one pass
-            suffices; rows are then off by a factor each, which changes no ranking within a row.
+            suffices; the rows of tokens are then off by a factor each.
 
     Returns:
         Mass, sum of softmax weights over the rows and columns of a pair `[B, H, nq, nk]` (a row sums to the number of
@@ -66,11 +67,19 @@ def block_mass(
     mass = q.new_zeros(batch, heads, q_blocks.count, k_blocks.count)
     for group in row_groups(q_blocks.count, batch * heads * q_blocks.size * k.shape[2]):
         inside = slice(int(q_blocks.starts[group.start]), int(q_blocks.starts[group.stop]))
-        logits = (q[:, :, inside] @ k.transpose(-1, -2)).masked_fill(~real, -torch.inf)
-        if not given:
-            lse[:, :, inside] = logits.logsumexp(-1)
-        weights = block_sums((logits - lse[:, :, inside].unsqueeze(-1)).exp(), k_blocks)
-        if layout.valid is not None:
+        logits = q[:, :, inside] @ k.transpose(-1, -2)
+        if layout.is_padded:
+            logits.masked_fill_(~real, -torch.inf)
+        if given:
+            # A stale log-sum-exp may be far off; beyond this bound exp would overflow.
+            weights = block_sums(logits.sub_(lse[:, :, inside].unsqueeze(-1)).clamp_(max=60).exp_(), k_blocks)
+        else:
+            largest = logits.amax(-1, keepdim=True)
+            weights = block_sums(logits.sub_(largest).exp_(), k_blocks)
+            total = weights.sum(-1, keepdim=True)
+            lse[:, :, inside] = (total.log() + largest).squeeze(-1)
+            weights = weights / total
+        if layout.is_padded:
             weights = weights.masked_fill(~real[..., inside].transpose(-1, -2), 0)
         rows = Blocking.from_lengths(q_blocks.lengths[group], q_blocks.size)
         mass[:, :, group] = block_sums(weights.transpose(-1, -2), rows).transpose(-1, -2)

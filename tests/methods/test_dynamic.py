@@ -8,34 +8,40 @@ import torch
 
 from dit_accel.errors import ConfigError
 from dit_accel.layout import TokenLayout
-from dit_accel.methods.dynamic import DynamicMethod
+from dit_accel.methods.dynamic import BlockSelection, DynamicMethod
 from dit_accel.methods.registry import get_method, list_methods, method_class
 from dit_accel.state import CallContext
 
-METHODS = [name for name in list_methods() if issubclass(method_class(name), DynamicMethod)]
-ORDERS = [{"block": 32}, {"order": "tile", "tile": [2, 2, 4]}]
+METHODS = [name for name in list_methods() if issubclass(method_class(name), BlockSelection)]
+TILED = [name for name in METHODS if issubclass(method_class(name), DynamicMethod)]
+CASES = [(name, 32) for name in METHODS] + [(name, [2, 2, 4]) for name in TILED]
 
 
-def options(name, order):
-    """Parameters under which a method may be asked for any density."""
-    return {**order, **({"similarity": -1.0} if name == "sparge" else {})}
+def make(name, blocks, **parameters):
+    """A method on blocks of `blocks` tokens, or on tiles, under which any density may be asked for."""
+    fields = method_class(name).model_fields
+    if isinstance(blocks, list):
+        parameters |= {"order": "tile", "tile": blocks}
+    else:
+        parameters |= {key: blocks for key in ("block", "key_block") if key in fields}
+    if name == "sparge":
+        parameters.setdefault("similarity", -1.0)
+    return get_method(name, **parameters)
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS.values(), ids=cases.LAYOUTS.keys())
-@pytest.mark.parametrize("order", ORDERS, ids=["raster", "tile"])
-@pytest.mark.parametrize("name", METHODS)
-def test_full_density_is_dense_attention(name, order, layout):
+@pytest.mark.parametrize(("name", "blocks"), CASES)
+def test_full_density_is_dense_attention(name, blocks, layout):
     q, k, v = cases.tensors(layout)
-    out = cases.attend(get_method(name, density=1.0, **options(name, order)), layout, q, k, v)
+    out = cases.attend(make(name, blocks, density=1.0), layout, q, k, v)
     torch.testing.assert_close(out, cases.dense(layout, q, k, v), atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=["raster", "tile"])
-@pytest.mark.parametrize("name", METHODS)
-def test_padding_changes_nothing_and_batch_rows_do_not_mix(name, order):
+@pytest.mark.parametrize(("name", "blocks"), CASES)
+def test_padding_changes_nothing_and_batch_rows_do_not_mix(name, blocks):
     layout = cases.LAYOUTS["text after"]
     q, k, v = cases.tensors(layout)
-    method = get_method(name, density=0.3, **options(name, order))
+    method = make(name, blocks, density=0.3)
     out = cases.attend(method, layout, q, k, v)
     poisoned = [x.clone() for x in (q, k, v)]
     for x, poison in zip(poisoned, (-50.0, 50.0, torch.nan), strict=True):
@@ -49,28 +55,38 @@ def test_padding_changes_nothing_and_batch_rows_do_not_mix(name, order):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_text_is_whole_and_the_sink_and_the_own_block_are_kept(name):
+def test_text_and_the_sink_are_kept(name):
     layout = TokenLayout((4, 4, 8), 9, "before")
+    q, k, v = cases.tensors(layout)
+    method = make(name, 16, density=0.05, sink_frames=1)
+    order, plan = method.plan(layout, q, k, v)
+    mask, (rows, columns) = plan.validate().to_mask(), method.blocks(layout)
+    assert mask[..., layout.text_blocks(columns)].all()
+    assert mask[:, :, layout.text_blocks(rows)].all()
+    token = torch.arange(layout.tokens).expand(2, 2, -1) if order is None else order.key_index
+    first = (token >= layout.video_start) & (token < layout.video_start + layout.frame_tokens)
+    for item, head in ((0, 0), (1, 1)):
+        sink = columns.block_of_token()[first[item, head]].unique()
+        assert mask[item, head][:, sink].all()
+    assert mask.float().mean() < 0.8
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_the_own_block_is_an_option(name):
+    layout = TokenLayout((4, 4, 8))
     q, k, _ = cases.tensors(layout)
-    method = get_method(name, density=0.05, block=16, keep_self=True, sink_frames=1, **options(name, {}))
-    mask = cases.video_mask(method, layout, q, k)
-    _, columns = method.blocks(layout)
-    text = layout.text_blocks(columns)
-    assert mask[..., text].all()
-    assert mask[:, :, 0].all()
-    frame = (columns.starts[:-1] - layout.video_start) // 32
-    assert mask[..., ~text & (frame < 1)].all()
-    kept = cases.video_mask(get_method(name, density=0.3, block=16, key_block=16, **options(name, {})), layout, q, k)
-    assert kept.float().mean() < 0.9
+    kept, free = (cases.video_mask(make(name, 16, density=0.15, keep_self=s), layout, q, k) for s in (True, False))
+    assert kept.diagonal(dim1=-2, dim2=-1).all()
+    assert torch.equal(kept.sum(-1), free.sum(-1))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_seed_gives_the_same_plan_and_noise_is_an_option(name):
     layout = cases.LAYOUTS["video"]
     q, k, _ = cases.tensors(layout)
-    plain = get_method(name, density=0.4, block=8, key_block=8)
+    plain = make(name, 8, density=0.4)
     assert torch.equal(cases.video_mask(plain, layout, q, k), cases.video_mask(plain, layout, q, k))
-    noisy = get_method(name, density=0.4, block=8, key_block=8, noise=0.5)
+    noisy = make(name, 8, density=0.4, noise=0.5)
     first, again, other = (cases.video_mask(noisy, layout, q, k, CallContext(layout, seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -81,10 +97,9 @@ def test_adaptive_heads_keep_the_mean_density(name):
     layout = TokenLayout((4, 8, 8))
     q, k, _ = cases.tensors(layout, batch=1, heads=4)
     q = q * torch.tensor([40.0, 0.1, 40.0, 0.1]).view(1, 4, 1, 1)
-    common = {"density": 0.25, "block": 8, "key_block": 8, **options(name, {})}
     widths = {}
     for heads in ("uniform", "adaptive"):
-        plan = get_method(name, heads=heads, **common).plan(layout, q, k)[1]
+        plan = make(name, 8, density=0.25, heads=heads).plan(layout, q, k)[1]
         widths[heads] = plan.density_per_head()[0]
     assert widths["uniform"].max() - widths["uniform"].min() < 1e-9
     assert float(widths["adaptive"].mean()) == pytest.approx(float(widths["uniform"].mean()), abs=0.02)
@@ -95,7 +110,7 @@ def test_adaptive_heads_keep_the_mean_density(name):
 def test_half_precision_gives_the_plan_of_its_values_in_single(name):
     layout = TokenLayout((2, 8, 8))
     q, k, _ = (x.bfloat16() for x in cases.tensors(layout))
-    method = get_method(name, density=0.3, block=8, key_block=8)
+    method = make(name, 8, density=0.3)
     assert torch.equal(cases.video_mask(method, layout, q, k), cases.video_mask(method, layout, q.float(), k.float()))
 
 
