@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.guard import Guard
-from dit_accel.kernels import block_attention
 from dit_accel.kernels.attention import request_of
 from dit_accel.kernels.registry import Backend, choose_backend
 from dit_accel.layout import TextPosition, TokenLayout
@@ -19,7 +18,7 @@ from dit_accel.plan_picture import PlanPicture, picture
 from dit_accel.planner import QKV, Planned, Planner
 from dit_accel.report import CallRecord
 from dit_accel.schedule import Schedule
-from dit_accel.state import RunState
+from dit_accel.state import CallContext, RunState
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,13 @@ class _Part:
     method: Method
     planned: Planned
     qkv: tuple[Tensor, Tensor, Tensor]
+    call: CallContext
     backend: Backend
+
+    def compute(self) -> Tensor:
+        """Its output `[B, H', N, D]`, in the raster's order."""
+        out = self.method.compute(*self.qkv, self.planned.plan, self.call, backend=self.backend.name)
+        return out if self.planned.order is None else self.planned.order.restore(out)
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,8 @@ class Engine:
         if layer not in self.pictures:
             self.pictures[layer] = [picture(part.planned.plan, record, part.method.name) for part in parts]
         with record.timed("attend", q.device):
-            out = _join(parts, layout, q)
+            out = _join(parts, q)
+        record.density = density + sum(s * part.call.extra_density for s, part in zip(shares, parts, strict=True))
         if self.guard is not None:
             with record.timed("guard", q.device):
                 record.error = self.guard.check((layer, record.branch), record.step, q, k, v, out, layout, density)
@@ -197,9 +203,11 @@ class Engine:
         record: CallRecord,
     ) -> _Part:
         """Order, plan and backend of one group of heads; q, k, v `[B, H, N, D]` of all heads."""
-        planned, qkv = self._planner.plan(method, layer, layout, self._state(), _of_heads((q, k, v), heads), record)
-        request = request_of(qkv[0], planned.plan, method.remainder, precision=method.precision)
-        return _Part(heads, method, planned, qkv, choose_backend(self.backend, request))
+        state = self._state()
+        planned, qkv = self._planner.plan(method, layer, layout, state, _of_heads((q, k, v), heads), record)
+        request = request_of(qkv[0], planned.plan, method.remainder, method.completes, method.precision)
+        call = self._planner.call(method, layer, layout, state)
+        return _Part(heads, method, planned, qkv, call, choose_backend(self.backend, request))
 
     def _groups(self, method: Method, layer: int, heads: int, device: torch.device) -> _Groups:
         """The methods of a layer and the heads that run under each, int64 on `device`; None: all heads."""
@@ -263,32 +271,12 @@ def _of_heads(qkv: QKV, heads: Tensor | None) -> QKV:
     return qkv if heads is None else (q.index_select(1, heads), k.index_select(1, heads), v.index_select(1, heads))
 
 
-def _join(parts: list[_Part], layout: TokenLayout, q: Tensor) -> Tensor:
+def _join(parts: list[_Part], q: Tensor) -> Tensor:
     """The outputs of all parts as one, like q `[B, H, N, D]`; zero for skipped heads."""
     if parts and parts[0].heads is None:
-        return _compute(parts[0], layout)
+        return parts[0].compute()
     out = torch.zeros_like(q)
     for part in parts:
         if part.heads is not None:
-            out.index_copy_(1, part.heads, _compute(part, layout))
+            out.index_copy_(1, part.heads, part.compute())
     return out
-
-
-def _compute(part: _Part, layout: TokenLayout) -> Tensor:
-    """The output of one part `[B, H', N, D]`, in the raster's order."""
-    out = block_attention(
-        *part.qkv,
-        part.planned.plan,
-        remainder=part.method.remainder,
-        precision=part.method.precision,
-        kv_len=_valid_lengths(layout, part.qkv[0].device),
-        backend=part.backend.name,
-    )
-    return out if part.planned.order is None else part.planned.order.restore(out)
-
-
-def _valid_lengths(layout: TokenLayout, device: torch.device) -> Tensor | None:
-    """Valid keys per batch item, int32 `[B]`; None when nothing is padded."""
-    if not layout.is_padded or layout.valid is None:
-        return None
-    return torch.tensor(layout.valid, dtype=torch.int32, device=device)

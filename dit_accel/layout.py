@@ -86,6 +86,12 @@ class TokenLayout:
         """Whether some batch item has fewer valid tokens than the sequence."""
         return self.valid is not None and min(self.valid) < self.tokens
 
+    def valid_lengths(self, device: torch.device) -> Tensor | None:
+        """Valid keys per batch item, int32 `[B]` on `device`, as kernels take them; None when nothing is padded."""
+        if not self.is_padded or self.valid is None:
+            return None
+        return torch.tensor(self.valid, dtype=torch.int32, device=device)
+
     def video_slice(self) -> slice:
         """The video tokens, as a slice of the token axis."""
         return slice(self.video_start, self.video_start + self.video)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from dit_accel.layout import TokenLayout
 
 
@@ -59,4 +61,6 @@ class CallContext:
     memory: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    values: Tensor | None = None
+    extra_density: float = 0.0
     measures: dict[str, Any] = field(default_factory=dict)

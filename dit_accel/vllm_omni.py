@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dit_accel.errors import ConfigError, near_matches
-from dit_accel.kernels import block_attention
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method
@@ -77,28 +76,20 @@ def sparse_attention(
     layout = _layout(params, query.shape[1])
     if layout is None or method.name == "dense" or step < int(params.get("dense_steps", 0)):
         return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale).transpose(1, 2)
-    order, plan = _planned(method, layout, q, k, v, step)
+    call = CallContext(layout, step=step)
+    order, plan = _planned(method, call, q, k, v)
     ordered = (q, k, v) if order is None else order.apply(q, k, v)
-    out = block_attention(
-        *ordered,
-        plan,
-        scale=softmax_scale,
-        remainder=method.remainder,
-        precision=method.precision,
-        backend=params.get("backend", "auto"),
-    )
+    out = method.compute(*ordered, plan, call, softmax_scale, params.get("backend", "auto"))
     return (out if order is None else order.restore(out)).transpose(1, 2)
 
 
 sparse_attention.capabilities = {"supports_attention_mask": False}  # type: ignore[attr-defined]
 
 
-def _planned(
-    method: Method, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, step: int
-) -> tuple[TokenOrder | None, BlockPlan]:
+def _planned(method: Method, call: CallContext, q: Tensor, k: Tensor, v: Tensor) -> tuple[TokenOrder | None, BlockPlan]:
     if method.is_static:
-        return _static_plan(method, layout, q.device)
-    order, plan = method.plan(layout, q, k, v, CallContext(layout, step=step))
+        return _static_plan(method, call.layout, q.device)
+    order, plan = method.plan(call.layout, q, k, v, call)
     return None if order is None else order.to(q.device), plan
 
 

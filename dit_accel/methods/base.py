@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
+from dit_accel.kernels import block_attention
 from dit_accel.kernels.spec import Precision, Remainder
 from dit_accel.layout import TokenLayout
 from dit_accel.order import TokenOrder
@@ -44,7 +45,10 @@ class Method(BaseModel):
 
     @abstractmethod
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
-        """Choose the key blocks of each query block. q, k `[B, H, N, D]` stand in the order chosen by `order`."""
+        """Choose the key blocks of each query block. q, k `[B, H, N, D]` stand in the order chosen by `order`.
+
+        The few methods whose choice depends on the values find them, in the same order, in `call.values`.
+        """
 
     @property
     def remainder(self) -> Remainder | None:
@@ -55,6 +59,59 @@ class Method(BaseModel):
     def precision(self) -> Precision | None:
         """The arithmetic of the exact part. Default None: that of the inputs."""
         return None
+
+    @property
+    def completes(self) -> bool:
+        """Whether `complete` has something to do after the kernel. Default False."""
+        return False
+
+    def complete(
+        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, call: CallContext
+    ) -> Tensor:
+        """What a method does after the kernel, for what is no softmax of selected blocks and their remainder.
+
+        A method that computes more than its plan says adds the share of token pairs to `call.extra_density`.
+
+        Args:
+            out, lse: output `[B, H, N, D]` and log-sum-exp `[B, H, N]` of the plan, in the chosen order.
+            q, k, v: `[B, H, N, D]` in the chosen order.
+            plan: what was computed.
+            call: layer, step and memory.
+
+        Returns:
+            The output `[B, H, N, D]`, in the chosen order. Default: as it is.
+        """
+        return out
+
+    def compute(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan,
+        call: CallContext,
+        scale: float | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """Attention as this method decides it, after order and selection.
+
+        Args:
+            q, k, v: `[B, H, N, D]` in the chosen order.
+            plan: the selected blocks.
+            call: layer, step, memory, and the layout, whose padding gets no weight.
+            scale: factor on the logits. Default 1 / sqrt(D).
+            backend: see `block_attention`.
+
+        Returns:
+            `[B, H, N, D]`, in the chosen order.
+        """
+        kv_len = call.layout.valid_lengths(q.device)
+        options: dict[str, Any] = {"scale": scale, "kv_len": kv_len, "backend": backend}
+        options |= {"remainder": self.remainder, "precision": self.precision}
+        if not self.completes:
+            return block_attention(q, k, v, plan, **options)
+        out, lse = block_attention(q, k, v, plan, return_lse=True, **options)
+        return self.complete(out, lse, q, k, v, plan, call)
 
     @classmethod
     def parameters(cls) -> dict[str, Any]:
@@ -85,4 +142,5 @@ class Method(BaseModel):
         order = self.order(q, k, v, call)
         if order is not None:
             q, k, v = order.apply(q, k, v)
+        call.values = v
         return order, self.select(q, k, call)

@@ -1,76 +1,253 @@
-"""Order, selection and remainder, each chosen by name."""
+"""Order, selection, remainder and precision, each chosen by name; most methods of this package are presets of it."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
+from dit_accel.content_orders import hot_key_order, kmeans_order, lsh_order
+from dit_accel.errors import ConfigError
+from dit_accel.history import is_refresh, with_history
 from dit_accel.kernels.spec import Precision, Remainder
 from dit_accel.layout import TokenLayout
-from dit_accel.methods.base import BlockSize, Count, Density, Method, SizeTriple
+from dit_accel.methods.base import BlockSize, Count, Density, Method, Size, SizeTriple
 from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder
 from dit_accel.plan import Blocking, BlockPlan
-from dit_accel.selection import pooled_scores, top_k_plan
+from dit_accel.rectified import isolated_scores, rectify
+from dit_accel.selection import (
+    Budget,
+    Rounding,
+    Threshold,
+    TopK,
+    TopP,
+    adapt_heads,
+    own_blocks,
+    pooled_scores,
+    routing_noise,
+    select_plan,
+    sink_blocks,
+)
+from dit_accel.selection.covariance import covariance_scores
+from dit_accel.selection.neighbours import touching_blocks
+from dit_accel.selection.scores import antidiagonal_scores, subblock_scores
+from dit_accel.space_orders import Axes, axes_order, bisection_order, morton_order
 from dit_accel.state import CallContext
 from dit_accel.tiling import tile_blocks, tile_order
+
+OrderName = Literal["raster", "tile", "bisect", "morton", "axes", "hot_keys", "lsh", "kmeans"]
+Score = Literal["pooled", "isolated", "covariance", "antidiagonal", "subblock"]
+RemainderName = Literal["drop", "pooled", "taylor", "rectified", "history"]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+_EVERY_HEAD = BeforeValidator(lambda value: (value,) if isinstance(value, str) else tuple(value))
+_BY_CONTENT = ("hot_keys", "lsh", "kmeans")
 
 
 @register("composed")
 class Composed(Method):
-    """Pooled-score top-k over raster or tile blocks, with a choice of what becomes of the rest.
+    """Any order with any selection, remainder and precision. Text rows and columns are always whole.
 
     Args:
-        order: "tile": blocks are 3-D tiles of the video; "raster": blocks are runs of the raster.
-        tile: (frames, height, width) of a tile in tokens, for "tile".
-        block: block size in tokens, for "raster".
-        density: share of key blocks that each query block attends exactly.
-        remainder: "drop"; "mean": the rest enters the softmax as one mean key and value per block (order 0);
-            "diagonal": the same with a second-order correction of the blocks' mass.
+        order: "raster"; "tile": 3-D tiles, one block each; "bisect": boxes of exactly `block` tokens on any grid;
+            "morton": the Z-order curve; "axes": the raster with its axes in another order. By content, made at every
+            call: "hot_keys": keys sorted by the attention they get; "lsh": queries and keys sorted by an angular hash;
+            "kmeans": queries and keys sorted by cluster.
+        tile: (frames, height, width) of a tile, for "tile"; the shape of the boxes, for "bisect".
+        block: block size in tokens, for all orders but "tile".
+        axes: "fhw" and its permutations, one for all heads or one per head, for "axes".
+        segment: tokens within which "hot_keys" sorts. Default None: all video tokens.
+        hot_share: share of the keys that "hot_keys" moves to the front; 1 sorts all.
+        projections: random directions of "lsh".
+        clusters, rounds: of "kmeans", for queries and keys; it starts from the centroids of the step before.
+        score: what blocks are ranked by. "pooled": product of the mean query and the mean key; "isolated": the same,
+            but text keys one by one; "covariance": pooled, plus the logarithm of what the mean key hides;
+            "antidiagonal" and "subblock": with `stride` tokens per group.
+        stride: see `score`.
+        density: share of key blocks that each query block attends exactly. None: `mass` or `tau` decides.
+        rounding: how a density becomes a number of blocks.
+        mass: keep the fewest blocks that hold this share of the scores' softmax, and at least `density`. None: no rule.
+        tau: keep blocks whose score exceeds the mean of their row by so many standard deviations. None: no rule.
+        heads: "adaptive": heads that reach a recall of 0.8 give blocks to the others (arXiv 2502.21079).
+        keep_self: every block attends itself; no effect with the orders by content.
+        reach: neighbours in the order, on either side, that a block attends too, with `keep_self`.
+        touching: every block attends those that touch it in the video.
+        sink_frames: leading frames that every query attends.
+        noise: amplitude of seeded noise on the scores, in units of their spread in a row, against flicker.
+        remainder: what becomes of the rest. "drop"; "pooled": one mean key and value per block; "taylor": with a
+            first-order term as well; "rectified": the mass that a pooled map gives (arXiv 2511.19835); "history": what
+            it was at the last dense step (arXiv 2505.22918).
+        first_order: of "taylor", see `Remainder`.
+        group: blocks per group of the first-order term "grouped".
+        about: the point of expansion of "pooled" and "taylor", "key" or "query", see `Remainder`.
+        second_order: correct the mass of "pooled" and "taylor" about the key by a capped diagonal second-order term.
+        gate: whether "rectified" trusts pooling only where spreads are small.
+        period, ramp: of "history": steps between dense ones, and growth of the share of the selected part per step.
         precision: "input", or "int8": queries and keys of the exact part are quantised to 8 bits, keys smoothed.
-        sink_frames: leading frames that every query attends. Default 0.
     """
 
-    source: ClassVar[str] = "this project; pooled remainder after arXiv 2602.01077"
+    source: ClassVar[str] = "this project; remainder after arXiv 2602.01077"
 
-    order_: Literal["raster", "tile"] = Field(default="tile", alias="order")
+    order_: OrderName = Field(default="tile", alias="order")
     tile: SizeTriple = (4, 4, 4)
     block: BlockSize = 64
-    density: Density = 0.25
-    remainder_: Literal["drop", "mean", "diagonal"] = Field(default="diagonal", alias="remainder")
-    precision_: Literal["input", "int8"] = Field(default="input", alias="precision")
+    axes: Annotated[tuple[Axes, ...], _EVERY_HEAD, Field(min_length=1)] = ("fhw",)
+    segment: Size | None = None
+    hot_share: Share = 1.0
+    projections: Annotated[int, Field(ge=1, le=32)] = 7
+    clusters: Size = 64
+    rounds: Size = 2
+    score: Score = "pooled"
+    stride: Size = 16
+    density: Density | None = 0.25
+    rounding: Rounding = "round"
+    mass: Share | None = None
+    tau: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    heads: Literal["uniform", "adaptive"] = "uniform"
+    keep_self: bool = True
+    reach: Count = 0
+    touching: bool = False
     sink_frames: Count = 0
+    noise: Number = 0.0
+    remainder_: RemainderName = Field(default="pooled", alias="remainder")
+    first_order: Literal["block", "mixed", "grouped", "global"] = "grouped"
+    group: Size = 32
+    about: Literal["key", "query"] = "key"
+    second_order: bool = False
+    gate: bool = True
+    period: Size = 5
+    ramp: Number = 0.04
+    precision_: Literal["input", "int8"] = Field(default="input", alias="precision")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Composed:
+        if self.density is None and self.mass is None and self.tau is None:
+            raise ValueError("one of density, mass and tau must say how many blocks are kept")
+        if self.tau is not None and (self.density is not None or self.mass is not None):
+            raise ValueError("tau decides alone: set density and mass to null")
+        if self.heads == "adaptive" and (self.density is None or self.mass is not None):
+            raise ValueError("heads='adaptive' moves blocks between heads at a given density: set density alone")
+        if self.second_order and self.about == "query":
+            raise ValueError("second_order corrects the mass about the key; about='query' has an exact one")
+        if self.remainder_ == "history" and self.order_ in _BY_CONTENT:
+            raise ValueError(f"remainder 'history' needs an order that stays; order {self.order_!r} changes every step")
+        if self.order_ in _BY_CONTENT and (self.touching or self.remainder_ == "rectified"):
+            raise ValueError(f"order {self.order_!r} scatters tokens: no block touches another, none can be rectified")
+        if self.touching and len(self.axes) > 1 and self.order_ == "axes":
+            raise ValueError("touching needs one order for all heads, got one per head in axes")
+        return self
 
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
-        """Tiles, or None for the raster."""
-        return tile_order(call.layout, self.tile) if self.order_ == "tile" else None
+        """As chosen; None for the raster. q, k, v `[B, H, N, D]`."""
+        if self.order_ == "hot_keys":
+            return hot_key_order(q, k, call.layout, self.block, self.segment, self.hot_share)
+        if self.order_ == "lsh":
+            return lsh_order(q, k, call.layout, self.projections, call.seed)
+        if self.order_ == "kmeans":
+            start = call.memory.get("centroids")
+            if start is not None and (start[0].shape[0], start[0].shape[1]) != tuple(q.shape[:2]):
+                start = None
+            order, call.memory["centroids"] = kmeans_order(q, k, call.layout, self.clusters, self.rounds, start)
+            return order
+        return self._space_order(call.layout, q.shape[1])
+
+    def _space_order(self, layout: TokenLayout, heads: int) -> TokenOrder | None:
+        """The orders that need no tensors."""
+        if self.order_ == "tile":
+            return tile_order(layout, self.tile)
+        if self.order_ == "bisect":
+            return bisection_order(layout, self.block, self.tile)
+        if self.order_ == "morton":
+            return morton_order(layout)
+        if self.order_ == "axes":
+            if len(self.axes) not in (1, heads):
+                raise ConfigError(f"method.{self.name}.axes", f"expected 1 or {heads} orders, got {len(self.axes)}")
+            return axes_order(layout, self.axes)
+        return None
+
+    def blocks(self, layout: TokenLayout) -> Blocking:
+        """The blocks of queries and keys in the chosen order."""
+        return tile_blocks(layout, self.tile) if self.order_ == "tile" else layout.blocks(self.block)
 
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
-        """Top-k by pooled score; every block keeps itself. q, k `[B, H, N, D]`."""
-        layout = call.layout
-        blocks = tile_blocks(layout, self.tile) if self.order_ == "tile" else layout.blocks(self.block)
-        keep = max(1, round(self.density * blocks.count))
-        forced = torch.eye(blocks.count, dtype=torch.bool) | self._sink(layout, blocks)
-        return top_k_plan(pooled_scores(q, k, blocks, layout), keep, blocks, layout, forced)
+        """Score, choose, and make the plan. q, k `[B, H, N, D]`."""
+        if self.remainder_ == "history" and not is_refresh(call, self.period) and "history_plan" in call.memory:
+            # The kept rest is that of one plan, which therefore stays until the next refresh.
+            kept: BlockPlan = call.memory["history_plan"]
+            return kept
+        layout, blocks = call.layout, self.blocks(call.layout)
+        scores = routing_noise(self.scores(q, k, call, blocks), self.noise, call.seed, call.layer, call.step)
+        forced = self.forced(call, blocks, q.shape[1], q.device)
+        plan = select_plan(scores, self._budget(scores, forced), blocks, blocks, layout, forced)
+        if self.remainder_ == "history":
+            call.memory["history_plan"] = plan
+        return plan
 
-    def _sink(self, layout: TokenLayout, blocks: Blocking) -> Tensor:
-        """Bool `[n]`: blocks that hold a token of the leading frames."""
-        frame = torch.full((layout.tokens,), layout.frames, dtype=torch.int64)
-        frame[layout.video_slice()] = layout.coordinates[:, 0].long()
-        if self.order_ == "tile":
-            frame = frame[tile_order(layout, self.tile).query]
-        earliest = torch.full((blocks.count,), layout.frames).scatter_reduce(0, blocks.block_of_token(), frame, "amin")
-        return earliest < self.sink_frames
+    def scores(self, q: Tensor, k: Tensor, call: CallContext, blocks: Blocking) -> Tensor:
+        """What blocks are ranked by, `[B, H, nq, nk]`. q, k `[B, H, N, D]`."""
+        layout = call.layout
+        if self.score == "covariance":
+            return covariance_scores(q, k, k if call.values is None else call.values, blocks, layout)
+        if self.score == "antidiagonal":
+            return antidiagonal_scores(q, k, blocks, blocks, layout, self.stride)
+        if self.score == "subblock":
+            parts = -(-blocks.size // self.stride)
+            return subblock_scores(q, k, blocks, blocks, layout, parts, parts)
+        return (isolated_scores if self.score == "isolated" else pooled_scores)(q, k, blocks, layout)
+
+    def forced(self, call: CallContext, blocks: Blocking, heads: int, device: torch.device) -> Tensor:
+        """Blocks that are kept whatever their score, bool that broadcasts against the scores."""
+        layout, by_content = call.layout, self.order_ in _BY_CONTENT
+        order = None if by_content else self._space_order(layout, heads)
+        mask = torch.zeros(blocks.count, blocks.count, dtype=torch.bool)
+        if self.keep_self and not by_content:
+            mask |= own_blocks(blocks, blocks, self.reach)
+        if self.touching:
+            mask |= touching_blocks(layout, blocks, order)
+        if self.order_ == "hot_keys" and self.hot_share < 1 and self.segment is None:
+            mask[:, : round(self.hot_share * layout.video) // self.block] = True
+        if (self.sink_frames or layout.prefix_frames) and not by_content:
+            mask = mask | sink_blocks(layout, blocks, self.sink_frames, order).unsqueeze(-2)
+        return mask.to(device)
+
+    def _budget(self, scores: Tensor, forced: Tensor) -> Budget:
+        if self.tau is not None:
+            return Threshold(tau=self.tau)
+        if self.mass is not None:
+            return TopP(mass=self.mass, least=self.density or 0.0)
+        share: Any = self.density
+        if self.heads == "adaptive":
+            share = adapt_heads(scores, share, forced)
+        return TopK(share=share, rounding=self.rounding)
 
     @property
     def remainder(self) -> Remainder | None:
-        """As chosen."""
-        return None if self.remainder_ == "drop" else Remainder(self.remainder_)
+        """As chosen; None also where `complete` makes it."""
+        if self.remainder_ not in ("pooled", "taylor"):
+            return None
+        first = self.first_order if self.remainder_ == "taylor" else "none"
+        return Remainder("diagonal" if self.second_order else "mean", first, self.group, self.about)
 
     @property
     def precision(self) -> Precision | None:
         """As chosen."""
         return None if self.precision_ == "input" else Precision(self.precision_)
+
+    @property
+    def completes(self) -> bool:
+        """Whether the remainder is one that is made after the kernel."""
+        return self.remainder_ in ("rectified", "history")
+
+    def complete(
+        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, call: CallContext
+    ) -> Tensor:
+        """The rectified remainder, or that of earlier steps."""
+        if self.remainder_ == "rectified":
+            return rectify(out, q, k, v, plan, call.layout, gate=self.gate)
+        if self.remainder_ == "history":
+            return with_history(out, lse, q, k, v, plan, call, self.period, self.ramp)
+        return out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from dit_accel.kernels import block_attention
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
 from dit_accel.state import CallContext
@@ -19,10 +18,10 @@ def tensors(layout, batch=1, heads=2, dim=16, seed=0):
 
 def attend(method, layout, q, k, v, backend="torch", call=None):
     """The method's output in raster order `[B, H, N, D]`."""
+    call = CallContext(layout) if call is None else call
     order, plan = method.plan(layout, q, k, v, call)
     ordered = (q, k, v) if order is None else order.validate().apply(q, k, v)
-    kv_len = None if layout.valid is None else torch.tensor(layout.valid)
-    out = block_attention(*ordered, plan.validate(), remainder=method.remainder, kv_len=kv_len, backend=backend)
+    out = method.compute(*ordered, plan.validate(), call, backend=backend)
     return out if order is None else order.restore(out)
 
 

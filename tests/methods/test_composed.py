@@ -6,28 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_cases import attend, tensors
 from torch.nn import functional as F
 
 from dit_accel.errors import ConfigError
 from dit_accel.kernels import block_attention
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
-from dit_accel.selection import block_means
+from dit_accel.selection import block_means, pooled_scores
+from dit_accel.selection.covariance import covariance_scores
+from dit_accel.state import CallContext
 from dit_accel.tiling import tile_blocks, tile_order
-
-
-def tensors(layout, batch=1, heads=2, dim=16, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(batch, heads, layout.tokens, dim, generator=generator) for _ in range(3))
-
-
-def attend(method, layout, q, k, v, backend="torch"):
-    order, plan = method.plan(layout, q, k, v)
-    ordered = (q, k, v) if order is None else order.apply(q, k, v)
-    kv_len = None if layout.valid is None else torch.tensor(layout.valid)
-    out = block_attention(*ordered, plan.validate(), remainder=method.remainder, kv_len=kv_len, backend=backend)
-    return out if order is None else order.restore(out)
-
 
 grids = st.tuples(st.integers(1, 6), st.integers(1, 7), st.integers(1, 9))
 
@@ -46,22 +35,52 @@ def test_tiles_partition_any_grid(grid, tile, text):
         assert (at == at[0]).all()
 
 
-@pytest.mark.parametrize("order", ["raster", "tile"])
-@pytest.mark.parametrize("remainder", ["drop", "mean", "diagonal"])
+ORDERS = ["raster", "tile", "bisect", "morton", "axes", "hot_keys", "lsh", "kmeans"]
+RESTS = [
+    {"remainder": "drop"},
+    {"remainder": "pooled", "second_order": True},
+    {"remainder": "taylor", "about": "query", "first_order": "mixed"},
+    {"remainder": "taylor", "score": "covariance"},
+    {"remainder": "history", "score": "subblock"},
+    {"remainder": "rectified", "score": "isolated"},
+]
+
+
+def unfit(order, rest):
+    return order in ("hot_keys", "lsh", "kmeans") and rest["remainder"] in ("history", "rectified")
+
+
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("position", ["none", "before", "after"])
-def test_full_density_is_dense_attention(order, remainder, position):
+def test_full_density_is_dense_attention(order, position):
     layout = TokenLayout((3, 5, 7), 0 if position == "none" else 11, position)
     q, k, v = tensors(layout, batch=2)
-    method = get_method("composed", order=order, remainder=remainder, density=1.0, block=16, tile=[2, 2, 4])
-    torch.testing.assert_close(attend(method, layout, q, k, v), F.scaled_dot_product_attention(q, k, v))
+    for rest in RESTS:
+        if unfit(order, rest):
+            continue
+        method = get_method("composed", order=order, density=1.0, block=16, tile=[2, 2, 4], axes=["hwf", "wfh"], **rest)
+        torch.testing.assert_close(attend(method, layout, q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("rest", RESTS, ids=str)
+def test_padding_is_nowhere_seen(order, rest):
+    if unfit(order, rest):
+        pytest.skip("not combined")
+    layout = TokenLayout((2, 5, 4), 9, "after", valid=(43,))
+    q, k, v = tensors(layout)
+    method = get_method("composed", order=order, density=0.3, block=16, tile=[2, 2, 2], clusters=5, **rest)
+    out = attend(method, layout, q, k, v)[:, :, :43]
+    k[:, :, 43:], v[:, :, 43:], q[:, :, 43:] = 50.0, torch.nan, -50.0
+    torch.testing.assert_close(attend(method, layout, q, k, v)[:, :, :43], out)
 
 
 @pytest.mark.parametrize("order", ["raster", "tile"])
-@pytest.mark.parametrize("remainder", ["drop", "diagonal"])
-def test_fast_and_reference_agree_at_any_density(order, remainder):
+@pytest.mark.parametrize("rest", RESTS[:4], ids=str)
+def test_fast_and_reference_agree_at_any_density(order, rest):
     layout = TokenLayout((3, 5, 7), 11, "after", valid=(116, 109))
     q, k, v = tensors(layout, batch=2)
-    method = get_method("composed", order=order, remainder=remainder, density=0.3, block=16, tile=[2, 2, 4])
+    method = get_method("composed", order=order, density=0.3, block=16, tile=[2, 2, 4], **rest)
     fast, exact = (attend(method, layout, q, k, v, backend) for backend in ("torch", "reference"))
     torch.testing.assert_close(fast, exact, atol=2e-6, rtol=1e-5)
 
@@ -76,15 +95,6 @@ def test_selection_is_top_k_of_the_pooled_mass():
     expected = torch.zeros(1, 2, 8, 8, dtype=torch.bool).scatter_(-1, scores.topk(4).indices, True)
     assert torch.equal(plan.to_mask(), expected)
     assert plan.density == 0.5
-
-
-def test_padded_text_changes_nothing():
-    layout = TokenLayout((2, 4, 4), 9, "after", valid=(35,))
-    q, k, v = tensors(layout)
-    method = get_method("composed", density=0.3, tile=[2, 2, 2])
-    out = attend(method, layout, q, k, v)[:, :, :35]
-    k[:, :, 35:], v[:, :, 35:], q[:, :, 35:] = 50.0, torch.nan, -50.0
-    torch.testing.assert_close(attend(method, layout, q, k, v)[:, :, :35], out)
 
 
 def test_sink_frames_are_attended_by_all():
@@ -113,9 +123,9 @@ def test_a_remainder_is_closer_to_dense_than_dropping():
     dense = F.scaled_dot_product_attention(q, k, v)
     errors = {
         name: (attend(get_method("composed", density=0.1, remainder=name), layout, q, k, v) - dense).norm().item()
-        for name in ("drop", "mean", "diagonal")
+        for name in ("drop", "pooled", "taylor")
     }
-    assert max(errors["mean"], errors["diagonal"]) < errors["drop"] / 3
+    assert max(errors["pooled"], errors["taylor"]) < errors["drop"] / 3
 
 
 def test_block_means_divide_by_the_true_count():
@@ -133,6 +143,78 @@ def test_parameters_are_called_by_their_public_names():
         get_method("composed", remaindr="drop")
     method = get_method("composed", order="raster")
     assert get_method("composed", **method.model_dump()) == method
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"density": None}, "one of density, mass and tau"),
+        ({"tau": 1.0}, "tau decides alone"),
+        ({"density": 0.3, "mass": 0.9, "heads": "adaptive"}, "set density alone"),
+        ({"about": "query", "second_order": True}, "has an exact one"),
+        ({"order": "lsh", "remainder": "history"}, "needs an order that stays"),
+        ({"order": "kmeans", "touching": True}, "scatters tokens"),
+        ({"order": "axes", "axes": ["fhw", "whf"], "touching": True}, "one order for all heads"),
+        ({"axes": ["fhh"]}, "expected 'fhw'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(parameters, message):
+    with pytest.raises(ConfigError, match=message):
+        get_method("composed", **parameters)
+
+
+def test_rules_for_how_many_blocks():
+    layout = TokenLayout((4, 4, 4))
+    q, k, v = tensors(layout)
+    counts = {}
+    for name, rule in {
+        "mass": {"density": None, "mass": 0.5},
+        "both": {"density": 0.75, "mass": 0.5},
+        "tau": {"density": None, "tau": 1.0},
+        "floor": {"density": 0.3, "rounding": "floor"},
+        "adaptive": {"density": 0.5, "heads": "adaptive"},
+    }.items():
+        plan = get_method("composed", order="raster", block=8, keep_self=False, **rule).plan(layout, q, k, v)[1]
+        counts[name] = plan.validate().counts
+    shares = pooled_scores(q, k, layout.blocks(8), layout).softmax(-1).sort(-1, descending=True).values.double()
+    assert torch.equal(counts["mass"], (shares.cumsum(-1) - shares < 0.5).sum(-1).int())
+    assert torch.equal(counts["both"], counts["mass"].clamp(min=6))
+    assert (counts["floor"] == 2).all()
+    assert 1 <= counts["tau"].min() < counts["tau"].max() < 8
+    assert counts["adaptive"].double().mean() == 4
+
+
+def test_touching_and_neighbouring_blocks_are_kept():
+    layout = TokenLayout((4, 6, 6), 5, "before")
+    q, k, v = tensors(layout)
+    method = get_method("composed", tile=[2, 2, 2], density=0.01, touching=True)
+    mask = method.plan(layout, q, k, v)[1].to_mask()[0, 0]
+    assert torch.equal(mask, mask.T)
+    assert int(mask[1].sum()) == 1 + 8  # a corner tile: text, itself and its seven neighbours
+    near = get_method("composed", order="raster", block=16, density=0.01, reach=1).plan(layout, q, k, v)[1].to_mask()
+    assert near[0, 0, 3, 2:5].all()
+    assert int(near[0, 0, 3].sum()) == 1 + 3
+
+
+def test_covariance_scores_are_the_norms_of_the_covariances():
+    layout = TokenLayout((1, 5, 7), 9, "after", valid=(41,))
+    q, k, v = tensors(layout)
+    blocks = layout.blocks(8)
+    scores = covariance_scores(q, k, v, blocks, layout) - pooled_scores(q, k, blocks, layout)
+    for j in range(blocks.count - 1):
+        inside = slice(int(blocks.starts[j]), min(int(blocks.starts[j + 1]), 41))
+        delta = k[:, :, inside] - k[:, :, inside].mean(2, keepdim=True)
+        norm = torch.linalg.matrix_norm(delta.transpose(-1, -2) @ v[:, :, inside])
+        torch.testing.assert_close(scores[:, :, 0, j], (norm + 1e-5).log())
+
+
+def test_routing_noise_is_seeded_and_changes_the_choice():
+    layout = TokenLayout((4, 8, 8))
+    q, k, v = tensors(layout)
+    method = get_method("composed", order="raster", block=8, density=0.3, noise=1.0)
+    masks = [method.plan(layout, q, k, v, CallContext(layout, step=step))[1].to_mask() for step in (3, 3, 4)]
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
 
 
 def test_int8_is_asked_of_the_kernel():

@@ -1,0 +1,147 @@
+"""Orders that look at queries and keys: they are made per head and per call. Text stays in place.
+
+Axis legend: B batch, H heads, N tokens, D head size, V video tokens, C clusters.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.layout import TokenLayout
+from dit_accel.order import TokenOrder, video_order
+from dit_accel.plan import Blocking
+from dit_accel.selection import block_means, generator_for
+
+_NUMBERS = 1 << 22  # size of the largest temporary, in numbers
+
+
+def hotness(q: Tensor, k: Tensor, blocks: Blocking) -> Tensor:
+    """How much attention each key gets from the mean queries of all query blocks, `[B, H, N]`; rows sum to nq.
+
+    Args:
+        q, k: `[B, H, N, D]`, without text.
+        blocks: partition of the queries.
+    """
+    means = block_means(q, blocks)[0] * q.shape[-1] ** -0.5
+    keys, out = k.to(means.dtype).transpose(-1, -2), means.new_zeros(k.shape[:3])
+    for part in means.split(max(1, _NUMBERS // (k.shape[0] * k.shape[1] * k.shape[2])), 2):
+        out += (part @ keys).softmax(-1).sum(2)
+    return out
+
+
+def hot_key_order(
+    q: Tensor, k: Tensor, layout: TokenLayout, block: int, segment: int | None, share: float
+) -> TokenOrder:
+    """Keys sorted by `hotness`, the hottest first; queries stay in the raster (after arXiv 2510.21270).
+
+    The published score looks at the last queries of a causal prompt; a video has no last queries, so the mean queries
+    of all blocks vote.
+
+    Args:
+        q, k: `[B, H, N, D]` in the raster.
+        layout: token geometry.
+        block: query block in tokens.
+        segment: sort within runs of this many tokens; a shorter last run stays as it is. None: all video tokens.
+        share: only this share of the keys of a segment, the hottest, is moved to its front; the others keep their
+            order, so that their blocks stay local. 1 sorts all.
+    """
+    video = layout.video_slice()
+    heat = hotness(q[:, :, video], k[:, :, video], Blocking.uniform(layout.video, block))
+    size = layout.video if segment is None else segment
+    whole = layout.video // size * size
+    runs = heat[..., :whole].unflatten(-1, (-1, size))
+    rank = runs.argsort(dim=-1, descending=True, stable=True)
+    hot = round(share * size)
+    if hot < size:
+        front = torch.zeros_like(runs, dtype=torch.bool).scatter_(-1, rank[..., :hot], True)
+        cold = (front.long() * size + torch.arange(size, device=k.device)).argsort(-1)[..., : size - hot]
+        rank = torch.cat([rank[..., :hot], cold], -1)
+    index = (rank + torch.arange(0, whole, size, device=k.device).unsqueeze(-1)).flatten(-2)
+    tail = torch.arange(whole, layout.video, device=k.device).expand(*index.shape[:2], -1)
+    raster = torch.arange(layout.tokens, device=k.device)
+    return TokenOrder(raster, _whole(layout, torch.cat([index, tail], -1)))
+
+
+def lsh_order(q: Tensor, k: Tensor, layout: TokenLayout, projections: int, seed: int) -> TokenOrder:
+    """Queries and keys, each sorted by the rank of their angular hash in the Gray code (arXiv 2310.05869).
+
+    Args:
+        q, k: `[B, H, N, D]` in the raster.
+        layout: token geometry.
+        projections: number of random directions, shared by queries and keys.
+        seed: of the directions.
+    """
+    directions = torch.randn(
+        q.shape[-1], projections, generator=generator_for(q.device, seed), device=q.device, dtype=torch.float32
+    )
+    video = layout.video_slice()
+    queries, keys = (gray_rank(x[:, :, video].float() @ directions > 0).argsort(dim=-1, stable=True) for x in (q, k))
+    return TokenOrder(_whole(layout, queries), _whole(layout, keys))
+
+
+def gray_rank(bits: Tensor) -> Tensor:
+    """Place of a code `bits` `[..., R]` in the Gray code, int64 `[...]`: neighbours in rank differ in one bit."""
+    # Decoding: every bit is the parity of the bits above it and itself.
+    binary = bits.long().cumsum(-1) % 2
+    weights = 2 ** torch.arange(bits.shape[-1] - 1, -1, -1, device=bits.device)
+    return (binary * weights).sum(-1)
+
+
+def kmeans_order(
+    q: Tensor, k: Tensor, layout: TokenLayout, clusters: int, rounds: int, start: tuple[Tensor, Tensor] | None
+) -> tuple[TokenOrder, tuple[Tensor, Tensor]]:
+    """Queries and keys, each sorted by cluster, neighbouring clusters next to each other (after arXiv 2505.18875).
+
+    Blocks are cut from the sorted sequence at equal lengths, so that a block may hold the end of one cluster and the
+    beginning of the next.
+
+    Args:
+        q, k: `[B, H, N, D]` in the raster.
+        layout: token geometry.
+        clusters: how many for the queries, and for the keys; at most the number of video tokens.
+        rounds: Lloyd iterations.
+        start: centroids `[B, H, C, D]` of queries and keys to begin with, those of the step before. None: every
+            (V / C)th token.
+
+    Returns:
+        The order, and the centroids for the next step.
+    """
+    video, found, orders = layout.video_slice(), [], []
+    for place, x in enumerate((q, k)):
+        centres, owner = lloyd(x[:, :, video].float(), clusters, rounds, None if start is None else start[place])
+        found.append(centres)
+        orders.append(_whole(layout, owner.argsort(dim=-1, stable=True)))
+    return TokenOrder(*orders), (found[0], found[1])
+
+
+def lloyd(x: Tensor, clusters: int, rounds: int, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    """k-means of x `[B, H, V, D]`: centroids `[B, H, C, D]` along their main direction, and owners int64 `[B, H, V]`.
+
+    A cluster that loses all tokens keeps its centroid.
+    """
+    clusters = min(clusters, x.shape[2])
+    picked = torch.linspace(0, x.shape[2] - 1, clusters, device=x.device).round().long()
+    centres = x[:, :, picked] if start is None else start
+    for _ in range(rounds):
+        owner = _nearest(x, centres)
+        index = owner.unsqueeze(-1).expand_as(x)
+        sums = torch.zeros_like(centres).scatter_add_(2, index, x)
+        counts = torch.zeros_like(centres[..., 0]).scatter_add_(2, owner, torch.ones_like(x[..., 0])).unsqueeze(-1)
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    spread = centres - centres.mean(2, keepdim=True)
+    direction = torch.linalg.eigh(spread.transpose(-1, -2) @ spread).eigenvectors[..., -1:]
+    rank = (spread @ direction).squeeze(-1).argsort(dim=-1, stable=True)
+    centres = centres.gather(2, rank.unsqueeze(-1).expand_as(centres))
+    return centres, _nearest(x, centres)
+
+
+def _nearest(x: Tensor, centres: Tensor) -> Tensor:
+    """Index of the nearest of `centres` `[B, H, C, D]` for each token of x `[B, H, V, D]`, int64 `[B, H, V]`."""
+    offset = -0.5 * centres.square().sum(-1).unsqueeze(-2)
+    parts = x.split(max(1, _NUMBERS // (x.shape[0] * x.shape[1] * centres.shape[2])), 2)
+    return torch.cat([(part @ centres.transpose(-1, -2) + offset).argmax(-1) for part in parts], 2)
+
+
+def _whole(layout: TokenLayout, video_index: Tensor) -> Tensor:
+    return video_order(layout, video_index).query

@@ -1,0 +1,71 @@
+"""The remainder from earlier steps: what the unselected keys contributed when all of them were last computed.
+
+Source: Re-ttention (arXiv 2505.22918). Its cache holds one tensor like the output per layer and guidance branch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dit_accel.kernels import block_attention
+from dit_accel.plan import BlockPlan
+from dit_accel.state import CallContext
+
+_KEY = "history"
+
+
+@dataclass(frozen=True)
+class History:
+    """What is kept from a refresh, in the chosen order.
+
+    Args:
+        step: of the refresh.
+        share: of the full softmax that the selected keys held, `[B, H, N, 1]`.
+        rest: what the other keys added to the output, `[B, H, N, D]`.
+    """
+
+    step: int
+    share: Tensor
+    rest: Tensor
+
+
+def is_refresh(call: CallContext, period: int) -> bool:
+    """Whether all keys are computed at this step: every `period` steps, and where nothing fitting is kept."""
+    kept: History | None = call.memory.get(_KEY)
+    return kept is None or call.step % period == 0 or not kept.step < call.step < kept.step + period
+
+
+def with_history(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    call: CallContext,
+    period: int,
+    ramp: float,
+) -> Tensor:
+    """Dense output at a refresh; between refreshes the selected part at its kept share, plus the kept rest.
+
+    Args:
+        out, lse: output `[B, H, N, D]` and log-sum-exp `[B, H, N]` of the selected part.
+        q, k, v: `[B, H, N, D]`.
+        plan: the selected blocks; the same from one refresh to the next.
+        call: step and memory; a refresh adds 1 to its density.
+        period: steps from one refresh to the next.
+        ramp: by how much the share grows with every step after the first; it never exceeds 1.
+    """
+    if is_refresh(call, period):
+        whole = BlockPlan.full(plan.q_blocks, plan.k_blocks, q.device)
+        kv_len = call.layout.valid_lengths(q.device)
+        dense, full = block_attention(q, k, v, whole, kv_len=kv_len, return_lse=True)
+        share = (lse - full).exp().nan_to_num(0.0).unsqueeze(-1).to(out.dtype)
+        call.memory[_KEY] = History(call.step, share, dense - share * out)
+        call.extra_density += 1.0
+        return dense
+    kept: History = call.memory[_KEY]
+    share = (kept.share + (call.step - kept.step - 1) * ramp).clamp(max=1)
+    return share * out + kept.rest

@@ -1,0 +1,138 @@
+"""Orders of tokens: permutations on any grid, and what each of them promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from method_cases import tensors
+
+from dit_accel.content_orders import gray_rank, hot_key_order, hotness, kmeans_order, lloyd, lsh_order
+from dit_accel.layout import TokenLayout
+from dit_accel.plan import Blocking
+from dit_accel.space_orders import axes_order, bisection_order, morton_order
+
+grids = st.tuples(st.integers(1, 6), st.integers(1, 7), st.integers(1, 9))
+
+
+@settings(max_examples=40, deadline=None)
+@given(grids, st.integers(1, 20), st.integers(0, 5))
+def test_orders_of_the_grid_permute_the_video_and_leave_text(grid, block, text):
+    layout = TokenLayout(grid, text, "before" if text else "none")
+    for order in (
+        morton_order(layout),
+        bisection_order(layout, block, (1, 2, 2)),
+        axes_order(layout, ("hwf",)),
+        axes_order(layout, ("whf", "fwh")),
+    ):
+        order.validate()
+        assert (order.query[..., :text] == torch.arange(text)).all()
+        assert torch.equal(order.query.gather(-1, order.inverse), torch.arange(layout.tokens).expand(order.query.shape))
+
+
+@settings(max_examples=40, deadline=None)
+@given(grids, st.integers(1, 30))
+def test_bisection_cuts_boxes_of_one_size(grid, block):
+    """Every block is a box, but for the planes that a cut goes through."""
+    layout = TokenLayout(grid)
+    order = bisection_order(layout, block, (1, 1, 1)).query
+    for part in order.split(block)[:-1]:
+        at = layout.coordinates[part].long()
+        extent = at.amax(0) - at.amin(0) + 1
+        assert len(part) == block
+        assert int(extent.prod()) <= 8 * block
+
+
+def test_bisection_is_tiles_where_the_grid_divides():
+    layout = TokenLayout((4, 8, 8))
+    order = bisection_order(layout, 32, (2, 4, 4)).query
+    for part in order.split(32):
+        at = layout.coordinates[part].long()
+        assert (at.amax(0) - at.amin(0)).tolist() == [1, 3, 3]
+
+
+def test_morton_interleaves_the_bits():
+    layout = TokenLayout((2, 4, 4))
+    at = layout.coordinates[morton_order(layout).query[:9]].tolist()
+    first = [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [1, 0, 0], [1, 0, 1], [1, 1, 0], [1, 1, 1]]
+    assert at == [*first, [0, 0, 2]]
+
+
+def test_axes_run_in_the_order_named():
+    layout = TokenLayout((2, 3, 4))
+    order = axes_order(layout, ("fhw", "hwf"))
+    assert order.query[0, 0].tolist() == list(range(24))
+    assert layout.coordinates[order.query[0, 1, :3]].tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 1]]
+
+
+def test_neighbours_in_the_gray_code_differ_in_one_bit():
+    codes = torch.cartesian_prod(*[torch.tensor([False, True])] * 5)
+    rank = gray_rank(codes)
+    assert sorted(rank.tolist()) == list(range(32))
+    ordered = codes[rank.argsort()].int()
+    assert (ordered.diff(dim=0).abs().sum(-1) == 1).all()
+
+
+def test_hotness_is_the_attention_that_the_mean_queries_pay():
+    layout = TokenLayout((1, 6, 6))
+    q, k, _ = tensors(layout)
+    means = torch.stack([part.mean(2) for part in q.split(8, 2)], 2)
+    expected = (means @ k.transpose(-1, -2) / 4).softmax(-1).sum(2)
+    torch.testing.assert_close(hotness(q, k, Blocking.uniform(36, 8)), expected)
+
+
+@pytest.mark.parametrize(("segment", "share"), [(None, 1.0), (10, 1.0), (None, 0.25), (10, 0.3)])
+def test_hot_keys_come_first_in_their_segment(segment, share):
+    layout = TokenLayout((1, 5, 7), 4, "after")
+    q, k, _ = tensors(layout)
+    order = hot_key_order(q, k, layout, 8, segment, share).validate()
+    assert torch.equal(order.query, torch.arange(39))
+    video = order.key_index[..., :35]
+    heat = hotness(q[:, :, :35], k[:, :, :35], Blocking.uniform(35, 8))
+    size = segment or 35
+    for start in range(0, 35 // size * size, size):
+        run, hot = video[..., start : start + size], round(share * size)
+        assert torch.equal(run.sort(-1).values, torch.arange(start, start + size).expand_as(run))
+        assert (heat.gather(2, run)[..., :hot].diff(dim=-1) <= 0).all()
+        assert (run[..., hot:].diff(dim=-1) > 0).all() or share == 1
+    assert (video[..., 35 // size * size :] == torch.arange(35 // size * size, 35)).all()
+
+
+def test_scattered_stripes_need_fewer_blocks_after_sorting():
+    """Keys that all queries attend, scattered over the sequence: after sorting they fill the first blocks."""
+    layout = TokenLayout((1, 16, 16))
+    q, k, _ = tensors(layout)
+    hot = torch.arange(5, 256, 16)
+    q, k[:, :, hot] = q + 3, k[:, :, hot] + 3
+    order = hot_key_order(q, k, layout, 16, None, 1.0)
+    assert torch.equal(order.key_index[0, 0, :16].sort().values, hot)
+
+
+def test_like_tokens_share_a_hash_and_equal_ones_keep_their_order():
+    layout = TokenLayout((1, 8, 8))
+    q, k, _ = tensors(layout)
+    k = k[:, :, :1].expand_as(k)
+    order = lsh_order(q, k, layout, 7, seed=0).validate()
+    assert (order.key_index == torch.arange(64)).all()
+    again = lsh_order(2 * q, k, layout, 7, seed=0)
+    assert torch.equal(order.query, again.query)
+    assert not torch.equal(order.query, lsh_order(q, k, layout, 7, seed=1).query)
+
+
+def test_clusters_are_found_and_kept():
+    layout = TokenLayout((1, 8, 8))
+    generator = torch.Generator().manual_seed(0)
+    true = torch.arange(64) % 4
+    x = 10 * torch.randn(4, 16, generator=generator)[true] + torch.randn(1, 2, 64, 16, generator=generator)
+    order, centres = kmeans_order(x, x, layout, clusters=4, rounds=3, start=None)
+    groups = true[order.validate().query].unflatten(-1, (4, 16))
+    assert (groups == groups[..., :1]).all()
+    once, _ = lloyd(x, 4, 0, centres[0])
+    torch.testing.assert_close(once, centres[0])
+
+
+def test_more_clusters_than_tokens():
+    layout = TokenLayout((1, 2, 3))
+    q, k, _ = tensors(layout)
+    kmeans_order(q, k, layout, clusters=50, rounds=2, start=None)[0].validate()
