@@ -27,7 +27,7 @@ class TinyWanSizes:
 
     heads: int = 4
     head_dim: int = 64
-    layers: int = 6
+    layers: int = 4
     ffn_dim: int = 512
     latent_channels: int = 8
     vae_dim: int = 32

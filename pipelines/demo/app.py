@@ -12,7 +12,7 @@ import numpy as np
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.demo.jobs import Cancelled, Clip, Step, Studio
-from dit_accel.pipelines.demo.views import comparison, report_table
+from dit_accel.pipelines.demo.views import comparison, report_page, report_table
 from dit_accel.presets import load_preset
 
 UPLOAD_LIMIT = "8mb"
@@ -26,12 +26,16 @@ def build(studio: Studio, example: str = "a red ball moving right") -> gr.Blocks
             "# dit_accel\nThe same prompt and seed, once with dense attention and once accelerated. "
             f"Model: `{studio.preset.repository}`."
         )
-        with gr.Tabs(), gr.Tab("Generate", id="generate"):
-            _generate_tab(studio, example)
+        with gr.Tabs():
+            with gr.Tab("Generate", id="generate"):
+                report = gr.HTML("Nothing was generated yet.", render=False, elem_id="report")
+                _generate_tab(studio, example, report)
+            with gr.Tab("Report", id="report-tab"):
+                report.render()
     return page
 
 
-def _generate_tab(studio: Studio, example: str) -> None:
+def _generate_tab(studio: Studio, example: str, report: gr.HTML) -> None:
     default = studio.preset.generation
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
@@ -61,7 +65,7 @@ def _generate_tab(studio: Studio, example: str) -> None:
                     label="Difference x 4", autoplay=True, loop=True, elem_id="video-difference", interactive=False
                 )
             table = gr.Markdown(elem_id="figures")
-    outputs = [status, image, left, right, difference, table]
+    outputs = [status, image, left, right, difference, table, report]
 
     def generate(*values: Any) -> Iterator[Outputs]:
         yield from _generate(studio, *values)
@@ -96,8 +100,8 @@ def _generate(
     seed: float,
     with_dense: bool,
 ) -> Iterator[Outputs]:
-    """Run the job and yield the page's outputs as it goes: status, preview, three videos, figures."""
-    empty: list[Any] = [None] * 6
+    """Run the job and yield the page's outputs as it goes: status, preview, three videos, figures, report."""
+    empty: list[Any] = [None] * 6 + ["Nothing was generated yet."]
     try:
         if not prompt.strip():
             raise ValueError("The prompt is empty.")
@@ -120,6 +124,7 @@ def _generate(
                 view[0] = f"{event.run}: done in {event.total:.1f} s"
             yield tuple(view)
         view[4], view[5] = _finish(studio, clips, generation.fps)
+        view[6] = report_page(clips[-1])
         yield tuple(view)
     except Cancelled:
         yield ("Cancelled.", *empty[1:])

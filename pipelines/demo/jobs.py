@@ -18,6 +18,7 @@ from dit_accel.cli.running import call_pipeline
 from dit_accel.models import load_pipeline
 from dit_accel.presets import Generation, Preset, list_presets, load_preset
 from dit_accel.presets.schema import check_size
+from dit_accel.report import environment
 from dit_accel.video_io import OutputFile, to_uint8
 
 
@@ -190,7 +191,15 @@ class Studio:
             frames, times = call_pipeline(pipe, generation, prompt, seed, on_step=on_step)
             pixels = to_uint8(frames)
             file.write(pixels, generation.fps)
-            report = acceleration.report().to_dict()
+            report = {
+                "prompt": prompt,
+                "seed": seed,
+                "model": self._where[0],
+                "preset": preset.model_copy(update={"generation": generation}).model_dump(mode="json"),
+                "times": times,
+                "environment": environment(),
+                **acceleration.report().to_dict(),
+            }
         return Clip(name, pixels, target, times["denoise"], times["total"], report)
 
     def _load(self) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 
 import numpy as np
 
 from dit_accel.pipelines.demo.jobs import Clip
+from dit_accel.report_page import render_page
 from dit_accel.video_io import OutputFile
 
 _CONTRAST = 4
@@ -53,6 +55,12 @@ def report_table(clip: Clip) -> str:
     reasons = [call["reason"] for call in calls if call["reason"] is not None]
     rows += [(f"dense: {reason}", str(reasons.count(reason))) for reason in sorted(set(reasons))]
     return _table(rows)
+
+
+def report_page(clip: Clip) -> str:
+    """The run's self-contained report in a frame of its own, without scripts, as HTML."""
+    page = html.escape(render_page(clip.report, clip.path), quote=True)
+    return f'<iframe sandbox title="Report" srcdoc="{page}" style="width:100%;height:80vh;border:0"></iframe>'
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

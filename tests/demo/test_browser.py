@@ -33,6 +33,10 @@ def test_generate_and_compare(page):
         response = page.request.get(source)
         assert response.ok
         assert response.body()[4:8] == b"ftyp"
+    page.get_by_role("tab", name="Report").click()
+    frame = page.frame_locator("#report iframe")
+    api.expect(frame.locator("body")).to_contain_text("a red ball moving right")
+    assert frame.locator("svg").count() > 0
 
 
 def test_enter_starts_and_cancel_stops(page):
