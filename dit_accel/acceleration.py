@@ -182,6 +182,10 @@ def _install(
     engine = Engine(method, schedule, [layer.module for layer in layers], component, backend, break_even, seed)
     first_of_role = {layer.role: layer for layer in reversed(layers)}
     processors = {role: family.processor(layer, engine) for role, layer in first_of_role.items()}
+    for role, layer in first_of_role.items():
+        # What `set_attention_backend` and `enable_parallelism` told the stock processors holds for ours.
+        for setting in ("_attention_backend", "_parallel_config"):
+            setattr(processors[role], setting, getattr(layer.module.processor, setting, None))
     originals = tuple((layer.module, layer.module.processor) for layer in layers)
     for layer in layers:
         layer.module.set_processor(processors[layer.role])

@@ -22,6 +22,15 @@ from dit_accel.state import CallContext, RunState
 
 
 @dataclass(frozen=True)
+class HeadShard:
+    """Some heads of a layer: `count` of its `total`, from `first` on; those beyond the total are padding."""
+
+    first: int
+    count: int
+    total: int
+
+
+@dataclass(frozen=True)
 class _Part:
     """Heads that run under one method (`heads` None: all of them), with q, k, v `[B, H', N, D]` in its order."""
 
@@ -88,8 +97,18 @@ class Engine:
         self.state: RunState | None = None
         self._layer_of = {id(module): index for index, module in enumerate(layers)}
         self._methods = [self._method_for(index) for index in range(len(layers))]
-        self._heads: dict[tuple[int, int, torch.device], list[tuple[Method, Tensor]]] = {}
+        self._heads: dict[tuple[int, HeadShard, torch.device], list[tuple[Method, Tensor]]] = {}
         self._planner = Planner(schedule, seed)
+
+    @property
+    def is_dense(self) -> bool:
+        """No call ever runs a method."""
+        return self.method.name == "dense" and self.schedule.head_table is None
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Token grid of the forward pass under way."""
+        return self._state().grid
 
     def begin(self, state: RunState) -> None:
         """Take note of the forward pass that starts; forget everything when it starts a new generation."""
@@ -116,6 +135,7 @@ class Engine:
         text: TextPosition = "none",
         reason: str | None = None,
         valid: tuple[int, ...] | None = None,
+        shard: HeadShard | None = None,
     ) -> Tensor:
         """One attention call.
 
@@ -127,6 +147,7 @@ class Engine:
             reason: why no method can run this call (a mask that is no valid length), for the report. Default: it can.
             valid: valid tokens per batch item, text and video, where the call itself says so. Default: as the state
                 of the forward pass says.
+            shard: which heads of the model q, k, v hold, where several processes share them. Default: all.
 
         Returns:
             `[B, N, H, D]`.
@@ -138,12 +159,14 @@ class Engine:
         )
         self.calls.append(record)
         record.reason = reason or self._reason(method, layer, state, layout, q)
-        if record.reason is None:
-            out = self._attend(method, layer, layout, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), record)
-            if out is not None:
+        searches = record.reason is not None and self._searches(layer, state, layout, record.reason)
+        if record.reason is None or searches:
+            qkv = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+            groups = self._groups(method, layer, shard or HeadShard(0, q.shape[2], q.shape[2]), q.device)
+            if searches:
+                self._search(groups, layer, layout, qkv, record)
+            elif (out := self._attend(groups, layer, layout, *qkv, record)) is not None:
                 return out.transpose(1, 2)
-        elif self._searches(layer, state, layout, record.reason):
-            self._search(method, layer, layout, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), record)
         with record.timed("attend", q.device):
             out = dense()
         if self.observer is not None and reason is None and q.shape[1] == layout.tokens:
@@ -152,10 +175,9 @@ class Engine:
         return out
 
     def _attend(
-        self, method: Method, layer: int, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, record: CallRecord
+        self, groups: _Groups, layer: int, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, record: CallRecord
     ) -> Tensor | None:
-        """The method's way, q, k, v `[B, H, N, D]`; None, with the reason recorded, when dense is faster."""
-        groups = self._groups(method, layer, q.shape[1], q.device)
+        """The methods' way, q, k, v `[B, H, N, D]`; None, with the reason recorded, when dense is faster."""
         if self.guard is not None:
             groups = self._guarded(self.guard, groups, layout, record)
             if record.reason is not None:
@@ -209,15 +231,16 @@ class Engine:
         call = self._planner.call(method, layer, layout, state)
         return _Part(heads, method, planned, qkv, call, choose_backend(self.backend, request))
 
-    def _groups(self, method: Method, layer: int, heads: int, device: torch.device) -> _Groups:
-        """The methods of a layer and the heads that run under each, int64 on `device`; None: all heads."""
+    def _groups(self, method: Method, layer: int, shard: HeadShard, device: torch.device) -> _Groups:
+        """The methods of a layer and which heads of the shard run under each, int64 on `device`; None: all of them."""
         table = self.schedule.head_table
         if table is None:
             return [(method, None)]
-        key = (layer, heads, device)
+        key = (layer, shard, device)
         if key not in self._heads:
-            table.check_size(len(self._methods), heads)
-            groups = table.groups(layer, method)
+            table.check_size(len(self._methods), shard.total)
+            mine = slice(shard.first, shard.first + shard.count)
+            groups = table.slice(heads=mine).groups(layer, method) if shard.first < shard.total else ()
             self._heads[key] = [
                 (group.method, torch.tensor(group.heads, device=device)) for group in groups if group.method is not None
             ]
@@ -228,14 +251,12 @@ class Engine:
         timetable = self.schedule.dense_reason(layer, state.step, state.noise, layout.tokens)
         return reason == timetable and self.schedule.searches(layer, state.step, layout.tokens)
 
-    def _search(
-        self, method: Method, layer: int, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, record: CallRecord
-    ) -> None:
-        for member, heads in self._groups(method, layer, q.shape[1], q.device):
-            self._planner.search(member, layer, layout, self._state(), _of_heads((q, k, v), heads), record)
+    def _search(self, groups: _Groups, layer: int, layout: TokenLayout, qkv: QKV, record: CallRecord) -> None:
+        for member, heads in groups:
+            self._planner.search(member, layer, layout, self._state(), _of_heads(qkv, heads), record)
 
     def _reason(self, method: Method, layer: int, state: RunState, layout: TokenLayout, q: Tensor) -> str | None:
-        if method.name == "dense" and self.schedule.head_table is None:
+        if self.is_dense:
             return "method is dense"
         if q.shape[1] != layout.tokens:
             return f"the call has {q.shape[1]} tokens where the geometry says {layout.tokens}"

@@ -134,12 +134,12 @@ def test_one_processor_serves_all_layers_and_carries_the_attributes_diffusers_lo
     assert processor._attention_backend is not None
 
 
-def test_context_parallelism_is_refused_by_name():
+def test_settings_of_the_stock_processors_are_taken_over():
     model = tiny_transformer()
+    model.set_attention_backend("native")
+    before = model.blocks[0].attn1.processor._attention_backend
     dit_accel.accelerate(model, method="radial")
-    model.blocks[0].attn1.processor._parallel_config = object()
-    with pytest.raises(UnsupportedError, match="context parallelism"):
-        run(model, **inputs())
+    assert model.blocks[0].attn1.processor._attention_backend is before is not None
 
 
 def test_a_foreign_processor_is_refused():

@@ -201,17 +201,41 @@ class AccelProcessor:
             return self.dense(query, key, value, mask)
 
         reason = None if mask is None or mask_is_length else UNKNOWN_MASK
-        out = self.engine.attend(attn, query, key, value, dense=dense, text=text, reason=reason)
+        if self._parallel_config is None or self.engine.is_dense:
+            out = self.engine.attend(attn, query, key, value, dense=dense, text=text, reason=reason)
+        else:
+            out = self._attend_parallel(attn, query, key, value, mask, text, reason)
         return out.flatten(2, 3).type_as(query)
 
-    def refuse_parallel(self) -> None:
-        """Refuse context parallelism, under which this rank would see only a part of the sequence.
+    def _attend_parallel(
+        self,
+        attn: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        text: TextPosition,
+        reason: str | None,
+    ) -> Tensor:
+        """Attention of one process under Diffusers' context parallelism, `[B, N local, H, D]` in and out."""
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-        Raises:
-            UnsupportedError: `enable_parallelism` was called and the method is not dense.
-        """
-        if self._parallel_config is not None and self.engine.method.name != "dense":
-            raise UnsupportedError(
-                f"method {self.engine.method.name!r} under Diffusers' context parallelism: every rank holds only a "
-                "part of the sequence; use method='dense', or parallelise over prompts"
-            )
+        from dit_accel.families.parallel import attend_ulysses, refuse_ring
+
+        def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            out: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self._attention_backend)
+            return out
+
+        refuse_ring(self.engine, self._parallel_config)
+        return attend_ulysses(
+            self.engine,
+            attn,
+            query,
+            key,
+            value,
+            parallel=self._parallel_config,
+            dense=dense,
+            mask=mask,
+            text=text,
+            reason=reason,
+        )

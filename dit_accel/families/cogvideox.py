@@ -26,7 +26,6 @@ class CogVideoXJointAttention(AccelProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend the text `[B, M, C]` and the video `[B, N, C]` to each other."""
-        self.refuse_parallel()
         text = encoder_hidden_states.shape[1]
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         if attn.fused_projections:

@@ -46,7 +46,6 @@ class _FluxAttention(AccelProcessor):
         self, attn: Any, hidden: Tensor, text: Tensor | None, mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """Output of attention `[B, M + N, C]` and the image's query before rotation `[B, N, H, D]`."""
-        self.refuse_parallel()
         image, words = _project(attn, hidden, text)
         query, key, value = (torch.cat(pair, dim=1) for pair in zip(words, image, strict=True)) if words else image
         if rotary is not None:

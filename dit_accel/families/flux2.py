@@ -34,7 +34,6 @@ class Flux2ParallelAttention(AccelProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attend text and image `[B, N, C]`, text first, to themselves."""
-        self.refuse_parallel()
         sizes = [3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor]
         qkv, feed = attn.to_qkv_mlp_proj(hidden_states).split(sizes, dim=-1)
         query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in qkv.chunk(3, dim=-1))

@@ -33,7 +33,6 @@ class HunyuanVideoJointAttention(AccelProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend the video `[B, N, C]` and the text `[B, M, C]` to each other; padding text is never attended."""
-        self.refuse_parallel()
         video, has_own = hidden_states.shape[1], attn.add_q_proj is not None
         source = hidden_states if has_own else torch.cat([hidden_states, encoder_hidden_states], dim=1)
         stream = [x.unflatten(2, (attn.heads, -1)) for x in (attn.to_q(source), attn.to_k(source), attn.to_v(source))]

@@ -37,7 +37,6 @@ class HunyuanVideo15JointAttention(AccelProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend the video `[B, N, C]` and the text `[B, M, C]` to each other; padding text is never attended."""
-        self.refuse_parallel()
         video = hidden_states.shape[1]
         stream = [proj(hidden_states).unflatten(2, (attn.heads, -1)) for proj in (attn.to_q, attn.to_k, attn.to_v)]
         stream[:2] = attn.norm_q(stream[0]), attn.norm_k(stream[1])

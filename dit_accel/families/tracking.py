@@ -10,6 +10,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import nn
 
+from dit_accel.errors import UnsupportedError
 from dit_accel.families.base import Family, ForwardGeometry, bind_forward
 from dit_accel.state import RunState
 
@@ -39,7 +40,15 @@ class RunStateHook(ModelHook):
 
     @torch.compiler.disable
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Announce the forward pass; its arguments pass through unchanged."""
+        """Announce the forward pass; its arguments pass through unchanged.
+
+        Raises:
+            UnsupportedError: context parallelism was switched on later, so that only a shard would be seen here.
+        """
+        registry: Any = module._diffusers_hook
+        order = registry._hook_order
+        if any(name.startswith("cp_input") for name in order[order.index(HOOK_NAME) :]):
+            raise UnsupportedError("enable_parallelism() was called after accelerate(); call it before")
         geometry = self.family.read(module, bind_forward(module, args, kwargs))
         context = getattr(self.contexts, "_context", None)
         if getattr(context, "step_index", None) is not None:

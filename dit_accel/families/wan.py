@@ -50,7 +50,6 @@ class WanSelfAttention(AccelProcessor):
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attend `hidden_states` `[B, N, C]` to themselves; the other arguments are those of the stock processor."""
-        self.refuse_parallel()
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:

@@ -7,6 +7,7 @@ import re
 import pytest
 
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+api.expect.set_options(timeout=60_000)
 
 
 def number(page, name, value):
