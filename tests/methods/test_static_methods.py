@@ -15,6 +15,7 @@ from dit_accel.state import CallContext
 
 SMALL = {
     "a_shape": {"n_init": 5, "n_local": 9, "block": 8},
+    "clear": {"radius": 2.0, "tile": (1, 2, 3)},
     "grat": {"tile": (1, 2, 2)},
     "neighborhood": {"window": (2, 3, 3), "tile": (2, 2, 2)},
     "radial": {"block": 8, "decay": 0.1},
@@ -24,6 +25,7 @@ SMALL = {
 }
 WIDE = {
     "a_shape": {"n_local": 10**6},
+    "clear": {"radius": 99.0},
     "dense": {},
     "grat": {"tile": (9, 99, 99)},
     "neighborhood": {"window": (0, 0, 0)},
