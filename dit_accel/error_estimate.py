@@ -19,13 +19,13 @@ from torch.nn import functional as F
 CONFIDENCE = 0.95
 ROWS = 64
 """Most rows per head and batch item that are checked."""
-_SHARE = 100  # at most one row in this many
-_FEWEST = 4  # fewer rows per head say nothing about their spread
+_SHARE = 250  # at most one row in this many: few query rows run below full speed, and all must cost under 1 %
+_FEWEST = 8  # fewer rows per head say too little about their spread
 _DEVIATIONS = math.sqrt(CONFIDENCE / (1 - CONFIDENCE))  # Cantelli: P(X - mean >= k sigma) <= 1 / (1 + k²)
 
 
 def rows_to_check(tokens: int) -> int:
-    """Rows per head that are checked in a sequence of `tokens`: under 1 %, at most `ROWS`; 0 when too short."""
+    """Rows per head that are checked in a sequence of `tokens`: 1 in 250, at most `ROWS`; 0 below 2,000 tokens."""
     rows = min(ROWS, tokens // _SHARE)
     return rows if rows >= _FEWEST else 0
 
@@ -34,7 +34,7 @@ def sample_rows(out: Tensor, lengths: tuple[int, ...], rows: int, seed: int) -> 
     """Draw rows of every head and batch item, half evenly and half by the squared size of the row computed.
 
     Large rows carry most of the error in absolute terms; drawing them more often keeps the estimate calm where sizes
-    differ much. Draws are spread over equal stretches of the cumulated probability.
+    differ much. Either half is spread over equal stretches of what it is drawn by.
 
     Args:
         out: what was computed, `[B, H, N, D]`.
@@ -46,18 +46,21 @@ def sample_rows(out: Tensor, lengths: tuple[int, ...], rows: int, seed: int) -> 
         Indices int64 `[B, H, rows]`, and how many rows each one stands for, fp32 `[B, H, rows]`.
     """
     device, (batch, heads, tokens, _) = out.device, out.shape
-    valid = torch.arange(tokens) < torch.tensor(lengths).unsqueeze(-1)
-    valid = valid.to(device).unsqueeze(1)
-    size = out.float().square().sum(-1).masked_fill(~valid, 0).nan_to_num(posinf=0).double()
-    even = valid.double() / valid.sum(-1, keepdim=True)
-    share = torch.lerp(even, size / size.sum(-1, keepdim=True).clamp(min=1e-300), 0.5)
-    share = share / share.sum(-1, keepdim=True)
+    length = torch.tensor(lengths, device=device).view(-1, 1, 1)
+    size = torch.linalg.vector_norm(out, dim=-1, dtype=torch.float32).square()
+    if min(lengths) < tokens:
+        size = size.masked_fill(torch.arange(tokens, device=device) >= length, 0)
+    reached = size.nan_to_num(0, 0, 0).cumsum(-1, dtype=torch.float64)
+    total = reached[..., -1:].clamp(min=1e-300)
     generator = torch.Generator().manual_seed(seed)
-    draw = torch.rand(batch, heads, rows, generator=generator, dtype=torch.float64)
-    place = (torch.arange(rows) + draw).to(device) / rows
-    index = torch.searchsorted(share.cumsum(-1), place, right=True)
-    index = torch.minimum(index, (valid.sum(-1) - 1).unsqueeze(-1))
-    return index, (1 / (rows * share.gather(-1, index))).float()
+    draw = torch.rand(2, batch, heads, rows, generator=generator, dtype=torch.float64).to(device)
+    by_size = rows // 2
+    even = (torch.arange(rows - by_size, device=device) + draw[0, ..., by_size:]) / (rows - by_size) * length
+    large = (torch.arange(by_size, device=device) + draw[1, ..., :by_size]) / by_size * total
+    index = torch.cat([even.long(), torch.searchsorted(reached, large, right=True)], -1).minimum(length - 1)
+    # How often a row is drawn by either way; each draw stands for the inverse.
+    often = (rows - by_size) / length + by_size * size.gather(-1, index).nan_to_num(0, 0, 0) / total
+    return index, (1 / often).float()
 
 
 def estimate_error(

@@ -19,6 +19,7 @@ from dit_accel.calibrate.observer import Observer
 from dit_accel.calibrate.solve import Assignment, solve
 from dit_accel.calibrate.statistics import Statistics
 from dit_accel.cli.running import call_pipeline
+from dit_accel.errors import ConfigError
 from dit_accel.families.registry import family_of
 from dit_accel.head_table import HeadTable
 from dit_accel.methods.base import Method
@@ -138,8 +139,13 @@ def assign(held: Statistics, max_error: float | None = None, max_density: float 
     Args:
         held: what was measured.
         max_error, max_density: the budget, one of them; see `solve`.
+
+    Raises:
+        ConfigError: nothing was measured, because the schedule keeps every call dense; or see `solve`.
     """
     seen = held.calls > 0
+    if not bool(seen.any()):
+        raise ConfigError("schedule", "nothing was measured: it keeps every layer or step dense; ask for more steps")
     found = solve(held.mean_error()[seen], held.mean_density()[seen], max_error=max_error, max_cost=max_density)
     choice = torch.zeros(held.error.shape[:2], dtype=torch.int64)
     choice[seen] = found.choice

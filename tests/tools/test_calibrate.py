@@ -210,6 +210,8 @@ def test_layers_that_were_never_seen_do_not_count():
     found = assign(held, max_error=0.25)
     assert (found.error, found.cost) == (pytest.approx(0.2), pytest.approx(0.2))
     assert assign(held, max_error=0.1).choice.tolist() == [[0], [1]]
+    with pytest.raises(ConfigError, match="nothing was measured"):
+        assign(Statistics.empty(2, 1, 2), max_error=0.1)
 
 
 def test_the_preset_runs_and_keeps_the_predicted_density(tmp_path):
