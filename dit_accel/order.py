@@ -79,10 +79,13 @@ def permute(x: Tensor, index: Tensor) -> Tensor:
     """Gather the token axis of `x` `[B, H, N, D]` or `[B, H, N]` by `index` `[N]` or `[B or 1, H or 1, N]`."""
     if index.ndim == 1:
         return x.index_select(2, index)
-    index = index.expand(x.shape[0], x.shape[1], -1)
+    batch, heads, tokens = x.shape[:3]
     if x.ndim == 3:
-        return x.gather(2, index)
-    return x.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+        return x.gather(2, index.expand(batch, heads, -1))
+    # Whole rows are copied; `gather` would read an index for every element.
+    first = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * tokens
+    rows = x.reshape(-1, x.shape[-1]).index_select(0, (index + first).flatten())
+    return rows.view(batch, heads, -1, x.shape[-1])
 
 
 def video_order(layout: TokenLayout, video_index: Tensor) -> TokenOrder:
