@@ -10,7 +10,7 @@ from dit_accel.methods.base import Density
 from dit_accel.methods.dynamic import DynamicMethod
 from dit_accel.methods.registry import register
 from dit_accel.plan import Blocking
-from dit_accel.selection import Budget, Rounding, TopK
+from dit_accel.selection import Budget, Rounding, TopK, real_blocks
 from dit_accel.selection.scores import block_mass, log_mass
 from dit_accel.state import CallContext
 
@@ -42,11 +42,9 @@ class AdaSpa(DynamicMethod):
         kept = kept if kept is not None and kept.shape == q.shape[:3] else None
         mass, lse = block_mass(q, k, q_blocks, k_blocks, call.layout, kept)
         call.memory["lse"] = lse
-        starts = k_blocks.on(q.device)[0]
-        valid = q.new_tensor(call.layout.valid or [call.layout.tokens])
-        return log_mass(mass, (starts < valid.unsqueeze(-1))[:, None, None])
+        return log_mass(mass, real_blocks(k_blocks, call.layout, q.device))
 
-    def budget(self, call: CallContext) -> Budget:
+    def budget(self, q: Tensor, k: Tensor, call: CallContext) -> Budget:
         """Without a density: a fifth of the blocks, as published."""
         return TopK(share=0.2, rounding="ceil")
 

@@ -66,8 +66,8 @@ class BlockSelection(Method):
         """
 
     @abstractmethod
-    def budget(self, call: CallContext) -> Budget:
-        """The method's own rule for how many blocks are kept; a density takes its place."""
+    def budget(self, q: Tensor, k: Tensor, call: CallContext) -> Budget:
+        """The method's own rule for how many blocks are kept; a density takes its place. q, k `[B, H, N, D]`."""
 
     @abstractmethod
     def key_order(self, call: CallContext) -> TokenOrder | None:
@@ -106,7 +106,7 @@ class BlockSelection(Method):
         beside = self.beside(q, k, call, q_blocks, k_blocks)
         return select_plan(
             scores,
-            self._budget(scores, forced, beside, call),
+            self.limit(scores, q, k, call, forced, beside),
             q_blocks,
             k_blocks,
             call.layout,
@@ -115,9 +115,18 @@ class BlockSelection(Method):
             normalisation=self.normalisation,
         )
 
-    def _budget(self, scores: Tensor, forced: Tensor | None, beside: Tensor | None, call: CallContext) -> Budget:
+    def limit(
+        self,
+        scores: Tensor,
+        q: Tensor,
+        k: Tensor,
+        call: CallContext,
+        forced: Tensor | None = None,
+        beside: Tensor | None = None,
+    ) -> Budget:
+        """The budget that holds: the density, the same or adapted per head, else the method's own rule."""
         if self.density is None:
-            return self.budget(call)
+            return self.budget(q, k, call)
         if self.heads == "adaptive":
             share = adapt_heads(scores, self.density, forced, beside=beside, normalisation=self.normalisation)
             return TopK(share=share, rounding=self.rounding)

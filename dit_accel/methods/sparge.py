@@ -62,7 +62,7 @@ class Sparge(DynamicMethod):
         columns = self_similarity(self._keys(k, call), k_blocks, valid) <= self.similarity
         return rows.unsqueeze(-1) | columns.unsqueeze(-2)
 
-    def budget(self, call: CallContext) -> Budget:
+    def budget(self, q: Tensor, k: Tensor, call: CallContext) -> Budget:
         """Top-p without the crossing block."""
         return TopP(mass=self.mass, crossing="drop")
 

@@ -34,6 +34,6 @@ class SubBlock(DynamicMethod):
         """Log-sum-exp over sub-blocks. q, k `[B, H, N, D]`."""
         return subblock_scores(q, k, q_blocks, k_blocks, call.layout, self.query_parts, self.key_parts)
 
-    def budget(self, call: CallContext) -> Budget:
+    def budget(self, q: Tensor, k: Tensor, call: CallContext) -> Budget:
         """Without a density: a quarter of the blocks, as published."""
         return TopK(share=0.25)

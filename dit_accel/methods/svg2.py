@@ -115,7 +115,7 @@ class SVG2(BlockSelection):
         per_token = columns / columns.sum(2, keepdim=True).clamp(min=1)
         return log_mass(rows @ shares @ per_token.transpose(-1, -2), (columns.sum(-1) > 0).unsqueeze(-2))
 
-    def budget(self, call: CallContext) -> Budget:
+    def budget(self, q: Tensor, k: Tensor, call: CallContext) -> Budget:
         """Top-p over key clusters, the crossing one kept."""
         return TopP(mass=self.mass, least=self.least)
 
@@ -128,7 +128,7 @@ class SVG2(BlockSelection):
         scores = self.perturbed(self._cluster_scores(call, columns.sum(2)), call)
         text = torch.zeros(scores.shape[-1], dtype=torch.bool, device=q.device)
         text[min(self.key_clusters, -(-call.layout.video // 32)) :] = True
-        chosen = select_blocks(scores, self.budget(call), text).to(rows.dtype)
+        chosen = select_blocks(scores, self.budget(q, k, call), text).to(rows.dtype)
         cover = ((rows > 0).to(rows.dtype) @ chosen @ (columns > 0).to(rows.dtype).transpose(-1, -2)) > 0
         forced = self.forced(q, k, call, q_blocks, k_blocks)
         cover = cover if forced is None else cover | forced

@@ -49,7 +49,7 @@ class XAttention(DynamicMethod):
             )
         return antidiagonal_scores(q, k, q_blocks, k_blocks, call.layout, self.stride)
 
-    def budget(self, call: CallContext) -> Budget:
+    def budget(self, q: Tensor, k: Tensor, call: CallContext) -> Budget:
         """Top-p with the crossing block kept."""
         if isinstance(self.threshold, tuple):
             return TopP(mass=torch.tensor(self.threshold, dtype=torch.float64))

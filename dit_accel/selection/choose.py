@@ -16,7 +16,7 @@ from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.selection.budgets import Budget, Ranked, TopK, head_classes
 from dit_accel.selection.forced import own_blocks
 
-Normalisation = Literal["softmax", "sum", "min_max"]
+Normalisation = Literal["softmax", "min_max"]
 
 
 def shares_of(scores: Tensor, normalisation: Normalisation = "softmax") -> Tensor:
@@ -24,17 +24,15 @@ def shares_of(scores: Tensor, normalisation: Normalisation = "softmax") -> Tenso
 
     Args:
         scores: -inf where a block must not be chosen.
-        normalisation: "softmax": scores are log-masses; "sum": they are masses, at least 0; "min_max": they are
-            first mapped linearly to [0, 1], the lowest to 0 (arXiv 2506.23858).
+        normalisation: "softmax": scores are log-masses; "min_max": they are mapped linearly to [0, 1], the lowest to 0,
+            and divided by their sum (arXiv 2506.23858).
     """
     real = ~scores.isneginf()
     if normalisation == "softmax":
         return scores.softmax(-1).nan_to_num(0.0)
-    if normalisation == "min_max":
-        low = scores.masked_fill(~real, torch.inf).amin(-1, keepdim=True)
-        span = scores.amax(-1, keepdim=True) - low
-        scores = torch.where(span > 0, (scores - low) / span, 1.0)
-    mass = scores.masked_fill(~real, 0)
+    low = scores.masked_fill(~real, torch.inf).amin(-1, keepdim=True)
+    span = scores.amax(-1, keepdim=True) - low
+    mass = torch.where(span > 0, (scores - low) / span, 1.0).masked_fill(~real, 0)
     return mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
 
 
@@ -67,7 +65,9 @@ def select_blocks(
         # Each row keeps its best block, or a row of small scores would be left with nothing to attend.
         best = torch.zeros_like(real).scatter_(-1, rows.argmax(-1, keepdim=True), True) & ~rows.isneginf()
         first = first | (best & ~first.any(-1, keepdim=True))
-        rows, shares, first = (x.flatten(-2).unsqueeze(-2) for x in (rows, shares / scores.shape[-2], first))
+        # Masses of rows add up to that of the head; a range is that of the head.
+        shares = shares / scores.shape[-2] if normalisation == "softmax" else shares_of(rows.flatten(-2), normalisation)
+        rows, shares, first = (x.reshape(*x.shape[:2], 1, -1) for x in (rows, shares, first))
         mask = _keep(rows, shares, first, total.sum(-1, keepdim=True), budget).view_as(real)
     else:
         mask = _keep(rows, shares, first, total, budget)

@@ -26,6 +26,12 @@ def real_tokens(tokens: int, valid: Valid, device: torch.device) -> Tensor:
     return torch.arange(tokens, device=device) < torch.tensor(valid, device=device).unsqueeze(-1)
 
 
+def real_blocks(blocks: Blocking, layout: TokenLayout, device: torch.device) -> Tensor:
+    """Which blocks hold a real token, bool `[B or 1, 1, 1, n]`: padding stands last, so their first one is real."""
+    first = blocks.on(device)[0].long()
+    return real_tokens(layout.tokens, layout.valid, device)[:, first][:, None, None]
+
+
 def gather_blocks(x: Tensor, blocks: Blocking, valid: Valid = None) -> tuple[Tensor, Tensor]:
     """The tokens of every block side by side, for any partition.
 

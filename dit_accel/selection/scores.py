@@ -1,4 +1,4 @@
-"""Scores of key blocks that look inside the blocks: exact mass, antidiagonals, sub-blocks, sampled tokens.
+"""Scores of key blocks that look at all tokens: exact mass, antidiagonals, sub-blocks.
 
 All return log-masses in fp32 (fp64 for fp64), up to a constant per row: their softmax over the key blocks of a row is
 the share of the attention mass that the scorer expects. -inf marks key blocks without real tokens. Work is cut into
@@ -169,61 +169,3 @@ def _part_means(x: Tensor, blocks: Blocking, layout: TokenLayout, parts: int) ->
     sums = F.pad(rows, (0, 0, 0, -blocks.size % size)).unflatten(3, (-1, size)).sum(4)
     counts = F.pad(real, (0, -blocks.size % size)).unflatten(-1, (-1, size)).sum(-1).to(sums.dtype)
     return sums / counts.clamp(min=1)[:, None, ..., None], counts
-
-
-def sampled_scores(
-    q: Tensor,
-    k: Tensor,
-    q_blocks: Blocking,
-    k_blocks: Blocking,
-    layout: TokenLayout,
-    samples: tuple[int, int],
-    generator: torch.Generator,
-) -> Tensor:
-    """The largest logit of sampled tokens of a pair of blocks, relative to its row (arXiv 2508.10774, 2512.04025).
-
-    For a sampled query a with largest sampled logit m_a the score of a key block is max_a (max_b s_ab - m_a), at most
-    0 and 0 for the best block of some query. The same places are sampled in all blocks of a head, and in all items of
-    the batch; in a short block they are spread over its real tokens.
-
-    Args:
-        q, k: `[B, H, N, D]`.
-        q_blocks, k_blocks: partitions.
-        layout: token geometry.
-        samples: how many queries and keys of each block are looked at.
-        generator: draws the places, on the device of q.
-
-    Returns:
-        `[B, H, nq, nk]`.
-    """
-    queries, _ = _sampled(q, q_blocks, layout, samples[0], generator)
-    keys, real = _sampled(k, k_blocks, layout, samples[1], generator)
-    queries, keys = queries * q.shape[-1] ** -0.5, keys.flatten(2, 3).transpose(-1, -2)
-    count, scores = queries.shape[3], []
-    empty = ~real[:, None, None]
-    for group in row_groups(q_blocks.count, q.shape[0] * q.shape[1] * count * keys.shape[-1]):
-        logits = (queries[:, :, group].flatten(2, 3) @ keys).unflatten(-1, (k_blocks.count, -1)).amax(-1)
-        logits = logits.masked_fill(empty, -torch.inf)
-        logits = logits - logits.amax(-1, keepdim=True)
-        scores.append(logits.unflatten(2, (-1, count)).amax(3))
-    return torch.cat(scores, 2)
-
-
-def _sampled(
-    x: Tensor, blocks: Blocking, layout: TokenLayout, count: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Sampled tokens `[B, H, n, count, D]`, and which blocks have real tokens, bool `[B or 1, n]`."""
-    heads, size = x.shape[1], blocks.size
-    draw = torch.rand(heads, size, generator=generator, device=x.device)
-    place = draw.argsort(-1)[:, : min(count, size)].sort(-1).values
-    starts, lengths = (part.long() for part in blocks.on(x.device))
-    left = lengths.unsqueeze(0)
-    if layout.valid is not None:
-        valid = torch.tensor(layout.valid, device=x.device)
-        left = (valid.unsqueeze(-1) - starts).clamp(min=0).minimum(lengths)
-    # Places are spread over the real tokens of a short block.
-    offset = place[None, :, None] * left[:, None, :, None] // size
-    token = (starts[:, None] + offset).expand(x.shape[0], -1, -1, -1)
-    rows = working(x).gather(2, token.flatten(2).unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
-    rows = rows.unflatten(2, token.shape[2:]).masked_fill((left == 0)[:, None, :, None, None], 0)
-    return rows, left > 0

@@ -14,6 +14,8 @@ from dit_accel.state import CallContext
 
 METHODS = [name for name in list_methods() if issubclass(method_class(name), BlockSelection)]
 TILED = [name for name in METHODS if issubclass(method_class(name), DynamicMethod)]
+# Methods whose scores estimate the attention mass, so that recall can be read from them.
+MASS = set(METHODS) - {"asa", "flexprefill", "vmoba"}
 CASES = [(name, 32) for name in METHODS] + [(name, [2, 2, 4]) for name in TILED]
 
 
@@ -23,7 +25,10 @@ def make(name, blocks, **parameters):
     if isinstance(blocks, list):
         parameters |= {"order": "tile", "tile": blocks}
     else:
-        parameters |= {key: blocks for key in ("block", "key_block") if key in fields}
+        parameters |= {key: blocks for key in ("block", "key_block", "query_block") if key in fields}
+        parameters |= {"order": "raster"} if "order_" in fields else {}
+    if name == "vmoba":
+        parameters |= {"frames": 1, "window": [2, 4], "box": [2, 2, 4]}
     if name == "sparge":
         parameters.setdefault("similarity", -1.0)
     return get_method(name, **parameters)
@@ -63,7 +68,7 @@ def test_text_and_the_sink_are_kept(name):
     mask, (rows, columns) = plan.validate().to_mask(), method.blocks(layout)
     assert mask[..., layout.text_blocks(columns)].all()
     assert mask[:, :, layout.text_blocks(rows)].all()
-    token = torch.arange(layout.tokens).expand(2, 2, -1) if order is None else order.key_index
+    token = (torch.arange(layout.tokens) if order is None else order.key_index).expand(2, 2, -1)
     first = (token >= layout.video_start) & (token < layout.video_start + layout.frame_tokens)
     for item, head in ((0, 0), (1, 1)):
         sink = columns.block_of_token()[first[item, head]].unique()
@@ -84,9 +89,9 @@ def test_the_own_block_is_an_option(name):
 def test_the_same_seed_gives_the_same_plan_and_noise_is_an_option(name):
     layout = cases.LAYOUTS["video"]
     q, k, _ = cases.tensors(layout)
-    plain = make(name, 8, density=0.4)
+    plain = make(name, 8, density=0.6)
     assert torch.equal(cases.video_mask(plain, layout, q, k), cases.video_mask(plain, layout, q, k))
-    noisy = make(name, 8, density=0.4, noise=0.5)
+    noisy = make(name, 8, density=0.6, noise=0.5)
     first, again, other = (cases.video_mask(noisy, layout, q, k, CallContext(layout, seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -103,7 +108,8 @@ def test_adaptive_heads_keep_the_mean_density(name):
         widths[heads] = plan.density_per_head()[0]
     assert widths["uniform"].max() - widths["uniform"].min() < 1e-9
     assert float(widths["adaptive"].mean()) == pytest.approx(float(widths["uniform"].mean()), abs=0.02)
-    assert widths["adaptive"][0] < widths["adaptive"][1]
+    if name in MASS:
+        assert widths["adaptive"][0] < widths["adaptive"][1]
 
 
 @pytest.mark.parametrize("name", METHODS)

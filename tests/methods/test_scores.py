@@ -13,11 +13,11 @@ from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
 from dit_accel.plan import Blocking
 from dit_accel.selection import pooled_scores, self_similarity, smooth_keys
+from dit_accel.selection.samples import sampled_scores
 from dit_accel.selection.scores import (
     antidiagonal_scores,
     block_mass,
     block_sums,
-    sampled_scores,
     subblock_scores,
 )
 from dit_accel.tiling import tile_blocks

@@ -1,0 +1,130 @@
+"""Scores of key blocks from a part of the tokens: probed query blocks, every n-th token, random places.
+
+Axis legend: B batch, H heads, N tokens, D head size, nq / nk query / key blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.layout import TokenLayout
+from dit_accel.plan import Blocking
+from dit_accel.selection.pooling import gather_blocks, real_tokens, working
+from dit_accel.selection.scores import block_sums, row_groups
+
+
+def probe_blocks(layout: TokenLayout, q_blocks: Blocking, probes: int) -> Tensor:
+    """`probes` video blocks spread evenly over the sequence (all when there are fewer), int64 on the CPU."""
+    video = (~layout.text_blocks(q_blocks)).nonzero().squeeze(-1)
+    count = min(probes, len(video))
+    return video[(2 * torch.arange(count) + 1) * len(video) // (2 * count)]
+
+
+def probe_profiles(
+    q: Tensor, k: Tensor, q_blocks: Blocking, k_blocks: Blocking, layout: TokenLayout, probes: int
+) -> Tensor:
+    """How the queries of a few blocks spread their attention over the key blocks, exactly, `[B, H, probes, nk]`.
+
+    Rows sum to 1: the mean over the real queries of a block of the mass on each key block.
+
+    Args:
+        q, k: `[B, H, N, D]`.
+        q_blocks, k_blocks: partitions.
+        layout: token geometry.
+        probes: how many query blocks, see `probe_blocks`.
+    """
+    q, k = working(q) * q.shape[-1] ** -0.5, working(k)
+    real = real_tokens(layout.tokens, layout.valid, q.device)[:, None]
+    profiles = []
+    for block in probe_blocks(layout, q_blocks, probes).tolist():
+        inside = slice(int(q_blocks.starts[block]), int(q_blocks.starts[block + 1]))
+        logits = (q[:, :, inside] @ k.transpose(-1, -2)).masked_fill(~real.unsqueeze(-2), -torch.inf)
+        weights = block_sums(logits.softmax(-1), k_blocks).masked_fill(~real[..., inside].unsqueeze(-1), 0)
+        profiles.append(weights.sum(2) / real[..., inside].sum(-1, keepdim=True).clamp(min=1))
+    return torch.stack(profiles, 2)
+
+
+def largest_weights(
+    q: Tensor, k: Tensor, q_blocks: Blocking, k_blocks: Blocking, layout: TokenLayout, stride: int
+) -> Tensor:
+    """Largest attention weight in each pair of blocks, of every `stride`-th query and key (arXiv 2509.24745).
+
+    Args:
+        q, k: `[B, H, N, D]`.
+        q_blocks, k_blocks: partitions; counting begins anew in each block, and its first token is always looked at.
+        layout: token geometry.
+        stride: 1 looks at all tokens.
+
+    Returns:
+        Weights in [0, 1], `[B, H, nq, nk]`; 0 for padding.
+    """
+    (queries, seen), (keys, real) = (
+        (rows[:, :, :, ::stride], inside[..., ::stride])
+        for rows, inside in (gather_blocks(q, q_blocks, layout.valid), gather_blocks(k, k_blocks, layout.valid))
+    )
+    queries, keys = queries * q.shape[-1] ** -0.5, keys.flatten(2, 3).transpose(-1, -2)
+    padded, count, weights = ~real.flatten(1)[:, None, None], queries.shape[3], []
+    for group in row_groups(q_blocks.count, q.shape[0] * q.shape[1] * count * keys.shape[-1]):
+        part = (queries[:, :, group].flatten(2, 3) @ keys).masked_fill(padded, -torch.inf).softmax(-1)
+        part = part.unflatten(-1, (k_blocks.count, -1)).amax(-1).unflatten(2, (-1, count))
+        weights.append(part.masked_fill(~seen[:, None, group, :, None], 0).amax(3))
+    return torch.cat(weights, 2)
+
+
+def sampled_scores(
+    q: Tensor,
+    k: Tensor,
+    q_blocks: Blocking,
+    k_blocks: Blocking,
+    layout: TokenLayout,
+    samples: tuple[int, int],
+    generator: torch.Generator,
+) -> Tensor:
+    """The largest logit of sampled tokens of a pair of blocks, relative to its row (arXiv 2508.10774, 2512.04025).
+
+    For a sampled query a with largest sampled logit m_a the score of a key block is max_a (max_b s_ab - m_a), at most
+    0 and 0 for the best block of some query. The same places are sampled in all blocks of a head, and in all items of
+    the batch; in a short block they are spread over its real tokens.
+
+    Args:
+        q, k: `[B, H, N, D]`.
+        q_blocks, k_blocks: partitions.
+        layout: token geometry.
+        samples: how many queries and keys of each block are looked at.
+        generator: draws the places, on the device of q.
+
+    Returns:
+        `[B, H, nq, nk]`.
+    """
+    queries, _ = _sampled(q, q_blocks, layout, samples[0], generator)
+    keys, real = _sampled(k, k_blocks, layout, samples[1], generator)
+    queries, keys = queries * q.shape[-1] ** -0.5, keys.flatten(2, 3).transpose(-1, -2)
+    count, scores = queries.shape[3], []
+    empty = ~real[:, None, None]
+    for group in row_groups(q_blocks.count, q.shape[0] * q.shape[1] * count * keys.shape[-1]):
+        logits = (queries[:, :, group].flatten(2, 3) @ keys).unflatten(-1, (k_blocks.count, -1)).amax(-1)
+        logits = logits.masked_fill(empty, -torch.inf)
+        logits = logits - logits.amax(-1, keepdim=True)
+        scores.append(logits.unflatten(2, (-1, count)).amax(3))
+    return torch.cat(scores, 2)
+
+
+def _sampled(
+    x: Tensor, blocks: Blocking, layout: TokenLayout, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Sampled tokens `[B, H, n, count, D]`, and which blocks have real tokens, bool `[B or 1, n]`."""
+    heads, size = x.shape[1], blocks.size
+    draw = torch.rand(heads, size, generator=generator, device=x.device)
+    place = draw.argsort(-1)[:, : min(count, size)].sort(-1).values
+    starts, lengths = (part.long() for part in blocks.on(x.device))
+    left = lengths.unsqueeze(0)
+    if layout.valid is not None:
+        valid = torch.tensor(layout.valid, device=x.device)
+        left = (valid.unsqueeze(-1) - starts).clamp(min=0).minimum(lengths)
+    # Places are spread over the real tokens of a short block.
+    offset = place[None, :, None] * left[:, None, :, None] // size
+    token = (starts[:, None] + offset).expand(x.shape[0], -1, -1, -1)
+    rows = working(x).gather(2, token.flatten(2).unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+    rows = rows.unflatten(2, token.shape[2:]).masked_fill((left == 0)[:, None, :, None, None], 0)
+    return rows, left > 0
