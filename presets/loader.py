@@ -1,39 +1,21 @@
-"""Find, read, merge and check presets."""
+"""Load a preset by name or from a file, and check it."""
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from dit_accel.errors import ConfigError, near_matches
+from dit_accel.errors import ConfigError
+from dit_accel.extras import EXTRAS_MODELS
 from dit_accel.methods.registry import config_error, get_method
-from dit_accel.presets.schema import Generation, MethodSpec, ModelFacts, Preset, check_size
+from dit_accel.presets.compose import preset_data, preset_names
+from dit_accel.presets.files import merge, read_yaml
+from dit_accel.presets.schema import Generation, MethodSpec, ModelFacts, Preset, check_size, check_task
 from dit_accel.schedule import Schedule
 
-_PARTS = (Generation, MethodSpec, ModelFacts, Preset, Schedule)
-_DENSE = {"method": {"name": "dense"}, "schedule": {}, "source": "the model as published, without acceleration"}
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice."""
-
-
-def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    twice = {key for key in keys if keys.count(key) > 1}
-    if twice:
-        raise yaml.constructor.ConstructorError(
-            None, None, f"key given twice: {', '.join(map(str, twice))}", node.start_mark
-        )
-    return loader.construct_mapping(node, deep=True)
-
-
-_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_PARTS = (Generation, MethodSpec, ModelFacts, Preset, Schedule, *EXTRAS_MODELS)
 
 
 def list_presets(family: str | None = None) -> list[str]:
@@ -42,7 +24,7 @@ def list_presets(family: str | None = None) -> list[str]:
     Args:
         family: only those of this family. Default: all.
     """
-    return sorted(n for n, (_, data) in _shipped().items() if family is None or data["family"] == family)
+    return preset_names(family)
 
 
 def load_preset(name: str | Path) -> Preset:
@@ -55,66 +37,33 @@ def load_preset(name: str | Path) -> Preset:
     """
     text = str(name)
     if not text.endswith((".yaml", ".yml")):
-        return _check(text, _shipped_data(text))
-    data = _read(Path(text).read_text(encoding="utf-8") if Path(text).is_file() else None, text)
+        return _check(text, preset_data(text))
+    if not Path(text).is_file():
+        raise ConfigError("preset", f"no such file: {text}")
+    data = read_yaml(Path(text).read_text(encoding="utf-8"), text)
+    data.setdefault("name", Path(text).stem)
     base = data.pop("extends", None)
     if base is not None:
         if not isinstance(base, str):
             raise ConfigError(f"{text}: extends", f"expected the name of a preset, got {base!r}")
-        inherited = _shipped_data(base)
-        if data.get("method", {}).get("name") not in (None, inherited["method"]["name"]):
-            inherited = {**inherited, "method": {}}  # parameters of another method do not carry over
-        data = _merge(inherited, data)
-    data.setdefault("name", Path(text).stem)
+        data = merge(_without_replaced(preset_data(base), data), data)
     return _check(text, data)
 
 
-def _shipped_data(name: str) -> dict[str, Any]:
-    known = _shipped()
-    if name not in known:
-        raise ConfigError("preset", f"unknown preset {name!r}{near_matches(name, known)}")
-    return known[name][1]
+def _without_replaced(inherited: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """What a file inherits: parameters of another method or step cache do not carry over."""
+    for keys in (("method",), ("extras", "cache")):
+        mine, theirs = _at(data, keys), _at(inherited, keys)
+        if mine.get("name") not in (None, theirs.get("name")):
+            theirs.clear()
+    return inherited
 
 
-@cache
-def _shipped() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Every shipped preset by name: its file and its data with the variant laid over the model."""
-    presets: dict[str, tuple[str, dict[str, Any]]] = {}
-    root = resources.files("dit_accel.presets")
-    for folder in sorted((f for f in root.iterdir() if f.is_dir()), key=lambda f: f.name):
-        for file in sorted(folder.iterdir(), key=lambda f: f.name):
-            if not file.name.endswith(".yaml"):
-                continue
-            data = _read(file.read_text(encoding="utf-8"), file.name)
-            variants = {"dense": _DENSE, **data.pop("variants", {})}
-            recommended = data.pop("recommended")
-            name = file.name.removesuffix(".yaml")
-            presets[name] = (file.name, _merge({**data, "name": name}, variants[recommended]))
-            for variant, values in variants.items():
-                presets[f"{name}/{variant}"] = (file.name, _merge({**data, "name": f"{name}/{variant}"}, values))
-    return presets
-
-
-def _read(text: str | None, where: str) -> dict[str, Any]:
-    if text is None:
-        raise ConfigError("preset", f"no such file: {where}")
-    try:
-        data = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark else ""
-        raise ConfigError(where, f"not YAML:{line} {getattr(error, 'problem', error)}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(where, f"expected a mapping, got {type(data).__name__}")
-    return data
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+def _at(data: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    found: Any = data
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _check(where: str, data: dict[str, Any]) -> Preset:
@@ -126,6 +75,8 @@ def _check(where: str, data: dict[str, Any]) -> Preset:
     try:
         get_method(preset.method.name, **preset.method.parameters)
         check_size(preset.model, preset.generation)
+        check_task(preset.task, preset.model.boundary, preset.generation, preset.schedule_2 is not None)
+        preset.extras.check()
     except ConfigError as error:
         raise ConfigError(f"preset {where}.{error.path}", error.message) from None
     return preset
