@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,9 +13,11 @@ from torch import nn
 
 from dit_accel.engine import Engine
 from dit_accel.errors import ConfigError, UnsupportedError
+from dit_accel.extras_cache import Guidance
+from dit_accel.extras_install import install_extras
 from dit_accel.families.base import Family
 from dit_accel.families.registry import family_of
-from dit_accel.families.tracking import track, untrack
+from dit_accel.families.tracking import RunStateHook, track, untrack
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method
 from dit_accel.presets import Preset, load_preset
@@ -28,11 +30,12 @@ _ACTIVE: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.WeakKeyDic
 
 @dataclass(frozen=True, eq=False)
 class _Installed:
-    """One accelerated transformer, and what is needed to put it back."""
+    """One accelerated transformer, its tracker, and what is needed to put it back."""
 
     model: nn.Module
     engine: Engine
     originals: tuple[tuple[Any, Any], ...]
+    hook: RunStateHook
 
 
 class Acceleration:
@@ -41,11 +44,15 @@ class Acceleration:
     Args:
         settings: method, parameters, schedule, preset and backend, for summary and report.
         installed: the transformers taken over, by component name.
+        undo_extras: switches the preset's extras off.
     """
 
-    def __init__(self, settings: dict[str, Any], installed: dict[str, _Installed]) -> None:
+    def __init__(
+        self, settings: dict[str, Any], installed: dict[str, _Installed], undo_extras: Callable[[], None]
+    ) -> None:
         self.settings = settings
         self._installed = installed
+        self._undo_extras = undo_extras
         self._last = Report([], settings)
         for part in installed.values():
             _ACTIVE[part.model] = self
@@ -68,6 +75,10 @@ class Acceleration:
         ]
         if not self._installed:
             return "removed: " + "; ".join(what)
+        if self.settings["schedule_2"] is not None:
+            what.append(f"schedule of transformer_2 {self.settings['schedule_2']}")
+        if self.settings["extras"]:
+            what.append(f"extras {self.settings['extras']}")
         where = [f"{name}: {len(part.originals)} attention layers" for name, part in self._installed.items()]
         where += self.settings.get("notes", [])
         calls = self.report()
@@ -89,7 +100,12 @@ class Acceleration:
             part.engine.reset()
 
     def remove(self) -> None:
-        """Put the original processors back, the very same objects; the report stays. A second call does nothing."""
+        """Put the original processors back, the very same objects; the report stays. A second call does nothing.
+
+        Of a preset's extras, step cache and compilation go; offload and casting, which store the weights, stay.
+        """
+        if not self._installed:
+            return
         self._last = self.report()
         for part in self._installed.values():
             for module, processor in part.originals:
@@ -97,6 +113,7 @@ class Acceleration:
             untrack(part.model)
             _ACTIVE.pop(part.model, None)
         self._installed = {}
+        self._undo_extras()
 
     def __enter__(self) -> Acceleration:
         return self
@@ -113,6 +130,7 @@ def accelerate(
     *,
     method: str | Method | None = None,
     schedule: Schedule | Mapping[str, Any] | None = None,
+    schedule_2: Schedule | Mapping[str, Any] | None = None,
     backend: str = "auto",
     break_even: float | None = None,
     seed: int = 0,
@@ -126,28 +144,34 @@ def accelerate(
 
     Args:
         pipe: a pipeline with a `transformer` (and `transformer_2` where the model has two), or the transformer.
-        preset: name, path or `Preset` that gives method, parameters and schedule. Default None: `method` gives them.
+        preset: name, path or `Preset` that gives method, parameters, schedule and extras. Default None: `method`
+            gives them, and there are no extras.
         method: name of a method (see `list_methods`) or a `Method`. Overrides the preset's. Default "dense" when
             there is no preset either.
         schedule: a `Schedule` or its fields as a mapping. Default: the preset's, else all calls run the method.
+        schedule_2: the same for `transformer_2` (Wan 2.2: the low-noise expert), whose steps count on from those of
+            the first. Default: the preset's, else as `schedule`.
         backend: backend of `block_attention`. Default "auto".
         break_even: density above which a call runs dense because dense is faster. Default None: as measured for the
             backend; 1.0 turns the rule off.
         seed: seed of methods that draw random numbers. Default 0.
         family: how to read the transformer, for one that has no family of its own:
             `GenericFamily(grid=(frames, height, width), text="before")`. Default None: looked up by its class.
-        parameters: the method's parameters (`density=0.3`) and fields of the schedule (`dense_steps=10`).
+        parameters: the method's parameters (`density=0.3`) and fields of both schedules (`dense_steps=10`).
 
     Returns:
         The handle.
 
     Raises:
         ConfigError: unknown preset, method or parameter, wrong type, value out of range; by dotted path.
-        UnsupportedError: no family knows the transformer, or a processor is not Diffusers' own.
+        UnsupportedError: no family knows the transformer, a processor is not Diffusers' own, or an extra of the preset
+            cannot work on this pipeline.
     """
     resolved = load_preset(preset) if isinstance(preset, (str, Path)) else preset
+    timing = {key: value for key, value in parameters.items() if key in Schedule.model_fields}
     policy, timetable = resolve_policy(resolved, method, schedule, parameters)
     models = _transformers(pipe)
+    second = _second_schedule(resolved, schedule, schedule_2, timing, models) or timetable
     families = {name: (family or family_of(model)).for_model(model) for name, model in models.items()}
     _check_family(resolved, families)
     for model in models.values():
@@ -158,12 +182,51 @@ def accelerate(
         "method": policy.name,
         "parameters": policy.model_dump(mode="json"),
         "schedule": timetable.model_dump(mode="json", exclude_defaults=True),
+        "schedule_2": None if second is timetable else second.model_dump(mode="json", exclude_defaults=True),
+        "extras": {} if resolved is None else resolved.extras.model_dump(mode="json", exclude_defaults=True),
         "backend": backend,
     }
     if notes := [f"{name}: {note}" for name, model in models.items() for note in families[name].notes(model)]:
         settings["notes"] = notes
-    engines = (policy, timetable, backend, break_even, seed)
-    return Acceleration(settings, {n: _install(n, m, families[n], *engines) for n, m in models.items()})
+    undo_extras = _install_extras(resolved, pipe, models)
+    installed = {}
+    try:
+        for name, model in models.items():
+            chosen = second if name == "transformer_2" else timetable
+            installed[name] = _install(name, model, families[name], policy, chosen, backend, break_even, seed)
+    except UnsupportedError:
+        Acceleration(settings, installed, lambda: None).remove()
+        undo_extras()
+        raise
+    for part in installed.values():
+        part.hook.siblings = [other.hook for other in installed.values() if other is not part]
+    return Acceleration(settings, installed, undo_extras)
+
+
+def _install_extras(preset: Preset | None, pipe: Any, models: dict[str, nn.Module]) -> Callable[[], None]:
+    if preset is None:
+        return lambda: None
+    values = preset.generation
+    guidance = Guidance(values.num_inference_steps, values.guidance_scale, values.true_cfg_scale)
+    return install_extras(preset.extras, pipe, models, guidance)
+
+
+def _second_schedule(
+    preset: Preset | None,
+    schedule: Schedule | Mapping[str, Any] | None,
+    schedule_2: Schedule | Mapping[str, Any] | None,
+    timing: dict[str, Any],
+    models: dict[str, nn.Module],
+) -> Schedule | None:
+    """The schedule of `transformer_2` where it differs; a `schedule` given in the call replaces both of a preset."""
+    if schedule_2 is None and schedule is None and preset is not None:
+        schedule_2 = preset.schedule_2
+    if schedule_2 is None:
+        return None
+    if "transformer_2" not in models:
+        raise ConfigError("schedule_2", "is for the second of two experts, and this pipeline has no transformer_2")
+    fields = schedule_2.model_dump(exclude_unset=True) if isinstance(schedule_2, Schedule) else dict(schedule_2)
+    return Schedule.make("schedule_2", **{**fields, **timing})
 
 
 def _install(
@@ -189,8 +252,7 @@ def _install(
     originals = tuple((layer.module, layer.module.processor) for layer in layers)
     for layer in layers:
         layer.module.set_processor(processors[layer.role])
-    track(model, family, engine.begin)
-    return _Installed(model, engine, originals)
+    return _Installed(model, engine, originals, track(model, family, engine.begin))
 
 
 def resolve_policy(

@@ -4,6 +4,7 @@ quantisation. This file says what may be asked for; `extras_install` does it.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Annotated, Any, Literal
 
@@ -174,9 +175,7 @@ def quantization_config(spec: Quantization) -> Any:
 
 def _torchao_type(name: Any) -> Any:
     """An object of torchao's own config class, by its name."""
-    import torchao.quantization
-
-    kind = getattr(torchao.quantization, str(name), None)
+    kind = getattr(importlib.import_module("torchao.quantization"), str(name), None)
     if not (isinstance(kind, type) and str(name).endswith("Config")):
         raise ConfigError(
             "extras.quantization.parameters.quant_type",

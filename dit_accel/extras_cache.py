@@ -101,7 +101,7 @@ def _make_config(spec: StepCache, pipe: Any, guidance: Guidance) -> Any:
     import torch
 
     kind, source = _config_class(spec.name), _call_source(pipe)
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in spec.parameters.items()}
+    values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in spec.parameters.items()}
     if spec.name in _NEEDS_TIMESTEP:
         values["current_timestep_callback"] = lambda: pipe.current_timestep
     if spec.name == "faster":

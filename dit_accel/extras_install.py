@@ -84,7 +84,7 @@ def _offload(spec: Offload, pipe: Any, models: dict[str, nn.Module]) -> None:
     if spec.mode == "group":
         if any(_has_hook(model, "group_offloading") for model in models.values()):
             return
-        target = pipe if not isinstance(pipe, nn.Module) else next(iter(models.values()))
+        target: Any = pipe if not isinstance(pipe, nn.Module) else next(iter(models.values()))
         target.enable_group_offload(
             onload_device=device,
             offload_type=spec.type,

@@ -1,15 +1,21 @@
-"""Load a Diffusers pipeline: from a folder, from the hub, or the small one that ships."""
+"""Load a Diffusers pipeline (from a folder, from the hub, one that ships, a tiny random one) and call it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import resources
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 from dit_accel.errors import ConfigError
+from dit_accel.extras import Extras, quantization_config
+from dit_accel.presets import Generation, Preset
 
 _SHIPPED = "samples/"
+TINY = "tiny"
+"""Name of the model that is made in place of the preset's: random weights, nothing to download."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -72,7 +78,9 @@ def resolve_device(device: str, dtype: str) -> tuple[str, Any]:
     return device, getattr(torch, dtype)
 
 
-def load_pipeline(model: str, device: str = "auto", dtype: str = "auto", pipeline_class: Any = None) -> Any:
+def load_pipeline(
+    model: str, device: str = "auto", dtype: str = "auto", pipeline_class: Any = None, extras: Extras | None = None
+) -> Any:
     """Load a pipeline from safetensors and move it to its device.
 
     Args:
@@ -80,16 +88,95 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "auto", pipelin
         device: torch device or "auto".
         dtype: "auto", "float32", "bfloat16" or "float16".
         pipeline_class: Diffusers class. Default: what the folder says.
+        extras: of a preset. Quantisation happens here, while weights are read; with offload, weights stay in main
+            memory. Default None: neither.
 
     Raises:
-        ConfigError: the model cannot be found or is not a pipeline.
+        ConfigError: the model cannot be found or is not a pipeline, or its quantisation cannot be made here.
     """
     source = check_model(model)
     where, kind = resolve_device(device, dtype)
+    options: dict[str, Any] = {"dtype": kind, "use_safetensors": True}
+    if extras is not None and extras.quantization is not None:
+        options["quantization_config"] = quantization_config(extras.quantization)
     from diffusers import DiffusionPipeline
 
     try:
-        pipe = (pipeline_class or DiffusionPipeline).from_pretrained(source, dtype=kind, use_safetensors=True)
+        pipe = (pipeline_class or DiffusionPipeline).from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError("model", f"cannot load {model}: {str(error).splitlines()[0]}") from error
-    return pipe.to(where)
+    return pipe if extras is not None and extras.offload is not None else pipe.to(where)
+
+
+def load_for_preset(
+    preset: Preset, model: str | None, device: str = "auto", dtype: str = "auto", pipeline_class: Any = None
+) -> Any:
+    """Load the model that a preset is for, or `model` in its place.
+
+    Args:
+        preset: says the model and what to do while loading.
+        model: pipeline folder, hub id, or "tiny": random weights at the structure of the preset's model, made here.
+            Default None: the preset's.
+        device, dtype: as in `load_pipeline`.
+        pipeline_class: Diffusers class. Default: the preset's.
+
+    Raises:
+        ConfigError: see `load_pipeline`; "tiny" with quantisation, since nothing is loaded then.
+    """
+    cls = pipeline_class or stock_pipeline(preset.pipeline)
+    if model != TINY:
+        return load_pipeline(model or preset.repository, device, dtype, cls, preset.extras)
+    if preset.extras.quantization is not None:
+        raise ConfigError(
+            "extras.quantization", "weights are quantised while loading, and the tiny model is not loaded"
+        )
+    from dit_accel.samples.tiny_random import tiny_pipeline
+
+    where, kind = resolve_device(device, dtype)
+    pipe = tiny_pipeline(preset.tiny)
+    config = {key: value for key, value in pipe.config.items() if key in signature(cls).parameters}
+    pipe = cls(**{**config, **pipe.components})
+    if str(kind) != "torch.float32":
+        pipe = pipe.to(dtype=kind)
+    return pipe if preset.extras.offload is not None else pipe.to(where)
+
+
+def stock_pipeline(name: str) -> Any:
+    """The Diffusers pipeline class called `name`.
+
+    Raises:
+        ConfigError: this version of Diffusers has none.
+    """
+    import diffusers
+
+    cls = getattr(diffusers, name, None)
+    if not isinstance(cls, type):
+        raise ConfigError("pipeline", f"Diffusers {diffusers.__version__} has no pipeline {name}")
+    return cls
+
+
+def call_parameters(pipeline_class: Any) -> Mapping[str, Parameter]:
+    """The parameters of the Diffusers pipeline's own call, without `self`."""
+    stock = next(cls for cls in pipeline_class.__mro__ if cls.__module__.startswith("diffusers."))
+    parameters = dict(signature(stock.__call__).parameters)
+    parameters.pop("self")
+    return parameters
+
+
+def call_arguments(pipe: Any, generation: Generation) -> dict[str, Any]:
+    """A preset's generation values as arguments of this pipeline's call; what the call does not take is left out.
+
+    Where guidance is not an argument but a guider (HunyuanVideo 1.5), the guider is set.
+    """
+    known = call_parameters(type(pipe))
+    values = generation.model_dump(exclude_none=True, exclude={"fps"})
+    if not values["negative_prompt"] and "true_cfg_scale" in known:
+        values.pop("negative_prompt")  # an empty one would be encoded for nothing
+    guider = getattr(pipe, "guider", None)
+    scale = values.get("guidance_scale")
+    if guider is not None and scale is not None and guider.guidance_scale != scale:
+        pipe.guider = guider.new(guidance_scale=scale)
+    values = {name: value for name, value in values.items() if name in known}
+    if "max_area" in known:  # FLUX Kontext otherwise turns every size into one of a megapixel
+        values |= {"max_area": generation.height * generation.width, "_auto_resize": False}
+    return values

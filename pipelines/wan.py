@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from diffusers import WanImageToVideoPipeline, WanPipeline
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanVACEPipeline
 
 from dit_accel.pipelines.base import FromPreset
 
@@ -12,10 +10,10 @@ from dit_accel.pipelines.base import FromPreset
 class WanAccelPipeline(FromPreset, WanPipeline):
     """`diffusers.WanPipeline` (text to video), accelerated by a preset."""
 
-    task: ClassVar[str] = "t2v"
-
 
 class WanAccelImageToVideoPipeline(FromPreset, WanImageToVideoPipeline):
-    """`diffusers.WanImageToVideoPipeline`, accelerated by a preset."""
+    """`diffusers.WanImageToVideoPipeline` (first frame, or first and last, to video), accelerated by a preset."""
 
-    task: ClassVar[str] = "i2v"
+
+class WanAccelVACEPipeline(FromPreset, WanVACEPipeline):
+    """`diffusers.WanVACEPipeline` (text, reference images and control video to video), accelerated by a preset."""

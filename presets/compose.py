@@ -54,6 +54,7 @@ def preset_names(family: str | None = None) -> list[str]:
 def _models() -> dict[str, tuple[dict[str, Any], dict[str, Any], str]]:
     """Every model at each size: its data without a method, its variants, and the recommended one."""
     models: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {}
+    profiles = _read(_root() / _PROFILES)
     for file, data in _model_files():
         own, recommended = data.pop("variants", {}), data.pop("recommended", "balanced")
         sizes = data.pop("sizes", {file.removesuffix(".yaml"): {}})
@@ -61,7 +62,7 @@ def _models() -> dict[str, tuple[dict[str, Any], dict[str, Any], str]]:
             if name in models:
                 raise ConfigError(file, f"the preset {name!r} stands in two files")
             model = merge(data, size)
-            models[name] = (model, {**_profiles(model), **own}, recommended)
+            models[name] = (model, {**_fit_profiles(profiles, model), **own}, recommended)
     for variant, model_name, values in _published(set(models)):
         variants = models[model_name][1]
         if variant in variants:
@@ -78,10 +79,9 @@ def _model_files() -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, merge(shared, _read(files[name]))
 
 
-def _profiles(model: dict[str, Any]) -> dict[str, Any]:
+def _fit_profiles(profiles: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     """The profiles for one model; a `warm_up` share of its steps becomes a number of dense steps."""
-    profiles, kind = _read(_root() / _PROFILES), "image" if model["task"] in IMAGE_TASKS else "video"
-    found = {}
+    kind, found = "image" if model["task"] in IMAGE_TASKS else "video", {}
     for name, values in profiles.items():
         schedule = dict(values.get("schedule", {}))
         if "warm_up" in values:
@@ -110,7 +110,6 @@ def _published(models: set[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
                 yield setting.get("variant", method), model, values
 
 
-@cache
 def _read(file: Traversable) -> dict[str, Any]:
     return read_yaml(file.read_text(encoding="utf-8"), file.name)
 

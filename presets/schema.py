@@ -18,7 +18,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Triple = Annotated[
     tuple[Positive, Positive, Positive], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 ]
-Task = Literal["t2v", "i2v", "flf2v", "vace", "t2i", "edit", "fill"]
+Task = Literal["t2v", "i2v", "flf2v", "vace", "t2i", "i2i", "fill"]
 
 
 class Inputs(NamedTuple):
@@ -39,10 +39,10 @@ TASK_INPUTS: dict[str, Inputs] = {
     "flf2v": Inputs(("image", "last_image")),
     "vace": Inputs((), ("image", "video")),
     "t2i": Inputs(),
-    "edit": Inputs(("image",)),
+    "i2i": Inputs(("image",)),
     "fill": Inputs(("image", "mask")),
 }
-IMAGE_TASKS = ("t2i", "edit", "fill")
+IMAGE_TASKS = ("t2i", "i2i", "fill")
 
 
 class Generation(BaseModel):
@@ -57,7 +57,7 @@ class Generation(BaseModel):
         guidance_scale_2: guidance of the second expert, where the model has two.
         true_cfg_scale: classifier-free guidance on top of the embedded one. Default: the pipeline's own (off).
         max_sequence_length: text tokens. Default: the pipeline's own.
-        fps: frames per second of the written file; videos only.
+        fps: frames per second of the written file. Default 1: an image.
         negative_prompt: default "".
     """
 
@@ -71,7 +71,7 @@ class Generation(BaseModel):
     guidance_scale_2: Scale | None = None
     true_cfg_scale: Scale | None = None
     max_sequence_length: Positive | None = None
-    fps: Positive | None = None
+    fps: Positive = 1
     negative_prompt: str = ""
 
 
@@ -126,8 +126,9 @@ class Preset(BaseModel):
         description: one line.
         family: family of the transformer ("wan").
         pipeline: Diffusers class of the pipeline ("WanPipeline").
-        task: what is made from what: "t2v", "i2v", "flf2v" (first and last frame), "vace", "t2i", "edit", "fill".
+        task: what is made from what: "t2v", "i2v", "flf2v" (first and last frame), "vace", "t2i", "i2i", "fill".
         repository: hub id, or "samples/..." for a model that ships with the library.
+        tiny: name of the tiny random pipeline of the same structure, for smoke tests.
         generation: defaults of a generation.
         model: facts for estimates.
         method: the method; checked against the registry.
@@ -146,6 +147,7 @@ class Preset(BaseModel):
     pipeline: str
     task: Task
     repository: str
+    tiny: str
     generation: Generation
     model: ModelFacts
     method: MethodSpec
@@ -193,9 +195,8 @@ def check_task(task: str, boundary: float | None, generation: Generation, has_sc
     is_image = task in IMAGE_TASKS
     if is_image and generation.num_frames != 1:
         raise ConfigError("generation.num_frames", f"task {task} makes one image, got {generation.num_frames}")
-    if is_image != (generation.fps is None):
-        expected = "nothing, since an image has no frame rate" if is_image else "frames per second"
-        raise ConfigError("generation.fps", f"expected {expected}, got {generation.fps}")
+    if is_image and generation.fps != 1:
+        raise ConfigError("generation.fps", f"task {task} makes one image, which has no frame rate")
     for name, given in (
         ("generation.guidance_scale_2", generation.guidance_scale_2 is not None),
         ("schedule_2", has_schedule_2),

@@ -1,8 +1,9 @@
-"""`generate-video`: from a prompt to a video file and a report."""
+"""`generate-video`: from a prompt to a video or image file and a report."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +11,7 @@ import typer
 
 from dit_accel.cli.app import console, run_app, version_option
 from dit_accel.errors import ConfigError
-from dit_accel.presets import Generation, MethodSpec, Preset, list_presets, load_preset
-from dit_accel.presets.schema import check_size
+from dit_accel.presets import Preset, list_presets, load_preset
 from dit_accel.report import environment
 from dit_accel.video_io import OutputFile
 
@@ -24,7 +24,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Option(help="What to show.")] = None,
-    output: Annotated[Path | None, typer.Option(help="File to write: .mp4, .gif or .png (first frame).")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write: .mp4, .gif or .png (of a video: its first frame).")
+    ] = None,
     preset: Annotated[str, typer.Option(help="Preset name or YAML file.")] = DEFAULT_PRESET,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
@@ -33,10 +35,21 @@ def generate(
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
     guidance_scale_2: Annotated[float | None, typer.Option(help="Guidance of the second expert (Wan 2.2).")] = None,
+    true_cfg_scale: Annotated[
+        float | None, typer.Option(help="Guidance on top of the embedded one (HunyuanVideo, FLUX).")
+    ] = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 0,
-    image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video presets.")] = None,
-    model: Annotated[str | None, typer.Option(help="Pipeline folder or hub id instead of the preset's.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="First frame, image to edit or fill, or reference image, as the task says.")
+    ] = None,
+    last_image: Annotated[Path | None, typer.Option(help="Last frame, for first-and-last-frame presets.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="What to fill: white, for fill presets.")] = None,
+    video: Annotated[Path | None, typer.Option(help="Control video, for VACE presets.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Pipeline folder or hub id instead of the preset's, or tiny: small random weights."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     method: Annotated[str | None, typer.Option(help="Method instead of the preset's.")] = None,
@@ -48,137 +61,97 @@ def generate(
     show_presets: Annotated[bool, typer.Option("--list-presets", help="List the presets and leave.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=version_option, is_eager=True)] = False,
 ) -> None:
-    """Generate a video with an accelerated diffusion transformer. Default: the small model that ships."""
+    """Generate a video or an image with an accelerated diffusion transformer. Default: the small model that ships."""
     if show_presets:
         console.print("\n".join(list_presets()), markup=False)
         return
-    resolved = load_preset(preset)
+    from dit_accel.cli.inputs import check_inputs
+    from dit_accel.cli.overrides import override_generation, override_method
+    from dit_accel.cli.showing import show_preset
+
     sizes = {"height": height, "width": width, "num_frames": num_frames, "fps": fps}
     sampling = {"num_inference_steps": num_inference_steps, "negative_prompt": negative_prompt}
-    guidance = {"guidance_scale": guidance_scale, "guidance_scale_2": guidance_scale_2}
-    resolved = _override(resolved, {**sizes, **sampling, **guidance})
-    parameters = {"density": density, "dense_steps": dense_steps}
-    changes = {name: value for name, value in parameters.items() if value is not None}
-    resolved = _apply_method(resolved, method, changes)
+    guidance = {
+        "guidance_scale": guidance_scale,
+        "guidance_scale_2": guidance_scale_2,
+        "true_cfg_scale": true_cfg_scale,
+    }
+    resolved = override_generation(load_preset(preset), {**sizes, **sampling, **guidance}, model)
+    resolved = override_method(resolved, method, {"density": density, "dense_steps": dense_steps})
     if dry_run:
-        _show(resolved, model)
+        show_preset(resolved, model, device)
         return
     if not prompt:
         raise ConfigError(_NEEDED, "expected a text, for example --prompt 'a red ball moving right'")
-    if (image is not None) != (resolved.task == "i2v"):
-        needs = "needs" if resolved.task == "i2v" else "does not take"
-        raise ConfigError("--image", f"preset {resolved.name} is {resolved.task} and {needs} an image")
-    name = resolved.name.replace("/", "-")
-    target = output or Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-seed{seed}.mp4"
-    _make(resolved, prompt, target, report, seed, image, model or resolved.repository, device, dtype, backend)
+    inputs = {"image": image, "last_image": last_image, "mask": mask, "video": video}
+    check_inputs(resolved, inputs)
+    run = _Run(resolved, prompt, seed, inputs, model, device, dtype, backend)
+    _make(run, output or _default_output(resolved, seed), report)
 
 
-def _override(preset: Preset, values: dict[str, Any]) -> Preset:
-    """Lay the command line's generation values over the preset's, and check them as the preset's own."""
-    given = {name: value for name, value in values.items() if value is not None}
-    if not given:
-        return preset
-    from pydantic import ValidationError
+@dataclass(frozen=True)
+class _Run:
+    """Everything that one generation needs to know."""
 
-    from dit_accel.methods.registry import config_error
-
-    try:
-        generation = Generation(**{**preset.generation.model_dump(), **given})
-    except ValidationError as error:
-        raise config_error(error, "generation", list(Generation.model_fields)) from None
-    check_size(preset.model, generation)
-    return preset.model_copy(update={"generation": generation})
+    preset: Preset
+    prompt: str
+    seed: int
+    inputs: dict[str, Path | None]
+    model: str | None
+    device: str
+    dtype: str
+    backend: str
 
 
-def _apply_method(preset: Preset, method: str | None, changes: dict[str, Any]) -> Preset:
-    from dit_accel.acceleration import resolve_policy
-
-    policy, schedule = resolve_policy(preset, method, None, dict(changes))
-    chosen = MethodSpec(name=policy.name, parameters=policy.model_dump(mode="json", exclude_unset=True))
-    return preset.model_copy(update={"method": chosen, "schedule": schedule})
+def _default_output(preset: Preset, seed: int) -> Path:
+    suffix = ".png" if preset.makes_image else ".mp4"
+    name = preset.name.replace("/", "-")
+    return Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-seed{seed}{suffix}"
 
 
-def _show(preset: Preset, model: str | None) -> None:
-    from dit_accel.estimate import EFFICIENCY, OVERHEAD, estimate
-
-    guess = estimate(preset)
-    frames, height, width = guess.grid
-    console.print(preset.to_yaml().rstrip(), markup=False)
-    console.print(f"model: {model or preset.repository} (not loaded)", markup=False)
-    console.print(f"video tokens: {guess.tokens} ({frames} x {height} x {width})")
-    console.print(f"self-attention: {guess.attention_share:.0%} of the transformer's operations when dense")
-    if guess.gain is None:
-        console.print("predicted gain: not known before a run, since the method decides its density")
-        return
-    console.print(f"expected density: {guess.density:.3f} in sparse calls, {guess.dense_share:.0%} of the calls dense")
-    console.print(
-        f"predicted gain of the denoising loop: {guess.gain:.2f}x (if a sparse pair costs {1 / EFFICIENCY:.1f} dense "
-        f"pairs, and selecting {OVERHEAD:.0%} of dense attention)"
-    )
-
-
-def _make(
-    preset: Preset,
-    prompt: str,
-    target: Path,
-    report: Path | None,
-    seed: int,
-    image: Path | None,
-    model: str,
-    device: str,
-    dtype: str,
-    backend: str,
-) -> None:
+def _make(run: _Run, target: Path, report: Path | None) -> None:
     """Check the output path, load, generate, write."""
-    report = report or target.with_suffix(".json")
+    preset, report = run.preset, report or target.with_suffix(".json")
+    if preset.makes_image and target.suffix.lower() != ".png":
+        raise ConfigError("--output", f"preset {preset.name} makes an image: expected a name that ends in .png")
     with OutputFile(target) as file:
         from dit_accel.acceleration import accelerate
+        from dit_accel.cli.inputs import read_inputs
         from dit_accel.cli.running import call_pipeline, quiet_loading
-        from dit_accel.models import load_pipeline
+        from dit_accel.models import load_for_preset
 
         quiet_loading()
-        first_frame = None if image is None else _open_image(image, preset)
-        console.print(f"{preset.name}: loading {model}", markup=False)
+        inputs = read_inputs(preset, run.inputs)
+        console.print(f"{preset.name}: loading {run.model or preset.repository}", markup=False)
         begun = time.perf_counter()
-        pipe = load_pipeline(model, device, dtype)
+        pipe = load_for_preset(preset, run.model, run.device, run.dtype)
         loaded = time.perf_counter() - begun
-        with accelerate(pipe, preset, backend=backend) as acceleration:
-            frames, times = call_pipeline(pipe, preset.generation, prompt, seed, first_frame)
-            run = acceleration.report()
+        with accelerate(pipe, preset, backend=run.backend) as acceleration:
+            frames, times = call_pipeline(pipe, preset.generation, run.prompt, run.seed, inputs)
+            result = acceleration.report()
         file.write(frames, preset.generation.fps)
-        _write_report(report, preset, prompt, seed, model, {"load": loaded, **times}, run.to_dict())
-        console.print(run.summary(), markup=False)
+        _write_report(report, run, {"load": loaded, **times}, result.to_dict())
+        console.print(result.summary(), markup=False)
         console.print(f"denoising {times['denoise']:.1f} s, total {time.perf_counter() - begun:.1f} s")
-        console.print(f"video: {target}\nreport: {report}", markup=False)
+        kind = "image" if preset.makes_image else "video"
+        console.print(f"{kind}: {target}\nreport: {report}", markup=False)
 
 
-def _open_image(path: Path, preset: Preset) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        picture = Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError):
-        raise ConfigError("--image", f"cannot read {path} as an image") from None
-    return picture.resize((preset.generation.width, preset.generation.height))
-
-
-def _write_report(
-    path: Path, preset: Preset, prompt: str, seed: int, model: str, times: dict[str, Any], run: dict[str, Any]
-) -> None:
+def _write_report(path: Path, run: _Run, times: dict[str, Any], calls: dict[str, Any]) -> None:
     import json
     import os
 
     head = {
-        "prompt": prompt,
-        "seed": seed,
-        "model": model,
-        "preset": preset.model_dump(mode="json"),
+        "prompt": run.prompt,
+        "seed": run.seed,
+        "model": run.model or run.preset.repository,
+        "preset": run.preset.model_dump(mode="json"),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "times": times,
         "environment": environment(),
     }
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({**head, **run}, indent=1), encoding="utf-8")
+    temporary.write_text(json.dumps({**head, **calls}, indent=1), encoding="utf-8")
     os.replace(temporary, path)
 
 

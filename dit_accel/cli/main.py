@@ -36,28 +36,17 @@ def root(version: Annotated[bool, typer.Option("--version", callback=version_opt
 
 @presets_app.callback()
 def presets(
-    context: typer.Context, family: Annotated[str | None, typer.Option(help="Only those of this family.")] = None
+    context: typer.Context,
+    family: Annotated[str | None, typer.Option(help="Only those of this family.")] = None,
+    device: Annotated[str, typer.Option(help="Predict the gain for auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """List the presets with their size, method and predicted gain."""
+    """List the presets with their size, method, density, attention share and predicted gain."""
     if context.invoked_subcommand:
         return
-    from dit_accel.estimate import estimate
-    from dit_accel.presets import list_presets, load_preset
+    from dit_accel.cli.showing import presets_table
+    from dit_accel.estimate import machine_here
 
-    table = Table("preset", "task", "size", "method", "density", "attention", "gain")
-    for name in list_presets(family):
-        preset = load_preset(name)
-        guess, size = estimate(preset), preset.generation
-        table.add_row(
-            name,
-            preset.task,
-            f"{size.height}x{size.width}x{size.num_frames}",
-            preset.method.name,
-            "?" if guess.density is None else f"{guess.density:.2f}",
-            f"{guess.attention_share:.0%}",
-            "?" if guess.gain is None else f"{guess.gain:.2f}x",
-        )
-    console.print(table)
+    console.print(presets_table(family, machine_here(device)))
 
 
 @presets_app.command("show")

@@ -22,7 +22,8 @@ class RunStateHook(ModelHook):
 
     Step, noise level and branch come from the pipeline's `cache_context` where it gives them. Without it, steps
     are counted from the timestep argument: a lower timestep is the next step, a repeated one is the next guidance
-    branch of the same step, and a higher one begins a new generation.
+    branch of the same step, and a higher one begins a new generation. Where one transformer takes over from another
+    (Wan 2.2), its steps count on from those of the one before; `siblings` are the hooks of the others.
     """
 
     _is_stateful = True
@@ -34,6 +35,7 @@ class RunStateHook(ModelHook):
         # Diffusers hands the cache context to every StateManager that it finds on a stateful hook.
         self.contexts = StateManager(BaseState)
         self.last: RunState | None = None
+        self.siblings: list[RunStateHook] = []
         self.generation = -1
         self._seen: set[str] = set()
         self._timestep: float | None = None
@@ -99,8 +101,13 @@ class RunStateHook(ModelHook):
             branch = "default"
         self._seen.add(branch)
         self._timestep = noise
-        step = 0 if is_new or last is None else last.step + (0 if same_step else 1)
+        step = self._first_step(noise) if is_new or last is None else last.step + (0 if same_step else 1)
         return self._make(geometry, step, min(noise, 1.0), branch, None, is_new)
+
+    def _first_step(self, noise: float) -> int:
+        """The step after the last one of a sibling that ran at a higher noise level; 0 where there is none."""
+        before = [h.last.step for h in self.siblings if h.last and h._timestep is not None and h._timestep > noise]
+        return max(before, default=-1) + 1
 
     def _make(
         self, geometry: ForwardGeometry, step: int, noise: float, branch: str, steps: int | None, is_new: bool

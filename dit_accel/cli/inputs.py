@@ -1,0 +1,83 @@
+"""Images and videos that a task takes besides its prompt: which options it needs, and reading them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dit_accel.errors import ConfigError
+from dit_accel.presets import Preset
+from dit_accel.presets.schema import TASK_INPUTS
+
+_WORDS = {"image": "an image", "last_image": "a last image", "mask": "a mask", "video": "a control video"}
+
+
+def check_inputs(preset: Preset, given: Mapping[str, Path | None]) -> None:
+    """Refuse a missing input, and one that the task has no use for.
+
+    Args:
+        preset: says the task.
+        given: file of every input option, None where it was left out.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    inputs = TASK_INPUTS[preset.task]
+    for name, path in given.items():
+        option = f"--{name.replace('_', '-')}"
+        if path is None and name in inputs.required:
+            raise ConfigError(option, f"preset {preset.name} is {preset.task} and needs {_WORDS[name]}")
+        if path is not None and name not in inputs.required + inputs.optional:
+            raise ConfigError(option, f"preset {preset.name} is {preset.task} and does not take {_WORDS[name]}")
+
+
+def read_inputs(preset: Preset, given: Mapping[str, Path | None]) -> dict[str, Any]:
+    """The inputs as arguments of the pipeline's call; pictures are cut to the proportions of the result and scaled.
+
+    Raises:
+        ConfigError: a file that cannot be read, or a video that is too short.
+    """
+    size = (preset.generation.width, preset.generation.height)
+    arguments: dict[str, Any] = {}
+    for name, path in given.items():
+        if path is None:
+            continue
+        if name == "video":
+            arguments["video"] = _open_video(path, size, preset.generation.num_frames)
+        elif preset.task == "vace":
+            arguments["reference_images"] = [_open_image(path, "--image")]
+        else:
+            picture = _fit(_open_image(path, f"--{name.replace('_', '-')}"), size)
+            arguments["mask_image" if name == "mask" else name] = picture.convert("L") if name == "mask" else picture
+    return arguments
+
+
+def _fit(picture: Any, size: tuple[int, int]) -> Any:
+    from PIL import ImageOps
+
+    return ImageOps.fit(picture, size)
+
+
+def _open_image(path: Path, option: str) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, UnidentifiedImageError):
+        raise ConfigError(option, f"cannot read {path} as an image") from None
+
+
+def _open_video(path: Path, size: tuple[int, int], frames: int) -> list[Any]:
+    import imageio.v3 as imageio
+    from PIL import Image
+
+    pictures: list[Any] = []
+    try:
+        for pixels in imageio.imiter(path):
+            pictures.append(_fit(Image.fromarray(pixels).convert("RGB"), size))
+            if len(pictures) == frames:
+                return pictures
+    except (OSError, ValueError, TypeError):
+        raise ConfigError("--video", f"cannot read {path} as a video") from None
+    raise ConfigError("--video", f"expected at least {frames} frames (--num-frames), got {len(pictures)} in {path}")

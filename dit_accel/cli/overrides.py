@@ -1,0 +1,86 @@
+"""Lay options of the command line over a preset, and refuse those that its pipeline has no use for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from dit_accel.acceleration import resolve_policy
+from dit_accel.errors import ConfigError
+from dit_accel.methods.registry import config_error
+from dit_accel.models import TINY, call_parameters, stock_pipeline
+from dit_accel.presets import Generation, MethodSpec, Preset
+from dit_accel.presets.schema import check_size, check_task
+
+_BY_GUIDER = "guidance_scale"
+
+
+def override_generation(preset: Preset, values: dict[str, Any], model: str | None) -> Preset:
+    """The preset with the command line's generation values, checked as its own.
+
+    Args:
+        preset: to lay them over.
+        values: by name of `Generation`; None where an option was left out.
+        model: the option `--model`; the tiny model has a size of its own, and none of the real model's limits.
+
+    Raises:
+        ConfigError: a wrong value, a size that the model cannot make, or an option that its pipeline does not take.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    _check_taken(preset, given)
+    sizes = _tiny_size(preset) if model == TINY else {}
+    try:
+        generation = Generation(**{**preset.generation.model_dump(), **sizes, **given})
+    except ValidationError as error:
+        raise config_error(error, "generation", list(Generation.model_fields)) from None
+    check_task(preset.task, preset.model.boundary, generation, preset.schedule_2 is not None)
+    if model != TINY:
+        check_size(preset.model, generation)
+    return preset.model_copy(update={"generation": generation})
+
+
+def override_method(preset: Preset, method: str | None, changes: dict[str, Any]) -> Preset:
+    """The preset with another method, other parameters (`density`) or dense steps; None where left out."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    policy, schedule = resolve_policy(preset, method, None, dict(given))
+    chosen = MethodSpec(name=policy.name, parameters=policy.model_dump(mode="json", exclude_unset=True))
+    update: dict[str, Any] = {"method": chosen, "schedule": schedule}
+    if preset.schedule_2 is not None and "dense_steps" in given:
+        update["schedule_2"] = schedule.make(
+            "schedule_2", **{**preset.schedule_2.model_dump(exclude_unset=True), "dense_steps": given["dense_steps"]}
+        )
+    return preset.model_copy(update=update)
+
+
+def _tiny_size(preset: Preset) -> dict[str, Any]:
+    from dit_accel.samples.tiny_random import tiny_arguments
+
+    arguments = {"height": 32, "width": 48, **tiny_arguments(preset.tiny)}
+    return {name: arguments[name] for name in ("height", "width", "num_frames") if name in arguments}
+
+
+def _check_taken(preset: Preset, given: dict[str, Any]) -> None:
+    """Every value given must reach the pipeline."""
+    names = [name for name in given if name != "fps"]
+    if not names:
+        return
+    cls = stock_pipeline(preset.pipeline)
+    known = call_parameters(cls)
+    for name in names:
+        if name not in known and not (name == _BY_GUIDER and has_guider(cls)) and name != "num_frames":
+            raise ConfigError(f"--{name.replace('_', '-')}", f"{preset.pipeline} takes no {name}{_instead(name)}")
+    scale = given.get("true_cfg_scale", preset.generation.true_cfg_scale) or 1.0
+    if given.get("negative_prompt") and "true_cfg_scale" in known and scale <= 1:
+        raise ConfigError("--negative-prompt", f"{preset.pipeline} uses it only with --true-cfg-scale above 1")
+
+
+def _instead(name: str) -> str:
+    return "; the size follows the image" if name in ("height", "width") else ""
+
+
+def has_guider(pipeline_class: Any) -> bool:
+    """Whether the pipeline holds its guidance in a guider, not in an argument of its call."""
+    from inspect import signature
+
+    return "guider" in signature(pipeline_class).parameters
