@@ -228,7 +228,7 @@ class Engine:
         state = self._state()
         planned, qkv = self._planner.plan(method, layer, layout, state, _of_heads((q, k, v), heads), record)
         request = request_of(qkv[0], planned.plan, method.remainder, method.completes, method.precision)
-        call = self._planner.call(method, layer, layout, state)
+        call = self._planner.call(method, layer, layout, state, len(q))
         return _Part(heads, method, planned, qkv, call, choose_backend(self.backend, request))
 
     def _groups(self, method: Method, layer: int, shard: HeadShard, device: torch.device) -> _Groups:

@@ -32,6 +32,7 @@ _NEEDS_CONTEXT = ("first_block", "taylorseer")
 _NEEDS_TIMESTEP = ("pab", "faster")
 _SKIPS_BLOCKS = ("first_block", "mag", "sea")
 _FILLED_IN = ("num_inference_steps", "is_guidance_distilled", "tensor_format")
+_ATTENTION = r"(.*_)?blocks\.\d+\.attn\d?"
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -88,13 +89,21 @@ def enable_cache(spec: StepCache, pipe: Any, models: dict[str, nn.Module], guida
 
     for component, model in models.items():
         transformer: Any = model
+        before = _hook_count(model)
         try:
             transformer.enable_cache(_make_config(spec, pipe, guidance))
+            done.append(transformer)
+            if _hook_count(model) == before:
+                raise ValueError("its identifiers match no module, so it would do nothing")
         except (ValueError, AttributeError, KeyError) as error:
             disable()
             raise UnsupportedError(f"extras.cache: {spec.name} on {component}: {_first_line(error)}") from None
-        done.append(transformer)
     return disable
+
+
+def _hook_count(model: nn.Module) -> int:
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    return sum(len(registry.hooks) for registry in registries if registry is not None)
 
 
 def _make_config(spec: StepCache, pipe: Any, guidance: Guidance) -> Any:
@@ -110,6 +119,9 @@ def _make_config(spec: StepCache, pipe: Any, guidance: Guidance) -> Any:
     if spec.name == "mag":
         values["num_inference_steps"] = guidance.steps
         values["mag_ratios"] = list(_mag_ratios(spec, pipe))
+    if spec.name == "taylorseer" and not values.get("use_lite_mode"):
+        # Diffusers' own default must match a whole name, and so misses the "attn1" of Wan and CogVideoX.
+        values.setdefault("cache_identifiers", [_ATTENTION])
     if values.get("taylor_factors_dtype") is not None:
         values["taylor_factors_dtype"] = getattr(torch, values["taylor_factors_dtype"])
     return kind(**values)

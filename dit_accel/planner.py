@@ -73,7 +73,7 @@ class Planner:
         device = qkv[0].device
         kept = self._kept(method, layer, layout, state, qkv[0])
         if kept is None:
-            kept, ordered = self._make(method, self.call(method, layer, layout, state), qkv, record)
+            kept, ordered = self._make(method, self.call(method, layer, layout, state, len(qkv[0])), qkv, record)
             self._keep(method, layer, layout, state, qkv[0], kept, record)
             if ordered is not None:
                 return kept, ordered
@@ -87,7 +87,7 @@ class Planner:
     ) -> None:
         """Make the plan of a call that runs dense, for the steps that follow, unless the one that is kept will do."""
         if not method.is_static and self._kept(method, layer, layout, state, qkv[0]) is None:
-            planned, _ = self._make(method, self.call(method, layer, layout, state), qkv, record)
+            planned, _ = self._make(method, self.call(method, layer, layout, state, len(qkv[0])), qkv, record)
             self._keep(method, layer, layout, state, qkv[0], planned, record)
 
     def _make(self, method: Method, call: CallContext, qkv: QKV, record: CallRecord) -> tuple[Planned, QKV | None]:
@@ -167,11 +167,14 @@ class Planner:
         """Groups of heads keep apart what they remember; one that is alone shares with all layers."""
         return None if self.schedule.head_table is None else method
 
-    def call(self, method: Method, layer: int, layout: TokenLayout, state: RunState) -> CallContext:
-        """What a method is told about a call of a layer, with what it kept from earlier ones."""
-        group = self._head_group(method)
-        memory = self._memory.setdefault((layer, state.branch, group), {})
-        shared = self._memory.setdefault(("shared", state.branch, group), {})
+    def call(self, method: Method, layer: int, layout: TokenLayout, state: RunState, rows: int) -> CallContext:
+        """What a method is told about a call of a layer, with what it kept from earlier ones of as many batch rows.
+
+        (A step cache may run one of two batched guidance branches; what was kept for both does not fit it.)
+        """
+        key = (state.branch, self._head_group(method), rows)
+        memory = self._memory.setdefault((layer, *key), {})
+        shared = self._memory.setdefault(("shared", *key), {})
         return CallContext(layout, layer, state.step, state.noise, state.branch, memory, shared, self.seed)
 
 

@@ -30,9 +30,9 @@ def preset_data(name: str) -> dict[str, Any]:
         ConfigError: unknown model or variant, with near matches.
     """
     model, slash, variant = name.partition("/")
-    if model not in _models():
-        raise ConfigError("preset", f"unknown preset {name!r}{near_matches(model, _models())}")
-    data, variants, recommended = _models()[model]
+    if model not in models():
+        raise ConfigError("preset", f"unknown preset {name!r}{near_matches(model, models())}")
+    data, variants, recommended = models()[model]
     if not slash:
         variant = recommended
     if variant not in variants:
@@ -44,31 +44,31 @@ def preset_data(name: str) -> dict[str, Any]:
 def preset_names(family: str | None = None) -> list[str]:
     """Names of all presets that ship, or of one family's, sorted."""
     found: list[str] = []
-    for model, (data, variants, _) in _models().items():
+    for model, (data, variants, _) in models().items():
         if family is None or data["family"] == family:
             found += [model, *(f"{model}/{variant}" for variant in variants)]
     return sorted(found)
 
 
 @cache
-def _models() -> dict[str, tuple[dict[str, Any], dict[str, Any], str]]:
+def models() -> dict[str, tuple[dict[str, Any], dict[str, Any], str]]:
     """Every model at each size: its data without a method, its variants, and the recommended one."""
-    models: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {}
+    found: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {}
     profiles = _read(_root() / _PROFILES)
     for file, data in _model_files():
         own, recommended = data.pop("variants", {}), data.pop("recommended", "balanced")
         sizes = data.pop("sizes", {file.removesuffix(".yaml"): {}})
         for name, size in sizes.items():
-            if name in models:
+            if name in found:
                 raise ConfigError(file, f"the preset {name!r} stands in two files")
             model = merge(data, size)
-            models[name] = (model, {**_fit_profiles(profiles, model), **own}, recommended)
-    for variant, model_name, values in _published(set(models)):
-        variants = models[model_name][1]
+            found[name] = (model, {**_fit_profiles(profiles, model), **own}, recommended)
+    for variant, model_name, values in _published(set(found)):
+        variants = found[model_name][1]
         if variant in variants:
             raise ConfigError(f"methods.{values['method']['name']}", f"{model_name}/{variant} is defined twice")
         variants[variant] = values
-    return models
+    return found
 
 
 def _model_files() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -90,24 +90,34 @@ def _fit_profiles(profiles: dict[str, Any], model: dict[str, Any]) -> dict[str, 
     return found
 
 
-def _published(models: set[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Variant, model and values of every published setting."""
+def _published(known: set[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for file in sorted((_root() / _METHODS).iterdir(), key=lambda f: f.name):
-        if not file.name.endswith(".yaml"):
-            continue
-        data = _read(file)
-        method, shared = data.pop("method"), data.pop("source")
-        for setting in data.pop("settings"):
-            unknown = set(setting) - _SETTING_KEYS
-            if unknown:
-                raise ConfigError(file.name, f"unknown key{near_matches(unknown.pop(), _SETTING_KEYS)}")
-            values = {k: v for k, v in setting.items() if k not in ("variant", "models", "parameters")}
-            values["method"] = {"name": method, "parameters": setting.get("parameters", {})}
-            values["source"] = "; ".join(filter(None, (shared, setting.get("source"))))
-            for model in setting["models"]:
-                if model not in models:
-                    raise ConfigError(file.name, f"unknown model {model!r}{near_matches(model, models)}")
-                yield setting.get("variant", method), model, values
+        if file.name.endswith(".yaml"):
+            yield from settings_of(file.name, _read(file), known)
+
+
+def settings_of(where: str, data: dict[str, Any], known: set[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Variant, model and values of every published setting in a method's file.
+
+    Args:
+        where: name of the file.
+        data: its contents.
+        known: names of the models.
+
+    Raises:
+        ConfigError: unknown key or model.
+    """
+    for setting in data["settings"]:
+        unknown = set(setting) - _SETTING_KEYS
+        if unknown:
+            raise ConfigError(where, f"unknown key{near_matches(unknown.pop(), _SETTING_KEYS)}")
+        values = {k: v for k, v in setting.items() if k not in ("variant", "models", "parameters")}
+        values["method"] = {"name": data["method"], "parameters": setting.get("parameters", {})}
+        values["source"] = "; ".join(filter(None, (data["source"], setting.get("source"))))
+        for model in setting["models"]:
+            if model not in known:
+                raise ConfigError(where, f"unknown model {model!r}{near_matches(model, known)}")
+            yield setting.get("variant", data["method"]), model, values
 
 
 def _read(file: Traversable) -> dict[str, Any]:

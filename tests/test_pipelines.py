@@ -68,7 +68,7 @@ def test_two_experts_are_both_accelerated():
 def test_the_wrapper_takes_the_presets_values(pipeline_folder, tmp_path):
     preset = tmp_path / "small.yaml"
     preset.write_text(
-        "extends: tiny-wan\ngeneration: {height: 32, width: 48, num_frames: 9, num_inference_steps: 2}\n"
+        "extends: tiny-wan/radial\ngeneration: {height: 32, width: 48, num_frames: 9, num_inference_steps: 2}\n"
         "model: {layers: 2, heads: 2, head_dim: 16}\nmethod: {parameters: {block: 16}}"
     )
     pipe = WanAccelPipeline.from_preset(preset, model=str(pipeline_folder), device="cpu", dense_steps=1)
@@ -82,7 +82,7 @@ def test_the_wrapper_takes_the_presets_values(pipeline_folder, tmp_path):
 
 
 def test_the_wrapper_refuses_a_preset_of_another_task():
-    with pytest.raises(ConfigError, match="is for task 'i2v'"):
+    with pytest.raises(ConfigError, match="is for WanImageToVideoPipeline; WanAccelPipeline is WanPipeline"):
         WanAccelPipeline.from_preset("wan2.1-i2v-14b-480p")
 
 

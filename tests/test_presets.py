@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import diffusers
+import numpy as np
 import pytest
 
 from dit_accel.errors import ConfigError
-from dit_accel.estimate import attention_share, estimate, speed_up, token_grid
-from dit_accel.presets import list_presets, load_preset
+from dit_accel.estimate import (
+    CPU,
+    GPU,
+    Machine,
+    attention_share,
+    dense_share,
+    estimate,
+    noise_levels,
+    speed_up,
+    token_layout,
+)
+from dit_accel.families.registry import family_names
+from dit_accel.presets import compose, list_presets, load_preset
+from dit_accel.presets.files import merge, read_yaml
+from dit_accel.samples.tiny_random import TINY
+
+MODELS = [name for name in list_presets() if "/" not in name]
 
 
 @pytest.mark.parametrize("name", list_presets())
@@ -15,47 +35,132 @@ def test_every_preset_resolves_and_survives_export(name, tmp_path):
     exported = tmp_path / "exported.yaml"
     exported.write_text(preset.to_yaml())
     assert load_preset(exported) == preset
-    assert estimate(preset).gain >= 1
+    assert preset.name == name
+    assert preset.source
+    guess = estimate(preset)
+    assert guess.gain is None or guess.gain >= 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_names_what_exists_and_has_the_four_profiles(name):
+    preset = load_preset(name)
+    assert preset.family in family_names()
+    assert hasattr(diffusers, preset.pipeline)
+    tiny = TINY[preset.tiny]
+    assert (tiny.family, tiny.task, tiny.pipeline) == (preset.family, preset.task, preset.pipeline)
+    variants = [load_preset(f"{name}/{variant}") for variant in ("dense", "quality", "balanced", "fast")]
+    shares = [estimate(variant) for variant in variants]
+    assert variants[0].method.name == "dense"
+    assert sorted(shares, key=lambda e: e.gain) == shares
+    assert all(variant.generation == preset.generation for variant in variants)
 
 
 def test_families_filter():
     assert "tiny-wan" in list_presets("wan")
+    assert not [name for name in list_presets("flux") if "wan" in name]
     assert list_presets("none") == []
 
 
-def test_a_variant_changes_method_and_schedule_only():
-    base, dense = load_preset("wan2.1-t2v-14b-720p"), load_preset("wan2.1-t2v-14b-720p/dense")
-    assert (base.method.name, dense.method.name) == ("radial", "dense")
-    assert base.generation == dense.generation
-    assert not dense.schedule.dense_steps
-
-
 @pytest.mark.parametrize(
-    ("name", "tokens"),
+    ("name", "video", "text"),
     [
-        ("wan2.1-t2v-1.3b-480p", 32_760),
-        ("wan2.1-t2v-14b-720p", 75_600),
-        ("wan2.2-ti2v-5b-720p", 27_280),
-        ("tiny-wan", 4_400),
+        ("wan2.1-t2v-1.3b-480p", 32_760, 0),
+        ("wan2.1-t2v-14b-720p", 75_600, 0),
+        ("wan2.2-ti2v-5b-720p", 27_280, 0),
+        ("hunyuan-video-t2v-720p", 118_800, 256),
+        ("flux1-dev", 4_096, 512),
+        ("flux1-dev-4k", 65_536, 512),
+        ("flux1-kontext-dev", 8_192, 512),
+        ("cogvideox-5b", 17_550, 226),
+        ("cogvideox1.5-5b", 44_880, 226),
     ],
 )
-def test_token_counts_of_published_sizes(name, tokens):
+def test_token_counts_of_published_sizes(name, video, text):
     preset = load_preset(name)
-    frames, height, width = token_grid(preset.model, preset.generation)
-    assert frames * height * width == tokens
+    layout = token_layout(preset.model, preset.generation)
+    assert (layout.video, layout.text) == (video, text)
 
 
 @pytest.mark.parametrize(
-    ("name", "tokens", "share"), [("wan2.1-t2v-14b-720p", 75_600, 0.718), ("wan2.1-t2v-1.3b-480p", 32_760, 0.699)]
+    ("name", "share"),
+    [
+        ("wan2.1-t2v-14b-720p", 0.718),
+        ("wan2.1-t2v-1.3b-480p", 0.699),
+        ("wan2.1-t2v-14b-480p", 0.524),
+        ("hunyuan-video-t2v-720p", 0.866),
+        ("flux1-dev", 0.200),
+        ("flux1-dev-4k", 0.782),
+        ("cogvideox-5b", 0.491),
+    ],
 )
-def test_attention_share_of_published_models(name, tokens, share):
-    assert attention_share(load_preset(name).model, tokens) == pytest.approx(share, abs=5e-3)
+def test_attention_share_of_published_models(name, share):
+    preset = load_preset(name)
+    tokens = token_layout(preset.model, preset.generation).tokens
+    assert attention_share(preset.model, tokens) == pytest.approx(share, abs=1e-3)
 
 
 def test_amdahl():
-    assert speed_up(0.718, 0.2, efficiency=1.0, overhead=0.0) == pytest.approx(2.35, abs=0.01)
-    assert speed_up(0.5, 1.0, efficiency=1.0, overhead=0.0) == 1.0
-    assert speed_up(0.5, 0.1, dense_share=1.0) == 1.0
+    ideal = Machine("ideal", 1.0, 0.0, "nothing lost")
+    assert speed_up(0.718, 0.2, machine=ideal) == pytest.approx(2.35, abs=0.01)
+    assert speed_up(0.5, 1.0, machine=ideal) == 1.0
+    assert speed_up(0.5, 0.1, dense_share=1.0, machine=ideal) == 1.0
+
+
+def test_the_cpu_assumptions_are_those_of_the_measurements():
+    table = Path(__file__).parent.parent / "docs" / "results" / "cpu_attention.md"
+    rows = re.findall(r"^\| \d+ \| 8192 \| .*$", table.read_text(), re.MULTILINE)
+    gains = np.array([[float(x) for x in re.findall(r"([\d.]+)x", row)] for row in rows])
+    assert len(rows) == 2
+    densities = np.tile([0.125, 0.25, 0.5, 0.75], len(rows))
+    slope, overhead = np.polyfit(densities, 1 / gains.ravel(), 1)
+    assert pytest.approx(1 / slope, abs=0.02) == CPU.efficiency
+    assert overhead == pytest.approx(CPU.overhead, abs=0.01)
+
+
+def test_the_machine_changes_the_prediction():
+    preset = load_preset("wan2.1-t2v-14b-720p/fast")
+    assert estimate(preset, CPU).gain > estimate(preset, GPU).gain
+
+
+def test_dense_share_counts_steps_layers_noise_and_both_experts(tmp_path):
+    assert noise_levels(4, 1.0) == [1.0, 0.75, 0.5, 0.25]
+    assert noise_levels(4, 3.0) == pytest.approx([1.0, 0.9, 0.75, 0.5])
+    text = "extends: wan2.2-i2v-a14b-720p/fast\ngeneration: {num_inference_steps: 10}\n"
+    first = load_preset(written(tmp_path, text + "schedule: {dense_steps: 2, dense_layers: 4}"))
+    assert dense_share(first, 75_600) == pytest.approx(1 - 0.8 * 0.9)
+    second = load_preset(written(tmp_path, text + "schedule: {dense_steps: []}\nschedule_2: {dense_noise: [0, 1]}"))
+    low = sum(level < 0.9 for level in noise_levels(10, 5.0)) / 10
+    assert dense_share(second, 75_600) == pytest.approx(low)
+    assert 0 < low < 1
+
+
+def test_a_published_setting_of_an_unknown_method_or_model_is_refused(monkeypatch):
+    data = read_yaml("method: radail\nsource: s\nsettings: [{models: [tiny-wan]}]", "x.yaml")
+    published = list(compose.settings_of("x.yaml", data, {"tiny-wan"}))
+    assert [(variant, model) for variant, model, _ in published] == [("radail", "tiny-wan")]
+    compose.models.cache_clear()
+    try:
+        name, model, values = published[0]
+        monkeypatch.setitem(compose.models()[model][1], name, values)
+        with pytest.raises(ConfigError, match="unknown method 'radail'; did you mean 'radial'"):
+            load_preset("tiny-wan/radail")
+    finally:
+        compose.models.cache_clear()
+    for text, message in (
+        ("settings: [{models: [tiny-wam]}]", "unknown model 'tiny-wam'; did you mean 'tiny-wan'"),
+        ("settings: [{models: [tiny-wan], shedule: {}}]", "unknown key; did you mean 'schedule'"),
+    ):
+        data = read_yaml(f"method: radial\nsource: s\n{text}", "x.yaml")
+        with pytest.raises(ConfigError, match=message):
+            list(compose.settings_of("x.yaml", data, {"tiny-wan"}))
+
+
+def test_merging_leaves_both_sides_alone():
+    base, over = {"a": {"b": [1]}}, {"a": {"c": [2]}}
+    merged = merge(base, over)
+    merged["a"]["b"].append(3)
+    merged["a"]["c"].append(3)
+    assert (base, over) == ({"a": {"b": [1]}}, {"a": {"c": [2]}})
 
 
 def written(tmp_path, text):
@@ -66,39 +171,86 @@ def written(tmp_path, text):
 
 def test_a_file_extends_a_preset(tmp_path):
     preset = load_preset(
-        written(tmp_path, "extends: tiny-wan\ngeneration: {num_inference_steps: 7}\nmethod: {parameters: {decay: 0.5}}")
+        written(
+            tmp_path,
+            "extends: tiny-wan/radial\ngeneration: {num_inference_steps: 7}\nmethod: {parameters: {decay: 0.5}}",
+        )
     )
+    assert preset.name == "mine"
     assert preset.generation.num_inference_steps == 7
     assert preset.method.parameters["decay"] == 0.5
     assert preset.method.parameters["block"] == 64
 
 
-def test_another_method_does_not_inherit_parameters(tmp_path):
-    preset = load_preset(written(tmp_path, "extends: tiny-wan\nmethod: {name: dense}"))
+def test_another_method_or_cache_does_not_inherit_parameters(tmp_path):
+    preset = load_preset(written(tmp_path, "extends: tiny-wan/radial\nmethod: {name: dense}"))
     assert preset.method.parameters == {}
+    cached = written(tmp_path, "extends: tiny-wan\nextras: {cache: {name: first_block, parameters: {threshold: 0.1}}}")
+    assert load_preset(cached).extras.cache.parameters == {"threshold": 0.1}
 
 
 @pytest.mark.parametrize(
     ("text", "path", "message"),
     [
-        ("extends: tiny-wan\nmethod: {parameters: {decay: .nan}}", "method.radial.decay", "finite"),
-        ("extends: tiny-wan\nmethod: {parameters: {dencity: 0.2}}", "method.radial.dencity", "did you mean 'density'"),
-        ("extends: tiny-wan\ngeneration: {num_framse: 9}", "generation.num_framse", "did you mean 'num_frames'"),
-        ("extends: tiny-wan\ngeneration: {num_frames: true}", "generation.num_frames", "integer"),
-        ("extends: tiny-wan\ngeneration: {guidance_scale: .nan}", "generation.guidance_scale", "finite"),
-        ("extends: tiny-wan\ngeneration: {height: 81}", "height", "multiple of 16, got 81; 80 would do"),
-        ("extends: tiny-wan\ngeneration: {num_frames: 20}", "num_frames", "1 plus a multiple of 2"),
-        ("extends: tiny-wan\nschedule: {dense_steps: [[0, 4], [2, 6]]}", "schedule", "overlaps"),
-        ("extends: tiny-wam", "preset", "did you mean 'tiny-wan'"),
-        ("extends: [tiny-wan]", "extends", "expected the name of a preset"),
-        ("extends: tiny-wan\nmethod: {name: radail}", "method", "did you mean 'radial'"),
-        ("extends: tiny-wan\nextends: tiny-wan", "mine.yaml", "key given twice: extends"),
+        ("method: {parameters: {decay: .nan}}", "method.radial.decay", "finite"),
+        ("method: {parameters: {dencity: 0.2}}", "method.radial.dencity", "did you mean 'density'"),
+        ("generation: {num_framse: 9}", "generation.num_framse", "did you mean 'num_frames'"),
+        ("generation: {num_frames: true}", "generation.num_frames", "integer"),
+        ("generation: {guidance_scale: .nan}", "generation.guidance_scale", "finite"),
+        ("generation: {height: 81}", "height", "multiple of 16, got 81; 80 would do"),
+        ("generation: {num_frames: 20}", "num_frames", "1 plus a multiple of 2"),
+        ("generation: {guidance_scale_2: 3.0}", "guidance_scale_2", "one transformer"),
+        ("schedule_2: {dense_steps: 1}", "schedule_2", "one transformer"),
+        ("schedule: {dense_steps: [[0, 4], [2, 6]]}", "schedule", "overlaps"),
+        ("task: t2w", "task", "'t2v'"),
+        ("task: t2i", "generation.num_frames", "makes one image"),
+        ("method: {name: radail}", "method", "did you mean 'radial'"),
+        ("extras: {cash: {}}", "extras.cash", "did you mean 'cache'"),
+        ("extras: {cache: {name: teacache}}", "extras.cache.name", "'first_block'"),
+        (
+            "extras: {cache: {name: first_block, parameters: {treshold: 0.1}}}",
+            "extras.cache.parameters.treshold",
+            "did you mean 'threshold'",
+        ),
+        ("extras: {cache: {name: first_block, parameters: {threshold: .nan}}}", "parameters.threshold", "finite"),
+        ("extras: {cache: {name: mag, parameters: {max_skip_steps: true}}}", "parameters.max_skip_steps", "integer"),
+        (
+            "extras: {cache: {name: taylorseer, parameters: {taylor_factors_dtype: int8}}}",
+            "parameters.taylor_factors_dtype",
+            "'float32'",
+        ),
+        ("extras: {compile: {fullgraph: true}}", "extras.compile.fullgraph", "graphs break at sparse attention"),
+        ("extras: {offload: {mode: group, blocks: 2}}", "extras.offload.blocks", "except for type block_level"),
+        ("extras: {offload: {mode: group, type: block_level}}", "extras.offload.blocks", "a number of blocks"),
+        ("extras: {offload: {mode: model, stream: true}}", "extras.offload.stream", "is for mode group"),
+        ("extras: {offload: {mode: sequential}, compile: {}}", "extras.offload.mode", "use group offload"),
+        (
+            "extras: {layerwise_casting: {}, quantization: {backend: torchao}}",
+            "extras.layerwise_casting",
+            "choose one of the two",
+        ),
         ("a: [1", "mine.yaml", "not YAML: line"),
+        ("extends: tiny-wan", "mine.yaml", "key given twice: extends"),
+    ],
+)
+def test_faults_name_the_place(tmp_path, text, path, message):
+    with pytest.raises(ConfigError) as caught:
+        load_preset(written(tmp_path, f"extends: tiny-wan/radial\n{text}"))
+    assert path in caught.value.path
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "message"),
+    [
+        ("extends: tiny-wam", "preset", "did you mean 'tiny-wan'"),
+        ("extends: tiny-wan/radail", "preset", "did you mean 'tiny-wan/radial'"),
+        ("extends: [tiny-wan]", "extends", "expected the name of a preset"),
         ("- 1", "mine.yaml", "expected a mapping, got list"),
         ("!!python/object:os.system {}", "mine.yaml", "not YAML"),
     ],
 )
-def test_faults_name_the_place(tmp_path, text, path, message):
+def test_files_that_are_no_presets_are_refused(tmp_path, text, path, message):
     with pytest.raises(ConfigError) as caught:
         load_preset(written(tmp_path, text))
     assert path in caught.value.path

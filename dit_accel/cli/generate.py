@@ -126,6 +126,7 @@ def _make(run: _Run, target: Path, report: Path | None) -> None:
         begun = time.perf_counter()
         pipe = load_for_preset(preset, run.model, run.device, run.dtype)
         loaded = time.perf_counter() - begun
+        console.print(f"loaded in {loaded:.1f} s, denoising {preset.generation.num_inference_steps} steps")
         with accelerate(pipe, preset, backend=run.backend) as acceleration:
             frames, times = call_pipeline(pipe, preset.generation, run.prompt, run.seed, inputs)
             result = acceleration.report()
