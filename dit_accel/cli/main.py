@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from dit_accel.cli.app import console, run_app, version_option
 from dit_accel.cli.bench import bench_app
