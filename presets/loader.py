@@ -30,7 +30,8 @@ def list_presets(family: str | None = None) -> list[str]:
 def load_preset(name: str | Path) -> Preset:
     """Load a preset by name, or from a YAML file (a path that ends in .yaml or .yml).
 
-    A file may say `extends: NAME`; its own values are then laid over those of NAME, mapping by mapping.
+    A file may say `extends: NAME`; its own values are then laid over those of NAME, mapping by mapping,
+    its name among them.
 
     Raises:
         ConfigError: unknown name (with near matches), unreadable file, unknown key, wrong type or value; by path.
@@ -41,12 +42,12 @@ def load_preset(name: str | Path) -> Preset:
     if not Path(text).is_file():
         raise ConfigError("preset", f"no such file: {text}")
     data = read_yaml(Path(text).read_text(encoding="utf-8"), text)
-    data.setdefault("name", Path(text).stem)
     base = data.pop("extends", None)
     if base is not None:
         if not isinstance(base, str):
             raise ConfigError(f"{text}: extends", f"expected the name of a preset, got {base!r}")
         data = merge(_without_replaced(preset_data(base), data), data)
+    data.setdefault("name", Path(text).stem)
     return _check(text, data)
 
 

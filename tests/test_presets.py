@@ -176,7 +176,7 @@ def test_a_file_extends_a_preset(tmp_path):
             "extends: tiny-wan/radial\ngeneration: {num_inference_steps: 7}\nmethod: {parameters: {decay: 0.5}}",
         )
     )
-    assert preset.name == "mine"
+    assert preset.name == "tiny-wan/radial"
     assert preset.generation.num_inference_steps == 7
     assert preset.method.parameters["decay"] == 0.5
     assert preset.method.parameters["block"] == 64
