@@ -137,16 +137,17 @@ def _maps(run: Mapping[str, Any], component: str) -> str:
     def phases(call: Mapping[str, Any]) -> str:
         return ", ".join(f"{phase} {call[f'{phase}_ms']:.2f}" for phase in PHASES if call.get(f"{phase}_ms"))
 
+    axes = sorted({call["layer"] for call in calls}), sorted({call["step"] for call in calls})
     maps = [
-        heat_map("density, realised", "of pairs", _cells(calls, lambda c: c["density"], _told), (0.0, 1.0)),
-        heat_map("time", "ms", _cells(calls, milliseconds, phases)),
+        heat_map("density, realised", "of pairs", _cells(calls, lambda c: c["density"], _told), (0.0, 1.0), axes),
+        heat_map("time", "ms", _cells(calls, milliseconds, phases), axes=axes),
     ]
     asked = _cells(calls, lambda c: c.get("requested_density"), _told)
     if asked:
-        maps.insert(1, heat_map("density, requested", "of pairs", asked, (0.0, 1.0)))
+        maps.insert(1, heat_map("density, requested", "of pairs", asked, (0.0, 1.0), axes))
     errors = _cells(calls, lambda c: c.get("error"), lambda c: f"bound {c['error_bound']:.3g}")
     if errors:
-        maps.append(heat_map("estimated relative error", "", errors))
+        maps.append(heat_map("estimated relative error", "", errors, axes=axes))
     return _section(f"Layers and steps: {component}", "".join(maps))
 
 

@@ -23,7 +23,13 @@ def color(share: float) -> str:
     return "#{:02x}{:02x}{:02x}".format(*mixed)
 
 
-def heat_map(title: str, unit: str, cells: Cells, limits: tuple[float, float] | None = None) -> str:
+def heat_map(
+    title: str,
+    unit: str,
+    cells: Cells,
+    limits: tuple[float, float] | None = None,
+    axes: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> str:
     """Layers go down, steps go right; a cell without a value is left empty. Hovering shows value and text.
 
     Args:
@@ -31,8 +37,9 @@ def heat_map(title: str, unit: str, cells: Cells, limits: tuple[float, float] | 
         unit: what stands at the colour bar.
         cells: value and hover text by (layer, step).
         limits: values of the first and last colour. Default: 0 to the largest value.
+        axes: layers and steps to show. Default: those of the cells.
     """
-    layers, steps = sorted({layer for layer, _ in cells}), sorted({step for _, step in cells})
+    layers, steps = axes or (sorted({layer for layer, _ in cells}), sorted({step for _, step in cells}))
     low, high = limits or (0.0, max((value for value, _ in cells.values()), default=0.0) or 1.0)
     width, height = _cell_size(len(steps), 760, 24), _cell_size(len(layers), 420, 18)
     body = []
