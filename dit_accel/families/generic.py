@@ -238,7 +238,7 @@ class DispatchedAttention:
 
         if key.shape[1] != query.shape[1]:
             return dense()  # attention to something else than the sequence itself
-        if self.engine.method.name == "dense":
+        if self.engine.is_dense:
             return self.engine.attend(self.module, query, key, value, dense=dense)
         if rest.get("parallel_config") is not None:
             raise UnsupportedError(

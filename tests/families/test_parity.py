@@ -49,6 +49,31 @@ def test_whole_pipeline(name):
         assert all(processors(model)[key] is processor for key, processor in found.items())
 
 
+@pytest.mark.parametrize(
+    ("name", "branches"),
+    [
+        ("flux1-dev", {"cond", "uncond"}),
+        ("flux1-kontext", {"default", "second"}),
+        ("hunyuan-video", {"cond", "uncond"}),
+        ("qwen-image", {"cond", "uncond"}),
+    ],
+)
+def test_guidance_of_distilled_models_by_a_second_call(name, branches):
+    pipe = tiny_pipeline(name)
+    values = {"negative_prompt": "blurred", "true_cfg_scale": 3.0, "output_type": "latent"}
+
+    def guided():
+        return np.asarray(pipe(**tiny_arguments(name) | values)[0].detach())
+
+    stock = guided()
+    with dit_accel.accelerate(pipe, method="dense"):
+        np.testing.assert_allclose(guided(), stock, atol=1e-5)
+    with dit_accel.accelerate(pipe, **SPARSE, refresh=2) as acc:
+        once, calls = guided(), acc.report().calls
+        np.testing.assert_array_equal(guided(), once)
+    assert {(c.branch, c.step) for c in calls} == {(branch, step) for branch in branches for step in (0, 1)}
+
+
 @pytest.mark.parametrize("name", ONE_PER_TRANSFORMER)
 def test_lora_is_kept(name):
     from peft import LoraConfig
