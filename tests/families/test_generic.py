@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from captured import captured, processors, run
-from diffusers import MochiTransformer3DModel
+from diffusers import LTX2VideoTransformer3DModel, MochiTransformer3DModel
 
 import dit_accel
 from dit_accel.errors import UnsupportedError
@@ -121,3 +121,41 @@ def test_masks_of_leading_keys_are_lengths(mask, lengths, known):
     assert (reason is None) == known
     assert _valid_lengths(rows[:, None, None].float(), 3)[1] == UNKNOWN_MASK
     assert _valid_lengths(rows[:, None, None].expand(-1, 1, 3, 3), 3)[1] == UNKNOWN_MASK
+
+
+def ltx2():
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32}
+    model = LTX2VideoTransformer3DModel(
+        in_channels=8, out_channels=8, audio_in_channels=4, audio_out_channels=4, num_layers=2, caption_channels=12,
+        **sizes, **{f"audio_{key}": value for key, value in sizes.items()},
+    )  # fmt: skip
+    values = {
+        "hidden_states": torch.randn(1, 3 * 4 * 5, 8),
+        "audio_hidden_states": torch.randn(1, 6, 4),
+        "encoder_hidden_states": torch.randn(1, 7, 12),
+        "audio_encoder_hidden_states": torch.randn(1, 7, 12),
+        "timestep": torch.full((1, 60), 500.0),
+        "audio_timestep": torch.full((1,), 500.0),
+        "num_frames": 3,
+        "height": 4,
+        "width": 5,
+        "audio_num_frames": 6,
+        "return_dict": False,
+    }
+    return model.eval(), values
+
+
+def test_ltx_2_keeps_its_audio_attention():
+    model, values = ltx2()
+    with torch.no_grad():
+        stock, before = model(**values), processors(model)
+        with dit_accel.accelerate(model, method="dense"):
+            assert all(torch.equal(a, b) for a, b in zip(model(**values), stock, strict=True))
+        with dit_accel.accelerate(model, **SPARSE) as acc:
+            video, _ = model(**values)
+            changed = [key for key, processor in processors(model).items() if processor is not before[key]]
+            assert changed == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
+            assert acc.engines["transformer"].state.grid == (3, 4, 5)
+            assert acc.report().dense_reasons == {}
+    assert (video - stock[0]).abs().max() > 1e-5
