@@ -141,8 +141,9 @@ STREAM_PRESETS: dict[str, StreamSettings] = {
     "rolling-forcing": StreamSettings(
         steps=(1000.0, 800.0, 600.0, 400.0, 200.0), window=21, sink=3, positions="sink_adjacent", rolling=True
     ),
+    "flex-style": StreamSettings(window=21, sink=3, antiphase=0.1, frequencies=Frequencies(mode="by_parts")),
 }
-"""Published settings (see the sheet of defaults in docs/streaming.md for their sources)."""
+"""Published settings; docs/streaming.md says where they come from."""
 
 
 def stream_preset(name: str) -> StreamSettings:

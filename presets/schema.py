@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from dit_accel.errors import ConfigError
 from dit_accel.extras import Extras
 from dit_accel.schedule import Schedule
+from dit_accel.streaming import StreamSettings
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 Positive = Annotated[int, Field(ge=1)]
@@ -135,6 +136,7 @@ class Preset(BaseModel):
         schedule: when it runs.
         schedule_2: when it runs in `transformer_2`, the low-noise expert. Default None: as `schedule` says.
         extras: Diffusers' own features to switch on: step cache, offload, casting, compilation, quantisation.
+        stream: how the model streams, for causal weights. Default None: it was not made for streaming.
         source: where the numbers come from.
     """
 
@@ -154,6 +156,7 @@ class Preset(BaseModel):
     schedule: Schedule = Schedule()
     schedule_2: Schedule | None = None
     extras: Extras = Extras()
+    stream: StreamSettings | None = None
     source: str
 
     @property

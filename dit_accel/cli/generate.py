@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dit_accel.cli.app import console, run_app, version_option
+from dit_accel.cli.stream import SETTINGS_HELP, is_stream, run_stream
 from dit_accel.errors import ConfigError
 from dit_accel.presets import Preset, list_presets, load_preset
 from dit_accel.report import environment
@@ -23,6 +24,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def generate(
+    context: typer.Context,
     prompt: Annotated[str | None, typer.Option(help="What to show.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="File to write: .mp4, .gif or .png (of a video: its first frame).")
@@ -57,6 +59,13 @@ def generate(
     dense_steps: Annotated[int | None, typer.Option(help="First steps that run dense.")] = None,
     backend: Annotated[str, typer.Option(help="Backend of the sparse attention.")] = "auto",
     report: Annotated[Path | None, typer.Option(help="JSON report. Default: beside the output.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Write the video while it is made, chunk by chunk.")] = False,
+    num_chunks: Annotated[int | None, typer.Option(help="Chunks of a stream.", min=1)] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="YAML list of {chunk, prompt, mode, over}.")] = None,
+    live: Annotated[bool, typer.Option("--live", help="Read new prompts of a stream from standard input.")] = False,
+    stream_settings: Annotated[str | None, typer.Option(help=SETTINGS_HELP)] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Causal weights for a stream.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA to merge into the checkpoint.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run; load no model.")] = False,
     show_presets: Annotated[bool, typer.Option("--list-presets", help="List the presets and leave.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=version_option, is_eager=True)] = False,
@@ -64,6 +73,9 @@ def generate(
     """Generate a video or an image with an accelerated diffusion transformer. Default: the small model that ships."""
     if show_presets:
         console.print("\n".join(list_presets()), markup=False)
+        return
+    if is_stream(context):
+        run_stream(context)
         return
     from dit_accel.cli.inputs import check_inputs
     from dit_accel.cli.overrides import override_generation, override_method

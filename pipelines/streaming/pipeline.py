@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -10,13 +11,16 @@ from diffusers import WanPipeline
 from torch import Tensor
 
 from dit_accel.errors import ConfigError
+from dit_accel.models import load_pipeline
 from dit_accel.pipelines.base import FromPreset
 from dit_accel.pipelines.streaming.attention import DenseContext
+from dit_accel.pipelines.streaming.checkpoints import load_causal_weights
 from dit_accel.pipelines.streaming.decoder import LatentDecoder, LatentScale, StreamingVaeDecoder
 from dit_accel.pipelines.streaming.rolling import make_driver
 from dit_accel.pipelines.streaming.runtime import CausalWan
 from dit_accel.pipelines.streaming.stream import OutputType, VideoStream
-from dit_accel.streaming import StreamSettings, stream_settings
+from dit_accel.presets import load_preset
+from dit_accel.streaming import StreamSettings, stream_preset, stream_settings
 
 _TEXT_TOKENS = 512
 _ENCODER_STEP = 4  # AutoencoderKLWan encodes frames four by four after the first, whatever its compression
@@ -41,15 +45,55 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
     """Settings of streams that name none; from the preset."""
     _runtime: CausalWan | None = None
 
+    @classmethod
+    def from_preset(
+        cls,
+        name: str | Path,
+        model: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        checkpoint: str | Path | None = None,
+        lora: str | Path | None = None,
+        stream: str | None = None,
+        **overrides: Any,
+    ) -> Any:
+        """Load the model of a preset for streaming; its attention method is not applied, since windows are short.
+
+        Args:
+            name: preset name or YAML file, of a Wan text-to-video model.
+            model: pipeline folder or hub id. Default: the preset's.
+            device: torch device. Default: CUDA where there is one, else the CPU.
+            dtype: "float32", "bfloat16" or "float16". Default: bfloat16 on CUDA, float32 on the CPU.
+            checkpoint: causal weights to load into the transformer, see `load_causal_weights`. Default: none.
+            lora: a LoRA to merge into them.
+            stream: name in `dit_accel.streaming.STREAM_PRESETS`. Default: the preset's settings.
+            overrides: fields of `StreamSettings`.
+
+        Raises:
+            ConfigError: another task or family, an unknown name, or weights that do not fit.
+        """
+        preset = load_preset(name)
+        if (preset.family, preset.task) != ("wan", cls.task):
+            raise ConfigError(f"preset {preset.name}", f"is {preset.family} {preset.task}; streams need wan {cls.task}")
+        if lora is not None and checkpoint is None:
+            raise ConfigError("lora", "is merged into a checkpoint; give one")
+        pipe = load_pipeline(model or preset.repository, device or "auto", dtype or "auto", cls)
+        pipe.preset = preset
+        if checkpoint is not None:
+            load_causal_weights(pipe.transformer, checkpoint, lora)
+        pipe.stream_settings = preset.stream if stream is None else stream_preset(stream)
+        pipe.stream_settings = pipe._settings(overrides)
+        return pipe
+
     def stream(
         self,
         prompt: str,
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         seed: int = 0,
         num_chunks: int | None = None,
-        height: int = 480,
-        width: int = 832,
+        height: int | None = None,
+        width: int | None = None,
         settings: StreamSettings | Mapping[str, Any] | None = None,
         start: Any = None,
         policy: Callable[[], DenseContext] = DenseContext,
@@ -61,10 +105,11 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
 
         Args:
             prompt: what to show.
-            negative_prompt: what not to show, for `guidance_scale` above 1. Default "".
+            negative_prompt: what not to show, for `guidance_scale` above 1. Default: the preset's, or "".
             seed: of the noise; equal seeds give equal streams on one machine.
             num_chunks: chunks to make. Default: endless.
-            height, width: pixels, multiples of the autoencoder's compression times the patch. Default 480 x 832.
+            height, width: pixels, multiples of the autoencoder's compression times the patch. Default: the preset's, or
+                480 x 832.
             settings: how to stream, or the values that differ from the pipeline's. Default: the pipeline's.
             start: frames that the video goes on from: a PIL image, a list of 1 + 4 n images, or normalised latents
                 `[1, C, F, h, w]`.
@@ -80,6 +125,11 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
         if not isinstance(prompt, str) or not prompt:
             raise ConfigError("prompt", f"expected one text per stream, got {prompt!r}")
         chosen = self._settings(settings)
+        usual = None if self.preset is None else self.preset.generation
+        height = height or (480 if usual is None else usual.height)
+        width = width or (832 if usual is None else usual.width)
+        if negative_prompt is None:
+            negative_prompt = "" if usual is None else usual.negative_prompt
         size = self._latent_size(height, width)
         if self._runtime is None or self._runtime.transformer is not self.transformer:
             self._runtime = CausalWan(self.transformer)

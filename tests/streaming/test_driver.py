@@ -195,6 +195,14 @@ def test_blend_moves_to_the_new_prompt(runtime):
     assert torch.equal(seen[3], text(1))
 
 
+def test_stretched_frequencies_and_antiphase_noise_are_off_by_default_and_change_the_stream(runtime):
+    plain = make(driver(runtime), 3)
+    off = {"frequencies": {"mode": "by_parts", "target": 21}, "antiphase": 0.0}
+    assert torch.equal(make(driver(runtime, **off), 3), plain)
+    for change in ({"frequencies": {"mode": "by_parts"}}, {"frequencies": {"mode": "riflex"}}, {"antiphase": 0.2}):
+        assert (make(driver(runtime, **change), 3) - plain).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("changes", [{}, {"guidance_scale": 2.0, "negative": text(5)}, {"antiphase": 0.3}])
 def test_resume_goes_on_bit_for_bit(runtime, changes):
     stream = driver(runtime, **changes)

@@ -1,0 +1,104 @@
+"""Prompts of a stream over time: from a file with chunk numbers, and from lines that are typed while it runs."""
+
+from __future__ import annotations
+
+import queue
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, TextIO
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from dit_accel.errors import ConfigError
+
+_LINE = re.compile(r"(?:(?P<mode>cut|recache|keep|blend)(?:\s+(?P<over>\d+))?\s*:)?\s*(?P<prompt>.*\S)\s*$")
+
+
+class PromptChange(BaseModel):
+    """A prompt that holds from a chunk on.
+
+    Args:
+        prompt: the text.
+        chunk: number of the first chunk that has it, from 1.
+        mode: "recache", "blend", "cut" or "keep"; see `VideoStream.set_prompt`.
+        over: chunks of a blend.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    prompt: Annotated[str, Field(min_length=1)]
+    chunk: Annotated[int, Field(ge=1)] = 1
+    mode: Literal["recache", "blend", "cut", "keep"] = "recache"
+    over: Annotated[int, Field(ge=1)] = 1
+
+
+def read_prompts(path: Path) -> list[PromptChange]:
+    """The changes of a YAML (or JSON) list of `{chunk, prompt, mode, over}`, by chunk.
+
+    Raises:
+        ConfigError: no such file, another structure, or two prompts for one chunk; the entry is named.
+    """
+    from dit_accel.methods.registry import config_error
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        changes = TypeAdapter(list[PromptChange]).validate_python(content)
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError("--prompts-file", f"cannot read {path}: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise config_error(error, str(path), list(PromptChange.model_fields)) from None
+    chunks = [change.chunk for change in changes]
+    if len(set(chunks)) != len(chunks):
+        raise ConfigError("--prompts-file", f"{path} has two prompts for one chunk")
+    return sorted(changes, key=lambda change: change.chunk)
+
+
+def parse_line(line: str) -> PromptChange | None:
+    """A typed line, "a new prompt" or "mode: a new prompt" ("blend 4: ..."); None when there is nothing in it."""
+    found = _LINE.match(line.strip())
+    if found is None:
+        return None
+    values = {"prompt": found["prompt"], "mode": found["mode"] or "recache", "over": int(found["over"] or 1)}
+    return PromptChange.model_validate(values)
+
+
+@dataclass(frozen=True)
+class LiveState:
+    """What has been typed since the last look: the latest change, and whether the input has ended."""
+
+    change: PromptChange | None
+    ended: bool
+
+
+class LivePrompts:
+    """Reads lines in a thread of its own, so that the stream never waits for the keyboard.
+
+    Args:
+        source: usually standard input.
+    """
+
+    def __init__(self, source: TextIO) -> None:
+        self._source = source
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self._source:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def look(self) -> LiveState:
+        """Everything typed since the last call, of which the last prompt counts."""
+        change, ended = None, False
+        while True:
+            try:
+                line = self._lines.get_nowait()
+            except queue.Empty:
+                return LiveState(change, ended)
+            if line is None:
+                ended = True
+            else:
+                change = parse_line(line) or change

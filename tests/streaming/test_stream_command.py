@@ -1,0 +1,213 @@
+"""`generate-video --stream`: a file that grows, prompts over time, the report, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+
+from dit_accel.cli import generate
+from dit_accel.cli.prompts import LivePrompts, parse_line, read_prompts
+from dit_accel.errors import ConfigError
+from dit_accel.pipelines.streaming import StreamingWanPipeline
+from dit_accel.video_stream import StreamingVideoFile
+
+SETTINGS = "steps: [1000, 500]\nchunk: 2\nwindow: 6\nsink: 2\n"
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path, pipeline_folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stream.yaml").write_text(SETTINGS)
+    usual = [
+        "--stream",
+        "--model",
+        pipeline_folder,
+        "--height",
+        "16",
+        "--width",
+        "24",
+        "--stream-settings",
+        "stream.yaml",
+    ]
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["generate-video", *map(str, [*usual, *arguments])])
+        with pytest.raises(SystemExit) as left:
+            generate.main()
+        captured = capsys.readouterr()
+        return left.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def frames_of(path):
+    return np.stack(imageio.mimread(path))
+
+
+def test_a_stream_becomes_a_video_and_a_report(command, tmp_path):
+    code, out, err = command("--prompt", "a red ball", "--num-chunks", "3", "--output", "o.mp4", "--seed", "4")
+    assert code == 0, err
+    assert len(frames_of(tmp_path / "o.mp4")) == 11
+    report = json.loads((tmp_path / "o.json").read_text())
+    assert report["prompts"] == [{"prompt": "a red ball", "chunk": 1, "mode": "recache", "over": 1}]
+    assert report["stream"]["window"] == 6
+    assert (report["seed"], report["size"]) == (4, [16, 24])
+    assert len(report["denoise_s"]) == 3
+    assert report["cache_bytes"] > 0
+    assert report["end_to_end_fps"] == pytest.approx(report["denoise_fps"], rel=1) or report["denoise_fps"] > 0
+    assert 0 < report["first_frame_latency_s"] < 60
+    assert "first frame after" in out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.json", "o.mp4", "stream.yaml"]
+
+
+def test_frames_of_the_preset_say_the_chunks(command, tmp_path):
+    code, _, err = command("--prompt", "a red ball", "--num-frames", "8", "--output", "o.mp4", "--fps", "5")
+    assert code == 0, err
+    assert json.loads((tmp_path / "o.json").read_text())["fps"] == 5
+    assert len(frames_of(tmp_path / "o.mp4")) == 11
+
+
+def test_prompts_from_a_file_and_guidance_and_method(command, tmp_path):
+    (tmp_path / "p.yaml").write_text("- {chunk: 3, prompt: blue, mode: blend, over: 2}\n- {prompt: red}\n")
+    words = ["--prompts-file", "p.yaml", "--guidance-scale", "2", "--method", "radial"]
+    code, out, err = command(*words, "--num-chunks", "4", "--output", "o.mp4")
+    assert code == 0, err
+    report = json.loads((tmp_path / "o.json").read_text())
+    assert [(x["chunk"], x["prompt"], x["mode"]) for x in report["prompts"]] == [
+        (1, "red", "recache"),
+        (3, "blue", "blend"),
+    ]
+    assert report["stream"]["guidance_scale"] == 2
+    assert "prompt from chunk 3: blue (blend)" in out
+
+
+def test_typed_prompts_change_the_stream_and_its_end_ends_it(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ncut: a blue square\n"))
+    code, out, err = command("--prompt", "a red ball", "--live", "--output", "o.mp4")
+    assert code == 0, err
+    assert "a blue square (cut)" in out
+    assert len(frames_of(tmp_path / "o.mp4")) >= 3
+
+
+def test_a_checkpoint_is_loaded(command, tmp_path, pipeline_folder):
+    pipe = StreamingWanPipeline.from_preset("tiny-wan", str(pipeline_folder), window=9)
+    assert pipe.stream_settings.window == 9
+    weights = {k: torch.zeros_like(x) for k, x in pipe.transformer.state_dict().items()}
+    torch.save({"generator": weights}, tmp_path / "w.pt")
+    command("--prompt", "x", "--num-chunks", "1", "--output", "a.mp4")
+    code, _, err = command("--prompt", "x", "--num-chunks", "1", "--output", "b.mp4", "--checkpoint", "w.pt")
+    assert code == 0, err
+    assert not np.array_equal(frames_of(tmp_path / "a.mp4"), frames_of(tmp_path / "b.mp4"))
+    loaded = StreamingWanPipeline.from_preset(
+        "tiny-wan", str(pipeline_folder), checkpoint=tmp_path / "w.pt", stream="longlive"
+    )
+    assert loaded.stream_settings.window == 12
+    assert not any(x.any() for x in loaded.transformer.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-inference-steps", "3", "--prompt", "x"], "--num-inference-steps: a stream does not take it"),
+        (["--backend", "torch", "--prompt", "x"], "--backend: a stream does not take it"),
+        ([], "--prompt: expected a text"),
+        (["--prompt", "x", "--density", "0.5"], "--density: a stream is dense unless"),
+        (["--prompt", "x", "--stream-settings", "longlife"], "did you mean 'longlive'"),
+        (["--prompt", "x", "--stream-settings", "none.yaml"], "cannot read none.yaml"),
+        (["--prompt", "x", "--output", "o.gif"], "ends in .mp4"),
+        (["--prompt", "x", "--prompts-file", "none.yaml"], "cannot read none.yaml"),
+        (["--prompt", "x", "--lora", "x.pt"], "lora: is merged into a checkpoint"),
+        (["--prompt", "x", "--preset", "wan2.1-i2v-14b-480p"], "streams need wan t2v"),
+        (["--prompt", "x", "--image", "none.png"], "--image: cannot read"),
+    ],
+)
+def test_wrong_options_are_named_and_leave_no_file(command, tmp_path, arguments, message):
+    code, _, err = command(*arguments)
+    assert (code, message in err) == (2, True), err
+    assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_options_of_streams_need_the_flag(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate-video", "--prompt", "x", "--num-chunks", "3"])
+    with pytest.raises(SystemExit):
+        generate.main()
+    assert "--num-chunks: is for streams; add --stream" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- {prompt: a}\n- {prompt: b}", "two prompts for one chunk"),
+        ("- {prompt: a, mode: fade}", "0.mode"),
+        ("- {promt: a}", "0.prompt"),
+        ("prompt: a", "list"),
+        ("- {prompt: a, chunk: 0}", "0.chunk"),
+    ],
+)
+def test_prompts_files_are_checked(tmp_path, text, message):
+    path = tmp_path / "p.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_prompts(path)
+
+
+def test_typed_lines():
+    assert parse_line("  \n") is None
+    assert parse_line("a: colon stays").prompt == "a: colon stays"
+    blend = parse_line("blend 4: a blue square\n")
+    assert (blend.prompt, blend.mode, blend.over) == ("a blue square", "blend", 4)
+    assert parse_line("cutting: grass").mode == "recache"
+
+
+def test_of_several_typed_lines_the_last_prompt_counts():
+    live = LivePrompts(io.StringIO("one\ntwo\n\n"))
+    deadline = time.time() + 10
+    changes, ended = [], False
+    while not ended and time.time() < deadline:
+        state = live.look()
+        changes += [state.change.prompt] if state.change else []
+        ended = state.ended
+    assert ended
+    assert changes[-1] == "two"
+
+
+def test_a_killed_writer_leaves_a_playable_file(tmp_path):
+    path = tmp_path / "o.mp4"
+    code = (
+        "import sys, time, numpy as np\nfrom dit_accel.video_stream import StreamingVideoFile\n"
+        "file = StreamingVideoFile(sys.argv[1], 8)\n"
+        "rng = np.random.default_rng(0)\n"
+        "for _ in range(5):\n    file.write(rng.random((8, 32, 32, 3)).astype('float32'))\n"
+        "print('written', flush=True)\ntime.sleep(60)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, start_new_session=True)
+    assert child.stdout.readline().strip() == b"written"
+    deadline = time.time() + 20
+    while time.time() < deadline and path.stat().st_size < 3000:
+        time.sleep(0.1)
+    # The whole group dies at once, the encoder with it: nobody finishes the file.
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    assert len(imageio.mimread(path)) >= 8
+
+
+def test_a_file_without_frames_leaves_nothing(tmp_path):
+    with StreamingVideoFile(tmp_path / "new" / "o.mp4", 8):
+        pass
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "old.mp4").write_bytes(b"kept")
+    with StreamingVideoFile(tmp_path / "old.mp4", 8):
+        pass
+    assert (tmp_path / "old.mp4").read_bytes() == b"kept"
+    with pytest.raises(ConfigError, match="cannot write"):
+        StreamingVideoFile(tmp_path / "old.mp4" / "o.mp4", 8)
