@@ -11,7 +11,7 @@ from diffusers import WanPipeline
 from torch import Tensor
 
 from dit_accel.errors import ConfigError
-from dit_accel.models import load_pipeline
+from dit_accel.models import load_for_preset
 from dit_accel.pipelines.base import FromPreset
 from dit_accel.pipelines.streaming.attention import DenseContext
 from dit_accel.pipelines.streaming.checkpoints import load_causal_weights
@@ -61,7 +61,7 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
 
         Args:
             name: preset name or YAML file, of a Wan text-to-video model.
-            model: pipeline folder or hub id. Default: the preset's.
+            model: pipeline folder, hub id, or "tiny": small random weights. Default: the preset's.
             device: torch device. Default: CUDA where there is one, else the CPU.
             dtype: "float32", "bfloat16" or "float16". Default: bfloat16 on CUDA, float32 on the CPU.
             checkpoint: causal weights to load into the transformer, see `load_causal_weights`. Default: none.
@@ -77,7 +77,7 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
             raise ConfigError(f"preset {preset.name}", f"is {preset.family} {preset.task}; streams need wan {cls.task}")
         if lora is not None and checkpoint is None:
             raise ConfigError("lora", "is merged into a checkpoint; give one")
-        pipe = load_pipeline(model or preset.repository, device or "auto", dtype or "auto", cls)
+        pipe = load_for_preset(preset, model, device or "auto", dtype or "auto", cls)
         pipe.preset = preset
         if checkpoint is not None:
             load_causal_weights(pipe.transformer, checkpoint, lora)
