@@ -68,7 +68,8 @@ class CompressedMemory(DenseContext):
         tile: (height, width) in tokens of a block of a frame. Default 8 x 8.
         entries: statistics kept per layer, each of one frame or more. Default 64.
         variance: keep the variance of the keys, which corrects the mass of a block. Default True.
-        cross: keep one cross term of keys and values per entry, the first-order term. Default True.
+        cross: keep one cross term of keys and values per entry, the first-order term; it takes head size squared
+            numbers, often more than all the rest. Default False.
         reach: the past stands at its true distance before the window, but no farther than this many frames: what lies
             beyond the trained range of positions is pulled in. Default 1: right before the window.
     """
@@ -78,7 +79,7 @@ class CompressedMemory(DenseContext):
         tile: tuple[int, int] = (8, 8),
         entries: int = 64,
         variance: bool = True,
-        cross: bool = True,
+        cross: bool = False,
         reach: float = 1.0,
     ) -> None:
         self.tile, self.entries, self.variance, self.cross, self.reach = tile, entries, variance, cross, reach

@@ -83,7 +83,7 @@ def test_long_queries_are_cut_and_shapes_are_checked(monkeypatch):
 
 
 def test_a_frame_is_summarised_by_tiles():
-    memory = CompressedMemory(TILE)
+    memory = CompressedMemory(TILE, cross=True)
     k, v = frames(1, batch=2)
     memory.evict(0, 4, k[0], v[0], GRID)
     got = memory._past[0][0].blocks
@@ -129,7 +129,9 @@ def test_a_memory_of_single_tokens_at_true_distance_is_the_unbounded_cache(posit
     with CausalWan(model) as runtime:
         whole = runtime.branch(StreamSettings(chunk=3, window=None), prompt)
         short = runtime.branch(
-            StreamSettings(chunk=3, window=6, positions=positions), prompt, lambda: CompressedMemory((1, 1), reach=1e9)
+            StreamSettings(chunk=3, window=6, positions=positions),
+            prompt,
+            lambda: CompressedMemory((1, 1), cross=True, reach=1e9),
         )
         for start in range(0, 12, 3):
             part = video[:, :, start : start + 3]
@@ -151,7 +153,7 @@ def test_reach_pulls_the_far_past_in():
 
 def test_rotated_statistics_are_those_of_rotated_keys():
     rotary = Rotary(tiny_transformer(layers=1).rope)
-    memory = CompressedMemory(TILE)
+    memory = CompressedMemory(TILE, cross=True)
     k, v = frames(3)
     for frame in range(3):
         memory.evict(0, frame, k[frame], v[frame], GRID)
@@ -159,7 +161,7 @@ def test_rotated_statistics_are_those_of_rotated_keys():
     call = type("Call", (), {"layer": 0, "rotary": rotary})()
     memory._positions = lambda *_: at
     got = memory._rotated(call, memory._past[0])
-    other = CompressedMemory(TILE)
+    other = CompressedMemory(TILE, cross=True)
     for frame in range(3):
         other.evict(0, frame, rotary.time(k[frame], [at[frame]]), v[frame], GRID)
     blocks = [entry.blocks for entry in other._past[0]]
@@ -175,7 +177,12 @@ def test_rotated_statistics_are_those_of_rotated_keys():
 def stream(runtime, seed=0, **changes):
     settings = StreamSettings(steps=(1000.0,), chunk=1, window=4, sink=1, positions="reindex")
     return ChunkDriver(
-        runtime, settings, text(), (4, 6), seed, policy=lambda: CompressedMemory((1, 2), entries=5, **changes)
+        runtime,
+        settings,
+        text(),
+        (4, 6),
+        seed,
+        policy=lambda: CompressedMemory((1, 2), entries=5, cross=True, **changes),
     )
 
 
