@@ -6,7 +6,10 @@ import math
 
 import pytest
 import torch
-from method_cases import plan_of
+from method_cases import plan_of, video_mask
+
+from dit_accel.layout import TokenLayout
+from dit_accel.methods.registry import get_method
 
 COUNTS = [(1, 32, 32), (1, 4, 4), (1, 8, 8), (8, 6, 10)]
 
@@ -55,6 +58,23 @@ def test_b_is_sliding_tiles_with_an_odd_window(reach):
     assert torch.equal(box.to_mask(), plan_of("sliding_tile", grid, tile=tile, window=(2 * reach + 1,) * 3).to_mask())
     counts = [-(-n // t) for n, t in zip(grid, tile, strict=True)]
     assert set(box.counts.flatten().tolist()) == {math.prod(min(n, 2 * reach + 1) for n in counts)}
+
+
+@pytest.mark.parametrize("grid", [(3, 7, 10), (1, 7, 10)])
+@pytest.mark.parametrize("parameters", [{}, {"cross": "lines"}, {"pattern": "B"}])
+def test_a_grid_that_does_not_divide_by_the_group(grid, parameters):
+    layout, tile = TokenLayout(grid), (2, 3, 4)
+    group = layout.coordinates.long() // torch.tensor(tile)
+    apart = (group.unsqueeze(1) - group).abs()[..., 0 if grid[0] > 1 else 1 :]
+    if parameters.get("pattern") == "B":
+        counts = [-(-n // t) for n, t in zip(grid, tile, strict=True)][-apart.shape[-1] :]
+        centre = group[:, -apart.shape[-1] :].clamp(min=1).minimum((torch.tensor(counts) - 2).clamp(min=0))
+        reach = (group[None, :, -apart.shape[-1] :] - centre.unsqueeze(1)).abs()
+        expected = ((reach <= 1) | (torch.tensor(counts) <= 2)).all(-1)
+    else:
+        needed = apart.shape[-1] - 1 if parameters else 1
+        expected = (apart == 0).sum(-1) >= needed
+    assert torch.equal(video_mask(get_method("grat", tile=tile, **parameters), layout), expected)
 
 
 def test_a_ring_adds_the_neighbours():

@@ -126,6 +126,14 @@ def test_published_tile_densities(window, density):
     assert plan.full_counts is None
 
 
+@pytest.mark.parametrize("window", [(1, 2, 3), (3, 4, 0), (5, 1, 10)])
+def test_every_tile_sees_a_full_box_and_even_windows_hold_one_tile_more(window):
+    plan = plan_of("sliding_tile", (5, 12, 14), tile=(1, 2, 2), window=window)
+    counts = (5, 6, 7)
+    box = [n if w == 0 else min(n, 2 * (w // 2) + 1) for n, w in zip(counts, window, strict=True)]
+    assert set(plan.counts.flatten().tolist()) == {math.prod(box)}
+
+
 @pytest.mark.parametrize("tiles", [1, 3, 5])
 def test_sliding_tiles_are_neighborhoods_with_the_tile_as_stride(tiles):
     grid, tile = (6, 12, 20), (2, 2, 4)
