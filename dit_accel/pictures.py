@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -133,7 +133,7 @@ def _seen(layout: TokenLayout, order: TokenOrder | None, plan: BlockPlan, head: 
     return seen[layout.video_slice()].view(layout.grid)
 
 
-def draw(picture: MethodPicture, path: str | Path) -> None:
+def draw(picture: MethodPicture, path: str | Path | BinaryIO) -> None:
     """Write the picture as an image: one row per head, the plane on the left, the frames of the query on the right.
 
     Raises:

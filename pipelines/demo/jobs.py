@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,29 @@ class Studio:
         """A job is running."""
         return self._busy.locked()
 
+    @property
+    def is_stopping(self) -> bool:
+        """The running job was asked to stop."""
+        return self._stop.is_set()
+
+    @contextmanager
+    def job(self) -> Iterator[Any]:
+        """Hold the pipeline, loaded when it was not, for one job in this thread.
+
+        Raises:
+            RuntimeError: another job is running.
+        """
+        self._begin()
+        try:
+            yield self._load()
+        finally:
+            self._busy.release()
+
+    def _begin(self) -> None:
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("another job is running; wait for it or cancel it")
+        self._stop.clear()
+
     def cancel(self) -> bool:
         """Ask the running job to stop after its step; False when none runs."""
         if not self.is_busy:
@@ -131,9 +155,7 @@ class Studio:
             RuntimeError: another job is running.
             Cancelled: the job was stopped.
         """
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError("another job is running; wait for it or cancel it")
-        self._stop.clear()
+        self._begin()
         events: queue.Queue[Event | BaseException | None] = queue.Queue()
         worker = threading.Thread(
             target=self._work, args=(runs, generation, prompt, seed, events), name="dit-accel-demo", daemon=True

@@ -72,3 +72,30 @@ def test_usable_on_a_narrow_screen(page):
 def test_files_outside_the_output_folder_are_not_served(page, address):
     for path in ("/etc/passwd", "pyproject.toml", "../../etc/passwd"):
         assert page.request.get(f"{address}gradio_api/file={path}").status in (403, 404)
+
+
+def test_methods_page_draws_any_grid(page):
+    page.get_by_role("tab", name="Methods").click()
+    page.locator("#grid textarea, #grid input").first.fill("3x7x9")
+    page.locator("#draw").click()
+    api.expect(page.locator("#method-told")).to_contain_text("Density")
+    api.expect(page.locator("#method-image img")).to_be_visible()
+    page.locator("#grid textarea, #grid input").first.fill("3x7")
+    page.locator("#grid textarea, #grid input").first.fill("many")
+    page.locator("#draw").click()
+    api.expect(page.locator("#method-told")).to_contain_text("Error")
+
+
+def test_stream_grows_and_takes_a_new_prompt(page):
+    page.get_by_role("tab", name="Stream").click()
+    for name, value in (("stream-height", 32), ("stream-width", 32), ("stream-chunks", 30)):
+        number(page, name, value)
+    page.locator("#stream-start").click()
+    status = page.locator("#stream-status")
+    api.expect(status).to_contain_text(re.compile(r"Chunk \d+ of 30"))
+    page.locator("#stream-prompt textarea").fill("a blue square moving left")
+    page.locator("#stream-say").click()
+    api.expect(status).to_contain_text("Prompt: a blue square moving left")
+    page.locator("#stream-cancel").click()
+    api.expect(status).to_contain_text("Cancelled")
+    api.expect(page.locator("#stream-video video")).to_be_visible()

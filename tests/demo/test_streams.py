@@ -1,0 +1,70 @@
+"""Streams of the demo without a page: prompts that change on the way, history, replay, bad input."""
+
+from __future__ import annotations
+
+import pytest
+
+from dit_accel.errors import ConfigError
+from dit_accel.pipelines.demo.jobs import Cancelled, Studio
+from dit_accel.pipelines.demo.streams import Change, History, Streamer
+
+SETTINGS = {"steps": [1000.0, 500.0], "chunk": 2, "window": 4, "sink": 1, "positions": "reindex"}
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory):
+    return Studio("tiny-wan", tmp_path_factory.mktemp("stream"), device="cpu")
+
+
+def short(chunks=4, prompt="a red ball moving right"):
+    return History(seed=3, height=32, width=32, chunks=chunks, changes=[Change(0, prompt)])
+
+
+def test_a_prompt_said_on_the_way_takes_effect_at_the_next_chunk_and_replays(studio):
+    streamer, grown = Streamer(studio), []
+    for event in streamer.run(short(), 10, SETTINGS):
+        grown.append(event)
+        if event.chunk == 1:
+            streamer.say("a blue square moving left", "cut")
+    assert [event.prompt for event in grown] == ["a red ball moving right"] * 2 + ["a blue square moving left"] * 2
+    frames = [event.frames for event in grown]
+    assert frames == sorted(frames)
+    assert grown[-1].first_latency > 0
+    assert list(studio.output_dir.glob("*stream*.mp4")) == [grown[-1].path]
+    history = History.from_json(streamer.history.to_json())
+    assert history.changes == [Change(0, "a red ball moving right"), Change(2, "a blue square moving left", "cut")]
+    video = grown[-1].path.read_bytes()
+    replayed = list(Streamer(studio).run(history, 10, SETTINGS))
+    assert replayed[-1].path.read_bytes() == video
+    assert not studio.is_busy
+
+
+def test_cancelling_and_size_errors_free_the_studio(studio):
+    streamer = Streamer(studio)
+    job = streamer.run(short(chunks=100), 10, SETTINGS)
+    next(job)
+    assert studio.cancel()
+    with pytest.raises(Cancelled):
+        list(job)
+    with pytest.raises(ConfigError, match="height"):
+        list(streamer.run(History(0, 33, 32, 2, [Change(0, "a ball")]), 10, SETTINGS))
+    with pytest.raises(ConfigError, match="chunks"):
+        list(streamer.run(short(chunks=0), 10, SETTINGS))
+    assert not studio.is_busy
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"seed": 0}',
+        '{"seed": true, "height": 32, "width": 32, "chunks": 1, "changes": [{"chunk": 0, "prompt": "x"}]}',
+        '{"seed": 0, "height": 32, "width": 32, "chunks": 1, "changes": []}',
+        '{"seed": 0, "height": 32, "width": 32, "chunks": 1, "changes": [{"chunk": 0, "prompt": " "}]}',
+        '{"seed": 0, "height": 32, "width": 32, "chunks": 1, "changes": [{"chunk": 0, "prompt": "x", "mode": "fade"}]}',
+    ],
+)
+def test_a_history_that_is_none_is_refused(text):
+    with pytest.raises(ConfigError, match="history"):
+        History.from_json(text)
