@@ -19,13 +19,23 @@ def outer(axes: Sequence[Tensor]) -> Tensor:
     return reduce(torch.kron, (axis.to(torch.uint8) for axis in axes)).bool()
 
 
-def with_text(layout: TokenLayout, blocks: Blocking, video: Tensor) -> Tensor:
-    """The block mask `[n_video, n_video]` of the video inside that of the sequence: text attends all, all attend it."""
+def with_text(layout: TokenLayout, blocks: Blocking, video: Tensor, k_blocks: Blocking | None = None) -> Tensor:
+    """The block mask of the video inside that of the sequence: text attends all, all attend it.
+
+    Args:
+        layout: token geometry.
+        blocks: partition of the queries.
+        video: bool `[nq_video, nk_video]`.
+        k_blocks: partition of the keys. Default: that of the queries.
+
+    Returns:
+        Bool `[nq, nk]`.
+    """
     if not layout.text:
         return video
-    text = layout.text_blocks(blocks)
-    mask = torch.ones(blocks.count, blocks.count, dtype=torch.bool)
-    mask[~text.unsqueeze(-1) & ~text] = video.flatten()
+    q_text, k_text = (layout.text_blocks(b) for b in (blocks, blocks if k_blocks is None else k_blocks))
+    mask = torch.ones(len(q_text), len(k_text), dtype=torch.bool)
+    mask[~q_text.unsqueeze(-1) & ~k_text] = video.flatten()
     return mask
 
 

@@ -13,7 +13,7 @@ from dit_accel.kernels import block_attention
 from dit_accel.kernels.merge import merge
 from dit_accel.kernels.spec import Remainder
 from dit_accel.layout import TokenLayout
-from dit_accel.methods.base import Method, Size, SizeTriple
+from dit_accel.methods.base import Density, Method, Size, SizeTriple
 from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder
 from dit_accel.plan import Blocking, BlockPlan
@@ -34,6 +34,8 @@ class Clear(Method):
 
     Args:
         radius: a key is seen when its distance is below `radius`, in tokens.
+        density: the largest radius that keeps no more than this share of the tile pairs; every tile keeps itself.
+            Default None: `radius` decides.
         frame_step: distance of neighbouring frames, in tokens. 1 gives the published densities of balls in video; 0 is
             a disc through all frames.
         remainder: "drop"; "mean": tiles outside the disc enter as one mean key and value each, with their log-count
@@ -49,6 +51,7 @@ class Clear(Method):
     is_static: ClassVar[bool] = True
 
     radius: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
+    density: Density | None = None
     frame_step: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     remainder_: Literal["drop", "mean", "pooled"] = Field(default="drop", alias="remainder")
     pool: Size = 4
@@ -70,7 +73,13 @@ class Clear(Method):
         t, h, w = (_squared_gaps(*axis) for axis in zip(layout.grid, self.tile, steps, strict=True))
         plane = h[:, None, :, None] + w[None, :, None, :]
         squared = t[:, None, None, :, None, None] + plane[None, :, :, None]
-        return squared.flatten(3).flatten(0, 2) < self.radius**2
+        squared = squared.flatten(3).flatten(0, 2)
+        if self.density is None:
+            return squared < self.radius**2
+        if self.density == 1:
+            return torch.ones_like(squared, dtype=torch.bool)
+        first_left_out = squared.flatten().kthvalue(int(self.density * squared.numel()) + 1).values
+        return squared < first_left_out.clamp(min=0.5)
 
     def logit_scale(self, head_dim: int, layout: TokenLayout) -> float | None:
         """1 / sqrt(head_dim), larger for more tokens than the model was trained with when `proportional`."""

@@ -5,7 +5,6 @@ Per axis of L tokens: k window, s stride, d dilation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +19,8 @@ from dit_accel.plan import BlockPlan, BoxPredicate
 from dit_accel.state import CallContext
 from dit_accel.static_masks import outer, with_text
 from dit_accel.tiling import axis_tiles, tile_blocks, tile_order
+
+_Tiling = tuple[tuple[int, int, int], tuple[int, int, int]]
 
 
 def axis_window(length: int, window: int, stride: int, dilation: int, causal: bool) -> tuple[Tensor, Tensor]:
@@ -73,6 +74,7 @@ class Neighborhood(Method):
         dilation: distance of neighbouring keys per axis.
         causal_frames: queries see no later frame.
         tile: (frames, height, width) of a block in tokens, counted inside a dilation group.
+        key_tile: the same for keys. Default None: as `tile`.
         base_grid: the grid that window, stride and dilation are meant for; on another grid they grow with each axis.
             0 on an axis: it is not scaled. Default None: no axis is scaled.
         density: choose the window so that it covers this share of the grid, the same share of each axis. Default
@@ -87,22 +89,28 @@ class Neighborhood(Method):
     dilation: SizeTriple = (1, 1, 1)
     causal_frames: bool = False
     tile: SizeTriple = (4, 4, 4)
+    key_tile: SizeTriple | None = None
     base_grid: CountTriple | None = None
     density: Density | None = None
 
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
         """Tile by tile."""
-        return tile_order(call.layout, self.tile, self._dilation(call.layout))
+        queries, keys = (tile_order(call.layout, *tiling) for tiling in self._tilings(call.layout))
+        return queries if self.key_tile is None else TokenOrder(queries.query, keys.query)
 
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
         """Blocks that hold a key of some query's window; partial ones are decided in the kernel. q, k not looked at."""
         layout = call.layout
         axes = self.axes(layout)
-        visited, whole = (_blocks(layout, self.tile, axes, rule) for rule in ("any", "all"))
-        blocks = tile_blocks(layout, self.tile, self._dilation(layout))
-        if torch.equal(visited, whole):
-            return BlockPlan.from_mask(visited, blocks, blocks)
-        return BlockPlan.from_mask(visited, blocks, blocks, whole, self._predicate(layout, axes))
+        queries, keys = self._tilings(layout)
+        q_blocks, k_blocks = tile_blocks(layout, *queries), tile_blocks(layout, *keys)
+        masks = []
+        for rule in ("any", "all"):
+            video = outer([_tile_pairs(*axis, rule) for axis in zip(axes, queries[0], keys[0], strict=True)])
+            masks.append(with_text(layout, q_blocks, video, k_blocks))
+        if torch.equal(*masks):
+            return BlockPlan.from_mask(masks[0], q_blocks, k_blocks)
+        return BlockPlan.from_mask(masks[0], q_blocks, k_blocks, masks[1], self._predicate(layout, axes))
 
     def axes(self, layout: TokenLayout) -> tuple[Axis, Axis, Axis]:
         """The windows on this grid."""
@@ -116,9 +124,10 @@ class Neighborhood(Method):
         t, h, w = map(_fit, layout.grid, wanted, self.stride, self.dilation, base, causal)
         return t, h, w
 
-    def _dilation(self, layout: TokenLayout) -> tuple[int, int, int]:
+    def _tilings(self, layout: TokenLayout) -> tuple[_Tiling, _Tiling]:
+        """Tile and dilation of queries and of keys."""
         t, h, w = (axis.dilation for axis in self.axes(layout))
-        return t, h, w
+        return (self.tile, (t, h, w)), (self.tile if self.key_tile is None else self.key_tile, (t, h, w))
 
     def _predicate(self, layout: TokenLayout, axes: tuple[Axis, Axis, Axis]) -> BoxPredicate:
         """The windows as boxes over the whole sequence in tile order; text tokens only meet whole blocks."""
@@ -128,9 +137,9 @@ class Neighborhood(Method):
             first, end = axis_window(axis.length, axis.window, axis.stride, axis.dilation, axis.causal)
             for row, values in enumerate((first[at[:, i]], end[at[:, i]], at[:, i])):
                 bounds[row, layout.video_slice(), i] = values.to(torch.int32)
-        dilation = self._dilation(layout)
-        lower, upper, coordinates = bounds[:, tile_order(layout, self.tile, dilation).query]
-        return BoxPredicate(lower, upper, coordinates, dilation)
+        queries, keys = self._tilings(layout)
+        lower, upper = bounds[:2, tile_order(layout, *queries).query]
+        return BoxPredicate(lower, upper, bounds[2, tile_order(layout, *keys).query], keys[1])
 
 
 def _long_axes(layout: TokenLayout) -> int:
@@ -152,14 +161,10 @@ def _fit(length: int, window: int, stride: int, dilation: int, base: int, causal
     return Axis(length, window, min(stride, window), dilation, causal)
 
 
-def _blocks(layout: TokenLayout, tile: tuple[int, int, int], axes: Sequence[Axis], rule: str) -> Tensor:
-    """Bool block mask of the whole sequence: tiles in which "any" or "all" pairs of tokens are kept."""
-    found = []
-    for axis, size in zip(axes, tile, strict=True):
-        tile_of = axis_tiles(axis.length, size, axis.dilation)
-        lengths = tile_of.bincount()
-        pairs = torch.zeros(len(lengths), axis.length, dtype=torch.int64).index_add_(0, tile_of, axis.kept().long())
-        pairs = torch.zeros(len(lengths), len(lengths), dtype=torch.int64).index_add_(1, tile_of, pairs)
-        found.append(pairs > 0 if rule == "any" else pairs == lengths.unsqueeze(-1) * lengths)
-    dilations = tuple(axis.dilation for axis in axes)
-    return with_text(layout, tile_blocks(layout, tile, dilations), outer(found))
+def _tile_pairs(axis: Axis, q_size: int, k_size: int, rule: str) -> Tensor:
+    """Bool `[nq, nk]`: tiles of an axis between which "any" or "all" pairs of coordinates are kept."""
+    q_tile, k_tile = (axis_tiles(axis.length, size, axis.dilation) for size in (q_size, k_size))
+    q_lengths, k_lengths = q_tile.bincount(), k_tile.bincount()
+    pairs = torch.zeros(len(q_lengths), axis.length, dtype=torch.int64).index_add_(0, q_tile, axis.kept().long())
+    pairs = torch.zeros(len(q_lengths), len(k_lengths), dtype=torch.int64).index_add_(1, k_tile, pairs)
+    return pairs > 0 if rule == "any" else pairs == q_lengths.unsqueeze(-1) * k_lengths

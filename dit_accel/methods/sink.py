@@ -12,7 +12,7 @@ from dit_accel.methods.base import BlockSize, Count, Density, Method, Size
 from dit_accel.methods.registry import register
 from dit_accel.plan import Blocking, BlockPlan, BoxPredicate
 from dit_accel.state import CallContext
-from dit_accel.static_masks import frame_blocks, spans, with_text
+from dit_accel.static_masks import frame_blocks, half_width, spans, with_text
 
 
 @register("sink_recent")
@@ -75,6 +75,8 @@ class AShape(Method):
         n_local: query i sees the keys with |i - j| < n_local.
         n_last: trailing video tokens that see everything (tri-shape). Default 0.
         causal: queries see no later video token, as published. Default False: both directions, as in the models here.
+        density: choose n_local so that the band in both directions has this share of the token pairs; the sink comes on
+            top. Default None: `n_local` decides.
         block: block size in tokens; the band is exact, token by token.
     """
 
@@ -85,6 +87,7 @@ class AShape(Method):
     n_local: Size = 3968
     n_last: Count = 0
     causal: bool = False
+    density: Density | None = None
     block: BlockSize = 64
 
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
@@ -106,8 +109,9 @@ class AShape(Method):
     def _bounds(self, layout: TokenLayout, init: int, last: int) -> tuple[Tensor, Tensor]:
         """First and one-past-last key of each video query, int64 `[video]`; sink queries see the sink as one run."""
         i = torch.arange(layout.video)
-        upper = i + 1 if self.causal else (i + self.n_local).clamp(max=layout.video)
-        lower = (i - self.n_local + 1).clamp(min=0)
+        local = self.n_local if self.density is None else half_width(layout, self.density) + 1
+        upper = i + 1 if self.causal else (i + local).clamp(max=layout.video)
+        lower = (i - local + 1).clamp(min=0)
         lower[:init], lower[last:] = 0, 0
         if not self.causal:
             upper[:init] = upper[:init].clamp(min=init)

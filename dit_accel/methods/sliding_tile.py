@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor
 
-from dit_accel.methods.base import CountTriple, Method, SizeTriple
+from dit_accel.methods.base import CountTriple, Density, Method, SizeTriple
 from dit_accel.methods.neighborhood import Axis
 from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder
@@ -31,6 +32,8 @@ class SlidingTile(Method):
         window: tiles per axis (frames, height, width); 0 means the whole axis. As published, an even window w reaches
             w / 2 tiles to both sides, and so holds w + 1 tiles.
         tile: (frames, height, width) of a tile in tokens.
+        density: choose the odd windows nearest to this share of the tiles, the same share of each axis. Default None:
+            `window` decides.
     """
 
     source: ClassVar[str] = "arXiv 2502.04507"
@@ -38,6 +41,7 @@ class SlidingTile(Method):
 
     window: CountTriple = (3, 3, 3)
     tile: SizeTriple = (4, 4, 4)
+    density: Density | None = None
 
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
         """Tile by tile."""
@@ -46,10 +50,17 @@ class SlidingTile(Method):
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
         """The box of tiles around each tile, shifted inward at borders. q, k `[B, H, N, D]` are not looked at."""
         layout = call.layout
+        counts = [-(-length // tile) for length, tile in zip(layout.grid, self.tile, strict=True)]
         axes = []
-        for length, tile, window in zip(layout.grid, self.tile, self.window, strict=True):
-            count = -(-length // tile)
+        for count, window in zip(counts, self._windows(counts), strict=True):
             width = count if window == 0 else min(count, 2 * (window // 2) + 1)
             axes.append(Axis(count, width, 1, 1, False).kept())
         blocks = tile_blocks(layout, self.tile)
         return BlockPlan.from_mask(with_text(layout, blocks, outer(axes)), blocks, blocks)
+
+    def _windows(self, counts: Sequence[int]) -> Sequence[int]:
+        """Window per axis of `counts` tiles."""
+        if self.density is None:
+            return self.window
+        share = self.density ** (1 / max(1, sum(count > 1 for count in counts)))
+        return [0 if share == 1 else 2 * max(0, round((share * count - 1) / 2)) + 1 for count in counts]

@@ -72,6 +72,16 @@ def test_a_ball_has_the_density_published_for_video(radius, sparsity):
     assert Clear(radius=radius).tiles_seen(TokenLayout(grid)).float().mean() > 1 - sparsity
 
 
+@pytest.mark.parametrize("grid", [(1, 40, 40), (6, 16, 18)])
+def test_density_sets_the_radius(grid):
+    layout = TokenLayout(grid)
+    for density in (1e-9, 0.05, 0.3, 0.7, 1.0):
+        seen = Clear(density=density, tile=(1, 2, 2)).tiles_seen(layout)
+        assert seen.diagonal().all()
+        own = seen.float().mean() if density > 1e-6 else torch.tensor(0.0)
+        assert 0.85 * density - 1e-9 <= own <= density or density < 1e-6
+
+
 def test_a_query_at_exactly_the_radius_is_not_seen():
     mask = video_mask(Clear(radius=3.0, tile=(1, 1, 1)), TokenLayout((1, 1, 8)))
     assert mask[0].tolist() == [True] * 3 + [False] * 5

@@ -89,11 +89,14 @@ def attend(method, layout, q, k, v):
     return order.restore(block_attention(*order.apply(q, k, v), plan, backend="torch"))
 
 
-def test_attention_equals_the_masked_definition():
-    layout = TokenLayout((3, 7, 6))
+@pytest.mark.parametrize("key_tile", [None, (2, 3, 2)])
+def test_attention_equals_the_masked_definition(key_tile):
+    layout = TokenLayout((3, 7, 6), 5, "before")
     q, k, v = torch.randn(3, 2, 2, layout.tokens, 16, generator=torch.Generator().manual_seed(0)).unbind()
-    method = get_method("neighborhood", window=[2, 3, 4], dilation=[1, 2, 1], stride=[1, 1, 2])
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=token_mask(layout, method))
+    method = get_method("neighborhood", window=[2, 3, 4], dilation=[1, 2, 1], stride=[1, 1, 2], key_tile=key_tile)
+    mask = torch.ones(layout.tokens, layout.tokens, dtype=torch.bool)
+    mask[5:, 5:] = token_mask(layout, method)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     torch.testing.assert_close(attend(method, layout, q, k, v), expected)
 
 
@@ -145,16 +148,18 @@ def test_sliding_tiles_are_neighborhoods_with_the_tile_as_stride(tiles):
 
 
 @pytest.mark.parametrize(
-    ("grid", "window", "stride", "tile", "visited"),
+    ("grid", "window", "stride", "tile", "key_tile", "visited"),
     [
-        ((30, 48, 80), (18, 24, 24), (1, 1, 1), (2, 8, 8), 165.44),
-        ((30, 48, 80), (18, 24, 24), (16, 8, 8), (2, 8, 8), 81),
-        ((1, 256, 256), (1, 80, 80), (1, 1, 1), (1, 16, 8), 68.13),
-        ((1, 256, 256), (1, 80, 80), (1, 16, 16), (1, 16, 8), 50),
+        ((30, 48, 80), (18, 24, 24), (1, 1, 1), (2, 8, 8), None, 165.44),
+        ((30, 48, 80), (18, 24, 24), (16, 8, 8), (2, 8, 8), None, 81),
+        ((30, 48, 80), (18, 24, 24), (16, 8, 8), (4, 8, 8), (2, 8, 8), 81),
+        ((1, 256, 256), (1, 80, 80), (1, 1, 1), (1, 16, 8), None, 68.13),
+        ((1, 256, 256), (1, 80, 80), (1, 16, 16), (1, 16, 8), None, 50),
+        ((1, 256, 256), (1, 80, 80), (1, 16, 16), (1, 16, 16), (1, 16, 8), 50),
     ],
 )
-def test_visited_tiles_of_published_settings(grid, window, stride, tile, visited):
-    plan = plan_of("neighborhood", grid, window=window, stride=stride, tile=tile)
+def test_visited_tiles_of_published_settings(grid, window, stride, tile, key_tile, visited):
+    plan = plan_of("neighborhood", grid, window=window, stride=stride, tile=tile, key_tile=key_tile)
     assert plan.counts.double().mean().item() == pytest.approx(visited, abs=6e-3)
 
 
@@ -190,6 +195,14 @@ def test_queries_of_one_stride_group_share_their_keys():
 def test_an_odd_window_is_symmetric_away_from_borders():
     mask = video_plan_mask(get_method("neighborhood", window=(0, 1, 5)), TokenLayout((1, 1, 12)))
     assert mask[5].nonzero().flatten().tolist() == [3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("grid", [(9, 24, 40), (1, 64, 64)])
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.6, 1.0])
+def test_density_sets_the_window_in_tiles(grid, density):
+    plan = plan_of("sliding_tile", grid, tile=(1, 2, 2), density=density)
+    assert plan.density == pytest.approx(density, abs=0.02 if density == 1 else 0.3 * density)
+    assert (plan.counts == plan.counts.flatten()[0]).all()
 
 
 def test_dilated_windows_meet_whole_tiles_of_their_group():

@@ -71,3 +71,10 @@ def test_density_sets_the_recent_frames():
     for density in (0.2, 0.5, 1.0):
         plan = get_method("sink_recent", density=density).select(None, None, CallContext(layout))
         assert density - 0.1 < plan.density <= density
+
+
+@pytest.mark.parametrize("density", [0.1, 0.4, 1.0])
+def test_density_sets_the_band(density):
+    layout = TokenLayout((8, 16, 16))
+    mask = video_mask(get_method("a_shape", density=density, n_init=0), layout)
+    assert mask.float().mean().item() == pytest.approx(density, abs=2e-3)
