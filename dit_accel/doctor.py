@@ -99,13 +99,14 @@ def _self_tests(name: str, device: torch.device, dtypes: tuple[torch.dtype, ...]
             yield None if fault is None else f"with {str(dtype)[6:]} and head_dim {dim}: {fault}"
 
 
-def backend_choices(family: str | None = None) -> Iterator[Choice]:
-    """The backend that every shipped preset would use on this machine.
+def backend_choices(family: str | None = None, every: bool = False) -> Iterator[Choice]:
+    """The backend that shipped presets would use on this machine.
 
     Args:
         family: only presets of this family. Default: all.
+        every: all variants, not only the recommended one of each model.
     """
-    for name in list_presets(family):
+    for name in (name for name in list_presets(family) if every or "/" not in name):
         preset = load_preset(name)
         if preset.method.name == "dense":
             yield Choice(name, "dense", "Diffusers' own", "the method is dense")

@@ -1,4 +1,4 @@
-"""The shapes that are timed: those of published models, and small ones for the CPU; and inputs that look like video."""
+"""The shapes that are timed, those of presets and small ones for the CPU, and inputs that look like video."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import ConfigError, near_matches
-from dit_accel.layout import TextPosition, TokenLayout
+from dit_accel.estimate import token_layout
+from dit_accel.layout import TokenLayout
+from dit_accel.presets import list_presets, load_preset
 
 
 @dataclass(frozen=True)
@@ -30,48 +32,36 @@ class Shape:
     of: str
 
 
-def _shape(
-    name: str,
-    grid: tuple[int, int, int],
-    heads: int,
-    head_dim: int,
-    of: str,
-    text: int = 0,
-    where: TextPosition = "none",
-) -> Shape:
-    return Shape(name, TokenLayout(grid, text, where), heads, head_dim, of)
-
-
-# Grids follow from pixels and frames by the compression of each model's autoencoder and its patch size.
-SHAPES = {
+SMALL_SHAPES = {
     shape.name: shape
     for shape in (
-        _shape("cpu-1k", (4, 16, 16), 12, 64, "no model: 1024 tokens"),
-        _shape("cpu-4k", (4, 32, 32), 12, 64, "no model: 4096 tokens"),
-        _shape("cpu-8k", (8, 32, 32), 12, 64, "no model: 8192 tokens"),
-        _shape("cpu-8k-text", (8, 32, 31), 12, 128, "no model: 7936 tokens and 256 of text", 256, "after"),
-        _shape("tiny-wan", (11, 16, 16), 4, 64, "the small model that ships, 21 frames of 64 x 64"),
-        _shape("wan-1.3b-480p", (21, 30, 52), 12, 128, "Wan 2.1 1.3B, 81 frames of 480 x 832"),
-        _shape("wan-14b-480p", (21, 30, 52), 40, 128, "Wan 2.1 14B, 81 frames of 480 x 832"),
-        _shape("wan-14b-720p", (21, 45, 80), 40, 128, "Wan 2.1 14B, 81 frames of 720 x 1280"),
-        _shape("hunyuan-720p", (33, 45, 80), 24, 128, "HunyuanVideo, 129 frames of 720 x 1280", 256, "after"),
-        _shape("flux-1024", (1, 64, 64), 24, 128, "FLUX.1, 1024 x 1024", 512, "before"),
-        _shape("flux-2048", (1, 128, 128), 24, 128, "FLUX.1, 2048 x 2048", 512, "before"),
-        _shape("flux-4096", (1, 256, 256), 24, 128, "FLUX.1, 4096 x 4096", 512, "before"),
-        _shape("cogvideox-5b", (13, 30, 45), 48, 64, "CogVideoX 5B, 49 frames of 480 x 720", 226, "before"),
+        Shape("cpu-1k", TokenLayout((4, 16, 16)), 12, 64, "no model: 1024 tokens"),
+        Shape("cpu-4k", TokenLayout((4, 32, 32)), 12, 64, "no model: 4096 tokens"),
+        Shape("cpu-8k", TokenLayout((8, 32, 32)), 12, 64, "no model: 8192 tokens"),
+        Shape("cpu-8k-text", TokenLayout((8, 32, 31), 256, "after"), 12, 128, "no model: 7936 tokens, 256 of text"),
     )
 }
 
 
+def list_shapes() -> list[str]:
+    """The small shapes, and the recommended preset of every model."""
+    return [*SMALL_SHAPES, *(name for name in list_presets() if "/" not in name)]
+
+
 def find_shape(name: str) -> Shape:
-    """The shape called `name`.
+    """A small shape, or that of a preset: its token geometry at its own size, and the heads of its model.
 
     Raises:
         ConfigError: there is none; the message offers near matches.
     """
-    if name not in SHAPES:
-        raise ConfigError("--shapes", f"unknown shape {name!r}{near_matches(name, SHAPES)}")
-    return SHAPES[name]
+    if name in SMALL_SHAPES:
+        return SMALL_SHAPES[name]
+    if name not in list_presets() and not name.endswith((".yaml", ".yml")):
+        raise ConfigError("--shapes", f"unknown shape {name!r}{near_matches(name, list_shapes())}")
+    preset = load_preset(name)
+    sizes, made = preset.model, preset.generation
+    size = f"{made.height} x {made.width}" + (f", {made.num_frames} frames" if made.num_frames > 1 else "")
+    return Shape(name, token_layout(sizes, made), sizes.heads, sizes.head_dim, f"{preset.description}: {size}")
 
 
 def structured_qkv(

@@ -74,7 +74,9 @@ class Plan:
         }
 
 
-def measure(pipe: Any, plan: Plan, path: Path, tell: Callable[[str], None]) -> Statistics:
+def measure(
+    pipe: Any, plan: Plan, path: Path, tell: Callable[[str], None], inputs: dict[str, Any] | None = None
+) -> Statistics:
     """Generate every prompt dense and measure the candidates meanwhile; prompts that `path` holds are not run again.
 
     The file is written after each prompt; a run that is killed loses the prompt under way and nothing else. Two
@@ -85,6 +87,7 @@ def measure(pipe: Any, plan: Plan, path: Path, tell: Callable[[str], None]) -> S
         plan: what to measure.
         path: file of the statistics.
         tell: called with one line before each prompt and at the end.
+        inputs: further arguments of the pipeline, such as images. Default: none.
 
     Raises:
         ConfigError: `path` holds statistics of another plan.
@@ -107,7 +110,7 @@ def measure(pipe: Any, plan: Plan, path: Path, tell: Callable[[str], None]) -> S
                     plan.every,
                     plan.seed + number,
                 )
-            call_pipeline(pipe, plan.generation, prompt, plan.seed + number)
+            call_pipeline(pipe, plan.generation, prompt, plan.seed + number, inputs)
         sums.done.append(number)
         sums.seconds += time.perf_counter() - begun
         sums.save(path, settings)

@@ -21,7 +21,7 @@ def command_line() -> str:
 
 @bench_app.command("attention")
 def attention(
-    shapes: Annotated[list[str] | None, typer.Option(help="Shapes; `--list-shapes` names them.")] = None,
+    shapes: Annotated[list[str] | None, typer.Option(help="Shapes: presets, or those of --list-shapes.")] = None,
     methods: Annotated[list[str] | None, typer.Option(help="Methods, or random_blocks. Default: all.")] = None,
     densities: Annotated[
         list[float] | None, typer.Option(help="Densities of the sweep. Default: the method's.")
@@ -34,7 +34,7 @@ def attention(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the inputs.", min=0)] = 0,
     csv: Annotated[Path | None, typer.Option(help="File for the results, written row by row.")] = None,
-    list_shapes: Annotated[bool, typer.Option("--list-shapes", help="List the shapes and leave.")] = False,
+    show_shapes: Annotated[bool, typer.Option("--list-shapes", help="List the shapes and leave.")] = False,
 ) -> None:
     """Time methods against the fastest dense attention found here; each is verified on a small case first.
 
@@ -44,13 +44,13 @@ def attention(
     import torch
 
     from dit_accel.bench.attention import Options, measure, stamp, variants
-    from dit_accel.bench.shapes import SHAPES, find_shape
+    from dit_accel.bench.shapes import find_shape, list_shapes
     from dit_accel.bench.table import stream_csv
     from dit_accel.methods.registry import list_methods
     from dit_accel.models import resolve_device
 
-    if list_shapes:
-        for shape in SHAPES.values():
+    if show_shapes:
+        for shape in map(find_shape, list_shapes()):
             console.print(f"{shape.name}: {shape.of}; {shape.layout.tokens} tokens, {shape.heads} heads", markup=False)
         return
     chosen = [find_shape(name) for name in shapes or ["cpu-1k", "cpu-4k"]]

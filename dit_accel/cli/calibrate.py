@@ -24,6 +24,10 @@ def calibrate(
     share: Annotated[float, typer.Option(help="Share of the query blocks that is measured.", min=0.001, max=1)] = 0.25,
     every: Annotated[int, typer.Option(help="Measure every n-th step.", min=1)] = 1,
     output: Annotated[Path, typer.Option(help="Preset to write.")] = Path("outputs/calibrated.yaml"),
+    image: Annotated[Path | None, typer.Option(help="Image, for presets that need one.")] = None,
+    last_image: Annotated[Path | None, typer.Option(help="Last frame, for presets that need one.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Mask, for presets that need one.")] = None,
+    video: Annotated[Path | None, typer.Option(help="Video, for presets that take one.")] = None,
     model: Annotated[str | None, typer.Option(help="Pipeline folder or hub id instead of the preset's.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -35,6 +39,7 @@ def calibrate(
     """
     from dit_accel.calibrate.run import DEFAULT_CANDIDATES, Plan, assign, head_table, measure, write_preset
     from dit_accel.calibrate.tasks import calibration_prompts
+    from dit_accel.cli.inputs import check_inputs, read_inputs
     from dit_accel.cli.running import quiet_loading
     from dit_accel.compare.candidates import parse_candidate
     from dit_accel.errors import ConfigError
@@ -46,6 +51,8 @@ def calibrate(
     if output.suffix not in (".yaml", ".yml"):
         raise ConfigError("--output", f"expected a name that ends in .yaml, got {str(output)!r}")
     base = load_preset(preset)
+    given = {"image": image, "last_image": last_image, "mask": mask, "video": video}
+    check_inputs(base, given)
     generation = base.generation
     if num_inference_steps is not None:
         generation = generation.model_copy(update={"num_inference_steps": num_inference_steps})
@@ -54,7 +61,9 @@ def calibrate(
     plan = Plan(base, methods, texts, generation, seed, share, every)
     quiet_loading()
     pipe = load_pipeline(model or base.repository, device, dtype)
-    held = measure(pipe, plan, output.with_suffix(".safetensors"), lambda line: errors.print(line, markup=False))
+    inputs = read_inputs(base, given)
+    path = output.with_suffix(".safetensors")
+    held = measure(pipe, plan, path, lambda line: errors.print(line, markup=False), inputs)
     assignment = assign(held, max_error, density)
     write_preset(output, plan, assignment, held)
     console.print(head_table(assignment, methods).render(), markup=False)

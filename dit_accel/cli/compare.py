@@ -31,6 +31,10 @@ def compare(
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     ceiling: Annotated[bool, typer.Option("--ceiling/--no-ceiling", help="Dense with our kernel too.")] = True,
     output: Annotated[Path, typer.Option(help="Folder for tables, plot and videos.")] = DEFAULT_OUTPUT,
+    image: Annotated[Path | None, typer.Option(help="Image, for presets that need one.")] = None,
+    last_image: Annotated[Path | None, typer.Option(help="Last frame, for presets that need one.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Mask, for presets that need one.")] = None,
+    video: Annotated[Path | None, typer.Option(help="Video, for presets that take one.")] = None,
     model: Annotated[str | None, typer.Option(help="Pipeline folder or hub id instead of the preset's.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -40,6 +44,7 @@ def compare(
     from dit_accel.bench.attention import stamp
     from dit_accel.bench.table import stream_csv
     from dit_accel.cli.bench import command_line
+    from dit_accel.cli.inputs import check_inputs, read_inputs
     from dit_accel.cli.running import quiet_loading
     from dit_accel.compare.candidates import all_candidates
     from dit_accel.compare.runner import run_all
@@ -50,6 +55,8 @@ def compare(
     from dit_accel.presets import load_preset
 
     base = load_preset(preset)
+    given = {"image": image, "last_image": last_image, "mask": mask, "video": video}
+    check_inputs(base, given)
     generation = base.generation
     if num_inference_steps is not None:
         generation = generation.model_copy(update={"num_inference_steps": num_inference_steps})
@@ -57,11 +64,12 @@ def compare(
     tasks, criteria = make_tasks(base, prompts or [], num_prompts, seed)
     quiet_loading()
     pipe = load_pipeline(model or base.repository, device, dtype)
+    inputs = read_inputs(base, given)
     common = {**stamp(), "command": command_line()}
     rows: list[Any] = []
 
     def produced() -> Any:
-        for number, (outcomes, made) in enumerate(run_all(pipe, generation, tasks, chosen, rounds, backend)):
+        for number, (outcomes, made) in enumerate(run_all(pipe, generation, tasks, chosen, rounds, backend, inputs)):
             _write_video(output, number, outcomes, generation.fps)
             errors.print(f"prompt {number + 1} of {len(tasks)}: {tasks[number].prompt}", markup=False)
             yield from made
@@ -82,6 +90,7 @@ def _write_video(folder: Path, number: int, outcomes: Any, fps: int) -> None:
     from dit_accel.compare.video import side_by_side
     from dit_accel.video_io import OutputFile
 
-    with OutputFile(folder / f"side-by-side-{number}.mp4") as file:
-        clips = [(outcome.candidate.label, outcome.clip) for outcome in outcomes]
-        file.write(side_by_side(clips), fps)
+    clip = side_by_side([(outcome.candidate.label, outcome.clip) for outcome in outcomes])
+    suffix = ".mp4" if len(clip) > 1 else ".png"
+    with OutputFile(folder / f"side-by-side-{number}{suffix}") as file:
+        file.write(clip, fps)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from dit_accel.cli.app import console
 
@@ -13,6 +13,9 @@ from dit_accel.cli.app import console
 def doctor(
     test: Annotated[bool, typer.Option("--test/--no-test", help="Run the self-test of every usable backend.")] = True,
     family: Annotated[str | None, typer.Option(help="Only the presets of this family.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="All variants of the presets, not only the recommended.")
+    ] = False,
 ) -> None:
     """Say what this machine can run, which backend each preset would use and why, and what to install.
 
@@ -27,10 +30,11 @@ def doctor(
     for finding in backend_findings(test):
         console.print(f"backend {finding.name}: {finding.text}", markup=False)
         faults += [f"backend {finding.name} {fault}" for fault in finding.faults]
-    table = Table("preset", "method", "backend", "why")
-    for choice in backend_choices(family):
-        table.add_row(choice.preset, choice.method, choice.backend, choice.why)
-    console.print(table)
+    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for choice in backend_choices(family, every):
+        groups[choice.method, choice.backend, choice.why].append(choice.preset)
+    for (method, backend, why), presets in groups.items():
+        console.print(f"{method} runs on {backend}, {why}: {', '.join(presets)}", markup=False)
     for line in installs():
         console.print(f"to install: {line}", markup=False)
     for fault in faults:

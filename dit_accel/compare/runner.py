@@ -78,6 +78,7 @@ def run_task(
     rounds: int,
     shift: int = 0,
     backend: str = "auto",
+    inputs: dict[str, Any] | None = None,
 ) -> list[Outcome]:
     """Generate one prompt with every candidate, `rounds` times; the order shifts by one from round to round.
 
@@ -89,23 +90,26 @@ def run_task(
         rounds: how often; ratios are taken within a round, clips from the first.
         shift: where the order of the first round begins.
         backend: backend of `block_attention`.
+        inputs: further arguments of the pipeline, such as images. Default: none.
     """
     outcomes = [Outcome(task, candidate) for candidate in candidates]
     for number in range(rounds):
         for place in range(len(outcomes)):
-            _generate(pipe, generation, outcomes[(place + number + shift) % len(outcomes)], backend)
+            _generate(pipe, generation, outcomes[(place + number + shift) % len(outcomes)], backend, inputs)
         for outcome in outcomes:
             outcome.ratios.append(outcomes[0].seconds[-1] / outcome.seconds[-1])
     return outcomes
 
 
-def _generate(pipe: Any, generation: Generation, outcome: Outcome, backend: str) -> None:
+def _generate(
+    pipe: Any, generation: Generation, outcome: Outcome, backend: str, inputs: dict[str, Any] | None = None
+) -> None:
     candidate, cuda = outcome.candidate, torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     options = {"backend": backend, **candidate.options}
     with accelerate(pipe, method=candidate.method, schedule=candidate.schedule, **options) as acceleration:
-        clip, times = call_pipeline(pipe, generation, outcome.task.prompt, outcome.task.seed)
+        clip, times = call_pipeline(pipe, generation, outcome.task.prompt, outcome.task.seed, inputs)
         report = acceleration.report()
     outcome.seconds.append(times["denoise"])
     if outcome.clip is None:
@@ -121,15 +125,16 @@ def run_all(
     candidates: Sequence[Candidate],
     rounds: int = 1,
     backend: str = "auto",
+    inputs: dict[str, Any] | None = None,
 ) -> Iterator[tuple[list[Outcome], list[dict[str, Any]]]]:
     """The outcomes and rows of one task after the other; each candidate first runs one step that does not count."""
     assert candidates[0].label == DENSE
     warm = generation.model_copy(update={"num_inference_steps": 1})
     for candidate in candidates:
         sparse = candidate.schedule.model_copy(update={"dense_steps": (), "dense_noise": ()})
-        _generate(pipe, warm, Outcome(tasks[0], replace(candidate, schedule=sparse)), backend)
+        _generate(pipe, warm, Outcome(tasks[0], replace(candidate, schedule=sparse)), backend, inputs)
     for number, task in enumerate(tasks):
-        outcomes = run_task(pipe, generation, task, candidates, rounds, number, backend)
+        outcomes = run_task(pipe, generation, task, candidates, rounds, number, backend, inputs)
         reference = outcomes[0].clip
         assert reference is not None
         yield outcomes, [outcome.to_dict(reference) for outcome in outcomes]

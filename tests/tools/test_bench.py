@@ -12,12 +12,11 @@ import torch
 from dit_accel.bench import attention as bench
 from dit_accel.bench.attention import Options, measure, variants, verify
 from dit_accel.bench.random_blocks import RandomBlocks
-from dit_accel.bench.shapes import SHAPES, Shape, find_shape, structured_qkv
+from dit_accel.bench.shapes import Shape, find_shape, list_shapes, structured_qkv
 from dit_accel.bench.step import build, measure_step
 from dit_accel.bench.timing import Spread, fastest_dense, interleaved, ratios
 from dit_accel.cli import main
 from dit_accel.errors import ConfigError, DitAccelError, UnsupportedError
-from dit_accel.estimate import token_grid
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
 from dit_accel.presets import load_preset
@@ -27,17 +26,25 @@ SMALL = Shape("small", TokenLayout((3, 9, 10), 7, "after"), 2, 16, "a test")
 
 
 @pytest.mark.parametrize(
-    ("shape", "preset"), [("wan-1.3b-480p", "wan2.1-t2v-1.3b-480p"), ("wan-14b-720p", "wan2.1-t2v-14b-720p")]
+    ("name", "grid", "text", "heads", "dim"),
+    [
+        ("wan2.1-t2v-1.3b-480p", (21, 30, 52), 0, 12, 128),
+        ("wan2.1-t2v-14b-720p", (21, 45, 80), 0, 40, 128),
+        ("flux1-dev", (1, 64, 64), 512, 24, 128),
+        ("flux1-dev-4k", (1, 256, 256), 512, 24, 128),
+        ("cogvideox-5b", (13, 30, 45), 226, 48, 64),
+    ],
 )
-def test_shapes_are_those_of_the_presets(shape, preset):
-    resolved = load_preset(preset)
-    assert SHAPES[shape].layout.grid == token_grid(resolved.model, resolved.generation)
-    assert (SHAPES[shape].heads, SHAPES[shape].head_dim) == (resolved.model.heads, resolved.model.head_dim)
+def test_shapes_are_those_of_the_models(name, grid, text, heads, dim):
+    shape = find_shape(name)
+    assert (shape.layout.grid, shape.layout.text) == (grid, text)
+    assert (shape.heads, shape.head_dim) == (heads, dim)
+    assert name in list_shapes()
 
 
 def test_an_unknown_shape_is_refused():
-    with pytest.raises(ConfigError, match="did you mean 'flux-1024'"):
-        find_shape("flux-1042")
+    with pytest.raises(ConfigError, match="did you mean 'flux1-dev'"):
+        find_shape("flux1-dve")
 
 
 def test_inputs_are_seeded_and_smooth_over_the_video():
@@ -170,7 +177,7 @@ def call(monkeypatch, capsys, *arguments):
 def test_the_command_writes_rows_with_hardware_versions_date_and_command(monkeypatch, capsys, tmp_path):
     from dit_accel.bench import shapes
 
-    monkeypatch.setitem(shapes.SHAPES, "small", SMALL)
+    monkeypatch.setitem(shapes.SMALL_SHAPES, "small", SMALL)
     path = tmp_path / "new" / "results.csv"
     options = ["--shapes", "small", "--methods", "composed", "--densities", "0.3", "--rounds", 1, "--csv", path]
     code, out, err = call(monkeypatch, capsys, "bench", "attention", *options)
@@ -182,6 +189,6 @@ def test_the_command_writes_rows_with_hardware_versions_date_and_command(monkeyp
     assert row["date"]
     assert row["command"] == f"dit-accel bench attention {' '.join(map(str, options))}"
     code, out, _ = call(monkeypatch, capsys, "bench", "attention", "--list-shapes")
-    assert "flux-4096" in out
+    assert "flux1-dev-4k" in out
     assert call(monkeypatch, capsys, "bench", "attention", "--shapes", "smal")[0] == 2
     assert call(monkeypatch, capsys, "bench", "attention", *options[:-1], "/proc/none/x.csv")[0] == 2

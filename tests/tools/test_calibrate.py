@@ -171,10 +171,10 @@ def test_a_killed_calibration_goes_on_and_gives_the_same(tmp_path, monkeypatch):
     told = []
     real = calibration.call_pipeline
 
-    def killed(pipe, generation, prompt, seed):
+    def killed(pipe, generation, prompt, seed, inputs):
         if prompt == plan.prompts[1]:
             raise KeyboardInterrupt
-        return real(pipe, generation, prompt, seed)
+        return real(pipe, generation, prompt, seed, inputs)
 
     monkeypatch.setattr(calibration, "call_pipeline", killed)
     path = tmp_path / "killed.safetensors"

@@ -101,7 +101,7 @@ def test_rounds_are_interleaved_and_ratios_paired(monkeypatch):
     """With a machine that slows down from call to call, ratios within a round stay near the truth."""
     order, clock = [], [1.0]
 
-    def generate(pipe, generation, outcome, backend):
+    def generate(pipe, generation, outcome, backend, inputs):
         order.append(outcome.candidate.label)
         clock[0] *= 1.5
         outcome.seconds.append(clock[0] * (1.0 if outcome.candidate.label == DENSE else 0.5))
@@ -185,6 +185,14 @@ def test_the_command_writes_everything(pipeline_folder, tmp_path, monkeypatch, c
     assert dense["color"] in ("True", "False")
     for name in ("compare.md", "pareto.png", "side-by-side-0.mp4", "side-by-side-1.mp4"):
         assert (target / name).stat().st_size > 0
+
+
+def test_a_preset_that_needs_an_image_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dit-accel", "compare", "radial", "--preset", "wan2.1-i2v-14b-480p"])
+    with pytest.raises(SystemExit) as left:
+        main.main()
+    assert left.value.code == 2
+    assert "--image" in capsys.readouterr().err
 
 
 def test_a_run_of_the_pipeline_measures_density_and_clip():
