@@ -153,7 +153,7 @@ def run_batch(
     manifest: Manifest,
     make: Callable[[Item, Path], None],
     tell: Callable[[str], None],
-    extension: str = ".mp4",
+    extension: Callable[[Item], str] = lambda item: ".mp4",
 ) -> tuple[int, int]:
     """Run every item that is not done; one that fails is reported and does not stop the rest.
 
@@ -162,7 +162,7 @@ def run_batch(
         manifest: the record.
         make: generates an item into a file.
         tell: receives one line per item.
-        extension: of the results. Default ".mp4".
+        extension: of an item's result; a preset that is not known is that item's failure. Default ".mp4".
 
     Returns:
         How many are done, those of earlier runs included, and how many there are.
@@ -172,19 +172,17 @@ def run_batch(
         if isinstance(item, BadLine):
             tell(f"line {item.number}: {item.reason}")
             continue
-        output = item.file_name(extension)
-        if manifest.is_done(item):
-            done += 1
-            continue
-        begun = time.perf_counter()
+        begun, output = time.perf_counter(), ""
         try:
-            make(item, manifest.folder / output)
+            output = item.file_name(extension(item))
+            if not manifest.is_done(item):
+                make(item, manifest.folder / output)
+                manifest.record(item, output, "done", seconds=round(time.perf_counter() - begun, 3))
+                tell(f"line {item.number}: {output}")
         except (DitAccelError, OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             manifest.record(item, output, "failed", error=reason)
             tell(f"line {item.number}: {reason}")
             continue
-        manifest.record(item, output, "done", seconds=round(time.perf_counter() - begun, 3))
         done += 1
-        tell(f"line {item.number}: {output}")
     return done, len(items)

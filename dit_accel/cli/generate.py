@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from dit_accel.cli.app import console, run_app, version_option
 from dit_accel.cli.stream import SETTINGS_HELP, is_stream, run_stream
 from dit_accel.errors import ConfigError
-from dit_accel.presets import Preset, list_presets, load_preset
-from dit_accel.report import environment
-from dit_accel.video_io import OutputFile
+from dit_accel.presets import list_presets
 
 DEFAULT_PRESET = "tiny-wan"
 _NEEDED = "--prompt"
@@ -66,6 +62,15 @@ def generate(
     stream_settings: Annotated[str | None, typer.Option(help=SETTINGS_HELP)] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Causal weights for a stream.")] = None,
     lora: Annotated[Path | None, typer.Option(help="LoRA to merge into the checkpoint.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Many generations: a file with one JSON object per line, see docs/batches.md.")
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder of the results of --prompts.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an earlier run of --prompts.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(help="Spread --prompts over this Ray cluster; local: this machine.")
+    ] = None,
+    ray_workers: Annotated[int, typer.Option(help="Workers on the Ray cluster.", min=1)] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run; load no model.")] = False,
     show_presets: Annotated[bool, typer.Option("--list-presets", help="List the presets and leave.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=version_option, is_eager=True)] = False,
@@ -78,94 +83,44 @@ def generate(
         run_stream(context)
         return
     from dit_accel.cli.inputs import check_inputs
-    from dit_accel.cli.overrides import override_generation, override_method
+    from dit_accel.cli.making import PipelineHolder, Run, default_output, make
+    from dit_accel.cli.overrides import resolve
     from dit_accel.cli.showing import show_preset
 
-    sizes = {"height": height, "width": width, "num_frames": num_frames, "fps": fps}
-    sampling = {"num_inference_steps": num_inference_steps, "negative_prompt": negative_prompt}
-    guidance = {
+    options = {
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "fps": fps,
+        "num_inference_steps": num_inference_steps,
+        "negative_prompt": negative_prompt,
         "guidance_scale": guidance_scale,
         "guidance_scale_2": guidance_scale_2,
         "true_cfg_scale": true_cfg_scale,
+        "method": method,
+        "density": density,
+        "dense_steps": dense_steps,
     }
-    resolved = override_generation(load_preset(preset), {**sizes, **sampling, **guidance}, model)
-    resolved = override_method(resolved, method, {"density": density, "dense_steps": dense_steps})
+    inputs = {"image": image, "last_image": last_image, "mask": mask, "video": video}
+    if prompts is not None:
+        from dit_accel.cli.batching import Batch, run_prompts
+
+        not_with = {"--prompt": prompt, "--output": output, "--report": report, "--dry-run": dry_run or None}
+        batch = Batch(prompts, output_dir, resume, preset, options, inputs, model, device, dtype, backend)
+        run_prompts(batch, [name for name, value in not_with.items() if value is not None], ray, ray_workers)
+        return
+    for name, value in (("--output-dir", output_dir), ("--resume", resume or None), ("--ray", ray)):
+        if value is not None:
+            raise ConfigError(name, "goes with --prompts")
+    resolved = resolve(preset, options, model)
     if dry_run:
         show_preset(resolved, model, device)
         return
     if not prompt:
         raise ConfigError(_NEEDED, "expected a text, for example --prompt 'a red ball moving right'")
-    inputs = {"image": image, "last_image": last_image, "mask": mask, "video": video}
     check_inputs(resolved, inputs)
-    run = _Run(resolved, prompt, seed, inputs, model, device, dtype, backend)
-    _make(run, output or _default_output(resolved, seed), report)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Everything that one generation needs to know."""
-
-    preset: Preset
-    prompt: str
-    seed: int
-    inputs: dict[str, Path | None]
-    model: str | None
-    device: str
-    dtype: str
-    backend: str
-
-
-def _default_output(preset: Preset, seed: int) -> Path:
-    suffix = ".png" if preset.makes_image else ".mp4"
-    name = preset.name.replace("/", "-")
-    return Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-seed{seed}{suffix}"
-
-
-def _make(run: _Run, target: Path, report: Path | None) -> None:
-    """Check the output path, load, generate, write."""
-    preset, report = run.preset, report or target.with_suffix(".json")
-    if preset.makes_image and target.suffix.lower() != ".png":
-        raise ConfigError("--output", f"preset {preset.name} makes an image: expected a name that ends in .png")
-    with OutputFile(target) as file:
-        from dit_accel.acceleration import accelerate
-        from dit_accel.cli.inputs import read_inputs
-        from dit_accel.cli.running import call_pipeline, quiet_loading
-        from dit_accel.models import load_for_preset
-
-        quiet_loading()
-        inputs = read_inputs(preset, run.inputs)
-        console.print(f"{preset.name}: loading {run.model or preset.repository}", markup=False)
-        begun = time.perf_counter()
-        pipe = load_for_preset(preset, run.model, run.device, run.dtype)
-        loaded = time.perf_counter() - begun
-        console.print(f"loaded in {loaded:.1f} s, denoising {preset.generation.num_inference_steps} steps")
-        with accelerate(pipe, preset, backend=run.backend) as acceleration:
-            frames, times = call_pipeline(pipe, preset.generation, run.prompt, run.seed, inputs)
-            result = acceleration.report()
-        file.write(frames, preset.generation.fps)
-        _write_report(report, run, {"load": loaded, **times}, result.to_dict())
-        console.print(result.summary(), markup=False)
-        console.print(f"denoising {times['denoise']:.1f} s, total {time.perf_counter() - begun:.1f} s")
-        kind = "image" if preset.makes_image else "video"
-        console.print(f"{kind}: {target}\nreport: {report}", markup=False)
-
-
-def _write_report(path: Path, run: _Run, times: dict[str, Any], calls: dict[str, Any]) -> None:
-    import json
-    import os
-
-    head = {
-        "prompt": run.prompt,
-        "seed": run.seed,
-        "model": run.model or run.preset.repository,
-        "preset": run.preset.model_dump(mode="json"),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "times": times,
-        "environment": environment(),
-    }
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({**head, **calls}, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    run = Run(resolved, prompt, seed, inputs, model, device, dtype, backend)
+    make(run, output or default_output(resolved, seed), report, PipelineHolder())
 
 
 def main() -> None:

@@ -10,10 +10,30 @@ from dit_accel.acceleration import resolve_policy
 from dit_accel.errors import ConfigError
 from dit_accel.methods.registry import config_error
 from dit_accel.models import TINY, call_parameters, stock_pipeline
-from dit_accel.presets import Generation, MethodSpec, Preset
+from dit_accel.presets import Generation, MethodSpec, Preset, load_preset
 from dit_accel.presets.schema import check_size, check_task
 
 _BY_GUIDER = "guidance_scale"
+
+
+METHOD_OPTIONS = ("method", "density", "dense_steps")
+
+
+def resolve(preset: str, options: dict[str, Any], model: str | None) -> Preset:
+    """The preset called `preset` with everything that the command line lays over it.
+
+    Args:
+        preset: name or YAML file.
+        options: fields of `Generation`, and `method`, `density`, `dense_steps`; None where left out.
+        model: the option `--model`.
+
+    Raises:
+        ConfigError: see `override_generation` and `override_method`.
+    """
+    generation = {name: value for name, value in options.items() if name not in METHOD_OPTIONS}
+    chosen = override_generation(load_preset(preset), generation, model)
+    changes = {name: options.get(name) for name in METHOD_OPTIONS if name != "method"}
+    return override_method(chosen, options.get("method"), changes)
 
 
 def override_generation(preset: Preset, values: dict[str, Any], model: str | None) -> Preset:

@@ -1,0 +1,111 @@
+"""One generation: check the path, load, run, write the file and its report."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_accel.cli.app import console
+from dit_accel.errors import ConfigError
+from dit_accel.presets import Preset
+from dit_accel.report import environment
+from dit_accel.video_io import OutputFile
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that one generation needs to know."""
+
+    preset: Preset
+    prompt: str
+    seed: int
+    inputs: dict[str, Path | None]
+    model: str | None
+    device: str
+    dtype: str
+    backend: str
+
+
+def default_output(preset: Preset, seed: int) -> Path:
+    """`outputs/`, with time, preset and seed in the name, never the prompt."""
+    suffix = ".png" if preset.makes_image else ".mp4"
+    name = preset.name.replace("/", "-")
+    return Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-seed{seed}{suffix}"
+
+
+class PipelineHolder:
+    """Keeps the pipeline that was loaded last, for runs that need the same one."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._pipe: Any = None
+
+    def get(self, run: Run) -> Any:
+        """The pipeline of a run."""
+        from dit_accel.models import load_for_preset
+
+        preset = run.preset
+        model = (preset.tiny if run.model == "tiny" else run.model) or preset.repository
+        key = (model, preset.pipeline, run.device, run.dtype, preset.extras)
+        if key != self._key:
+            self._key = self._pipe = None  # two large models do not fit side by side
+            self._pipe = load_for_preset(preset, run.model, run.device, run.dtype)
+            self._key = key
+        return self._pipe
+
+
+def make(run: Run, target: Path, report: Path | None, holder: PipelineHolder) -> None:
+    """Check the output path, load, generate, write.
+
+    Args:
+        run: what to generate.
+        target: file to write.
+        report: JSON report. None: beside the file.
+        holder: gives the pipeline.
+
+    Raises:
+        ConfigError: a path that cannot be written, inputs that cannot be read, a model that cannot be loaded.
+    """
+    preset, report = run.preset, report or target.with_suffix(".json")
+    if preset.makes_image and target.suffix.lower() != ".png":
+        raise ConfigError("--output", f"preset {preset.name} makes an image: expected a name that ends in .png")
+    with OutputFile(target) as file:
+        from dit_accel.acceleration import accelerate
+        from dit_accel.cli.inputs import read_inputs
+        from dit_accel.cli.running import call_pipeline, quiet_loading
+
+        quiet_loading()
+        inputs = read_inputs(preset, run.inputs)
+        console.print(f"{preset.name}: loading {run.model or preset.repository}", markup=False)
+        begun = time.perf_counter()
+        pipe = holder.get(run)
+        loaded = time.perf_counter() - begun
+        console.print(f"loaded in {loaded:.1f} s, denoising {preset.generation.num_inference_steps} steps")
+        with accelerate(pipe, preset, backend=run.backend) as acceleration:
+            frames, times = call_pipeline(pipe, preset.generation, run.prompt, run.seed, inputs)
+            result = acceleration.report()
+        file.write(frames, preset.generation.fps)
+        _write_report(report, run, {"load": loaded, **times}, result.to_dict())
+        console.print(result.summary(), markup=False)
+        console.print(f"denoising {times['denoise']:.1f} s, total {time.perf_counter() - begun:.1f} s")
+        kind = "image" if preset.makes_image else "video"
+        console.print(f"{kind}: {target}\nreport: {report}", markup=False)
+
+
+def _write_report(path: Path, run: Run, times: dict[str, Any], calls: dict[str, Any]) -> None:
+    head = {
+        "prompt": run.prompt,
+        "seed": run.seed,
+        "model": run.model or run.preset.repository,
+        "preset": run.preset.model_dump(mode="json"),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "times": times,
+        "environment": environment(),
+    }
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps({**head, **calls}, indent=1), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,96 @@
+"""`generate-video --prompts`: results, manifest, resuming, bad lines, and a Ray cluster that loses a worker."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dit_accel.batch import Manifest, read_prompts
+from dit_accel.cli.batching import Batch
+from dit_accel.presets import Generation
+
+COMMAND = [sys.executable, "-c", "from dit_accel.cli.generate import main; main()"]
+SMALL = ["--model", "tiny", "--num-inference-steps", "1", "--device", "cpu"]
+
+
+def prompts(folder, *lines):
+    file = folder / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    return file
+
+
+def generate(*arguments):
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+def manifest_of(folder):
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def test_a_batch_runs_reports_and_resumes(tmp_path):
+    lines = [
+        {"prompt": "a ball"},
+        {"prompt": "b", "density": 2.0},
+        {"prompt": "a star", "preset": "flux1-schnell", "seed": 5},
+    ]
+    file, out = prompts(tmp_path, *lines), tmp_path / "out"
+    first = generate("--prompts", file, "--output-dir", out, *SMALL)
+    assert first.returncode == 1, first.stderr
+    assert first.stdout.splitlines()[-1] == "2 of 3 done"
+    assert "line 2: method" in first.stderr
+    assert (out / "00001-seed0.mp4").stat().st_size > 0
+    assert (out / "00003-seed5.png").stat().st_size > 0
+    assert json.loads((out / "00003-seed5.json").read_text())["preset"]["name"].startswith("flux1-schnell")
+    assert [entry["status"] for entry in manifest_of(out)] == ["done", "failed", "done"]
+    before = (out / "00001-seed0.mp4").stat().st_mtime_ns
+    prompts(tmp_path, lines[0], {"prompt": "b"}, lines[2])
+    again = generate("--prompts", file, "--output-dir", out, "--resume", *SMALL)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[-1] == "3 of 3 done"
+    assert (out / "00001-seed0.mp4").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "none.jsonl", "--output-dir", "out"], "--prompts: cannot read"),
+        (["--prompts", "none.jsonl"], "--output-dir"),
+        (["--prompts", "none.jsonl", "--output-dir", "out", "--prompt", "x"], "--prompt: does not go with --prompts"),
+        (["--prompt", "x", "--resume"], "--resume: goes with --prompts"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, arguments, message, monkeypatch, capsys):
+    from dit_accel.cli import generate as command
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["generate-video", *arguments])
+    with pytest.raises(SystemExit) as left:
+        command.main()
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_ray_cluster_finishes_although_a_worker_is_killed(tmp_path):
+    pytest.importorskip("ray")
+    psutil = pytest.importorskip("psutil")
+    from dit_accel.cli.cluster import run_on_ray
+
+    file = prompts(tmp_path, *({"prompt": "a ball", "seed": seed} for seed in range(5)))
+    out, told = tmp_path / "out", []
+    options = {"num_inference_steps": 1}
+    batch = Batch(file, out, False, "tiny-wan", options, {}, "tiny", "cpu", "float32", "auto")
+
+    def tell(line):
+        told.append(line)
+        if len(told) == 1:
+            workers = [p for p in psutil.process_iter(["cmdline"]) if "_Worker" in " ".join(p.info["cmdline"] or [])]
+            assert len(workers) == 2
+            workers[0].kill()
+
+    items = read_prompts(file, tuple(Generation.model_fields))
+    assert run_on_ray(items, Manifest(out, False), batch, tell, "local", 2) == (5, 5)
+    assert sorted(path.name for path in out.glob("*.mp4")) == [f"0000{n + 1}-seed{n}.mp4" for n in range(5)]
+    assert {entry["status"] for entry in manifest_of(out)} == {"done"}
