@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dit_accel.acceleration import Acceleration, accelerate
     from dit_accel.errors import ConfigError, DitAccelError, PlanError, UnsupportedError
+    from dit_accel.head_table import HeadTable
     from dit_accel.layout import TokenLayout
     from dit_accel.methods.registry import get_method, list_methods
     from dit_accel.order import TokenOrder
@@ -29,6 +30,7 @@ _PUBLIC = {
     "DitAccelError": "dit_accel.errors",
     "PlanError": "dit_accel.errors",
     "UnsupportedError": "dit_accel.errors",
+    "HeadTable": "dit_accel.head_table",
     "TokenLayout": "dit_accel.layout",
     "get_method": "dit_accel.methods.registry",
     "list_methods": "dit_accel.methods.registry",
@@ -44,6 +46,7 @@ __all__ = [
     "BlockPlan",
     "ConfigError",
     "DitAccelError",
+    "HeadTable",
     "PlanError",
     "Schedule",
     "TokenLayout",
