@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dit_accel.kernels import block_attention
 from dit_accel.layout import TokenLayout
+from dit_accel.state import CallContext
 
 LAYOUTS = {
     "video": TokenLayout((3, 5, 7)),
@@ -27,17 +27,10 @@ def tensors(layout, batch=2, heads=2, dim=16, seed=0):
 
 
 def attend(method, layout, q, k, v, call=None, backend="torch"):
+    call = CallContext(layout) if call is None else call
     order, plan = method.plan(layout, q, k, v, call)
     ordered = (q, k, v) if order is None else order.validate().apply(q, k, v)
-    kv_len = None if layout.valid is None else torch.tensor(layout.valid)
-    out = block_attention(
-        *ordered,
-        plan.validate(),
-        remainder=method.remainder,
-        precision=method.precision,
-        kv_len=kv_len,
-        backend=backend,
-    )
+    out = method.compute(*ordered, plan.validate(), call, backend=backend)
     return out if order is None else order.restore(out)
 
 

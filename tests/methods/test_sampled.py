@@ -148,7 +148,6 @@ def test_flexprefill_finds_keys_that_all_attend_and_the_distance_of_a_frame():
     token = torch.arange(128)
     q, k = torch.zeros(2, 1, 1, 128, 129).unbind(0)
     q[0, 0, token, token], k[0, 0, token, token] = 300.0, 1.0
-    next_frame = k.roll(16, 2)
     next_frame = torch.roll(k, 16, 2)
     plan = get_method("flexprefill", block=16, mass=0.9, probes=8).plan(layout, q, next_frame)[1]
     row = torch.arange(8)

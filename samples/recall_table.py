@@ -1,0 +1,232 @@
+"""Recall of every method on the small model: `python samples/recall_table.py`.
+
+One prompt is generated dense; queries and keys of all layers are taken at two steps; every method that can be asked
+for a density makes its plan from them, and the share of the attention mass that the plan covers is computed exactly
+on sampled query rows. Writes `docs/results/recall.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import dit_accel
+from dit_accel.cli.running import call_pipeline
+from dit_accel.errors import DitAccelError
+from dit_accel.layout import TokenLayout
+from dit_accel.methods.base import Method
+from dit_accel.methods.registry import get_method, list_methods, method_class
+from dit_accel.models import load_pipeline
+from dit_accel.order import TokenOrder
+from dit_accel.plan import BlockPlan
+from dit_accel.report import environment
+from dit_accel.selection import TopK, generator_for, select_plan
+from dit_accel.selection.scores import block_mass, log_mass
+from dit_accel.state import CallContext
+
+Planner = Callable[[Tensor, Tensor, CallContext, float], tuple[TokenOrder | None, BlockPlan]]
+_BLOCK = 64
+# Besides the defaults: what the published block sizes and gates cost or gain on so small a video.
+_VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("sparge", {"similarity": -1.0}),
+    ("xattention", {"block": 64}),
+    ("subblock", {"order": "tile"}),
+    ("subblock", {"heads": "adaptive"}),
+    ("svg2", {"heads": "adaptive"}),
+    ("composed", {"order": "raster"}),
+)
+
+
+@dataclass
+class Captured:
+    """Queries and keys of one attention call, `[B, H, N, D]`."""
+
+    layer: int
+    step: int
+    layout: TokenLayout
+    q: Tensor
+    k: Tensor
+
+
+class Capture(Method):
+    """Takes queries and keys of the conditional branch at some steps and asks for dense attention."""
+
+    name: ClassVar[str] = "capture"
+    source: ClassVar[str] = "this project"
+    taken: ClassVar[list[Captured]] = []
+
+    steps: tuple[int, ...]
+
+    def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
+        """The full plan."""
+        if call.step in self.steps and call.branch != "uncond":
+            self.taken.append(Captured(call.layer, call.step, call.layout, q.clone(), k.clone()))
+        blocks = call.layout.blocks(_BLOCK)
+        return BlockPlan.full(blocks, blocks)
+
+
+@dataclass
+class Row:
+    """One line of the table: recalls and densities of all heads per density asked for, and milliseconds per plan."""
+
+    label: str
+    recalls: dict[float, list[float]] = field(default_factory=dict)
+    densities: dict[float, list[float]] = field(default_factory=dict)
+    milliseconds: list[float] = field(default_factory=list)
+
+    def cells(self, densities: list[float], dense: float) -> list[str]:
+        """Recall, its 5th percentile over heads, and the density, per density; then the cost of choosing."""
+        cells = [self.label]
+        for asked in densities:
+            found = torch.tensor(self.recalls[asked])
+            low, density = float(found.quantile(0.05)), statistics.mean(self.densities[asked])
+            cells.append(f"{float(found.mean()):.3f} ({low:.2f}) at {density:.3f}")
+        middle = statistics.median(self.milliseconds)
+        return [*cells, f"{middle:.0f}", f"{100 * middle / dense:.0f} %"]
+
+
+def random_plan(q: Tensor, k: Tensor, call: CallContext, density: float) -> tuple[TokenOrder | None, BlockPlan]:
+    """As many blocks in each row, drawn at random."""
+    blocks = call.layout.blocks(_BLOCK)
+    generator = generator_for(q.device, call.layer, call.step)
+    scores = torch.rand(*q.shape[:2], blocks.count, blocks.count, generator=generator)
+    return None, select_plan(scores, TopK(share=density), blocks, blocks, call.layout)
+
+
+def oracle_plan(q: Tensor, k: Tensor, call: CallContext, density: float) -> tuple[TokenOrder | None, BlockPlan]:
+    """The blocks of the raster with most exact mass in each row: no choice of as many such blocks covers more."""
+    blocks = call.layout.blocks(_BLOCK)
+    if "mass" not in call.shared:
+        call.shared["mass"], _ = block_mass(q, k, blocks, blocks, call.layout)
+    scores = log_mass(call.shared["mass"], torch.ones((), dtype=torch.bool))
+    return None, select_plan(scores, TopK(share=density), blocks, blocks, call.layout)
+
+
+def by_method(name: str, parameters: dict[str, Any]) -> Planner:
+    """Plans of a registered method."""
+
+    def plan(q: Tensor, k: Tensor, call: CallContext, density: float) -> tuple[TokenOrder | None, BlockPlan]:
+        return get_method(name, density=density, **parameters).plan(call.layout, q, k, None, call)
+
+    return plan
+
+
+def planners() -> Iterator[tuple[str, Planner]]:
+    """Random, the oracle, every method that takes a density, and some variants."""
+    yield "random", random_plan
+    yield "oracle (raster)", oracle_plan
+    variants = list(_VARIANTS)
+    for name in list_methods():
+        if "density" in method_class(name).parameters():
+            yield name, by_method(name, {})
+        for base, parameters in [v for v in variants if v[0] == name]:
+            text = ", ".join(f"{key}={value}" for key, value in parameters.items())
+            yield f"{base} {text}", by_method(base, parameters)
+
+
+def measure(label: str, plan: Planner, captured: list[Captured], densities: list[float], rows: int) -> Row:
+    """Recall, density and time of one method over all captured calls; what it keeps is carried from step to step."""
+    row = Row(label)
+    shared: list[dict[str, Any]] = [{} for _ in captured]
+    for density in densities:
+        row.recalls[density], row.densities[density] = [], []
+        memories: dict[int, dict[str, Any]] = {}
+        for call, common in zip(captured, shared, strict=True):
+            memory = memories.setdefault(call.layer, {})
+            context = CallContext(call.layout, call.layer, call.step, memory=memory, shared=common)
+            begun = time.perf_counter()
+            order, made = plan(call.q, call.k, context, density)
+            row.milliseconds.append((time.perf_counter() - begun) * 1e3)
+            q, k = (call.q, call.k) if order is None else order.apply(call.q, call.k, call.k)[:2]
+            row.recalls[density] += made.recall(q, k, rows=rows).flatten().tolist()
+            row.densities[density].append(made.density)
+    return row
+
+
+def capture(preset_name: str, model: str | None, prompt: str, seed: int) -> tuple[list[Captured], str]:
+    """Queries and keys at a quarter and three quarters of the steps, and a line that says of what."""
+    preset = dit_accel.load_preset(preset_name)
+    pipe = load_pipeline(model or preset.repository)
+    steps = preset.generation.num_inference_steps
+    Capture.taken.clear()
+    with dit_accel.accelerate(pipe, method=Capture(steps=(steps // 4, 3 * steps // 4)), seed=seed):
+        call_pipeline(pipe, preset.generation, prompt, seed)
+    grid, heads = Capture.taken[0].layout.grid, Capture.taken[0].q.shape[1]
+    layers = len({c.layer for c in Capture.taken})
+    taken = f"steps {steps // 4} and {3 * steps // 4} of {steps}, {layers} layers of {heads} heads, grid {grid}"
+    return list(Capture.taken), f'preset {preset.name}, "{prompt}", seed {seed}: {taken}'
+
+
+def dense_milliseconds(call: Captured) -> float:
+    """Median time of PyTorch's dense attention on the captured shape."""
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        F.scaled_dot_product_attention(call.q, call.k, call.k)
+        times.append((time.perf_counter() - begun) * 1e3)
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Measure and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny-wan")
+    parser.add_argument("--model", default=None, help="pipeline folder instead of the preset's")
+    parser.add_argument("--prompt", default="a red ball moving right")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.125, 0.25, 0.5])
+    parser.add_argument("--rows", type=int, default=128, help="query rows per call on which recall is computed")
+    parser.add_argument("--methods", nargs="+", default=None, help="lines to measure, by the start of their names")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/recall.md"))
+    arguments = parser.parse_args()
+    captured, source = capture(arguments.preset, arguments.model, arguments.prompt, arguments.seed)
+    dense = dense_milliseconds(captured[0])
+    head = ["method", *(f"{100 * d:g} %" for d in arguments.densities), "ms", "of dense"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for label, plan in planners():
+        if arguments.methods and not label.startswith(tuple(arguments.methods)):
+            continue
+        try:
+            row = measure(label, plan, captured, arguments.densities, arguments.rows)
+            lines.append("| " + " | ".join(row.cells(arguments.densities, dense)) + " |")
+        except DitAccelError as error:
+            lines.append(f"| {label} | {error} |" + " |" * (len(head) - 2))
+        print(lines[-1], flush=True)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text("\n".join([*_preamble(source, dense), *lines, ""]), encoding="utf-8")
+
+
+def _preamble(source: str, dense: float) -> list[str]:
+    command = " ".join(["python samples/recall_table.py", *sys.argv[1:]])
+    versions = ", ".join(f"{name} {value}" for name, value in environment().items())
+    return [
+        "# Recall of selections on the small model",
+        "",
+        f"Made by `{command}`, {time.strftime('%Y-%m-%d')}.",
+        "",
+        versions,
+        "",
+        f"Queries and keys of {source}.",
+        "",
+        "A cell is the share of the true attention mass that the plan covers, mean over heads (5th percentile), and",
+        "the density that the plan has: methods round to whole blocks, and some keep more than was asked for.",
+        f"The last columns are the median time to order and select, and its share of dense attention ({dense:.0f} ms).",
+        "",
+        "Recall is a unit test, not a verdict: what covers more mass does not always look better. Methods are ranked",
+        "by renders paired with dense, not by this table.",
+        "",
+    ]
+
+
+if __name__ == "__main__":
+    main()
