@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_accel.clustering import chain_order, drawn_centroids, k_means
 from dit_accel.layout import TokenLayout
 from dit_accel.order import TokenOrder, video_order
 from dit_accel.plan import Blocking
@@ -89,7 +90,13 @@ def gray_rank(bits: Tensor) -> Tensor:
 
 
 def kmeans_order(
-    q: Tensor, k: Tensor, layout: TokenLayout, clusters: int, rounds: int, start: tuple[Tensor, Tensor] | None
+    q: Tensor,
+    k: Tensor,
+    layout: TokenLayout,
+    clusters: int,
+    rounds: int,
+    start: tuple[Tensor, Tensor] | None,
+    generator: torch.Generator,
 ) -> tuple[TokenOrder, tuple[Tensor, Tensor]]:
     """Queries and keys, each sorted by cluster, neighbouring clusters next to each other (after arXiv 2505.18875).
 
@@ -100,47 +107,23 @@ def kmeans_order(
         q, k: `[B, H, N, D]` in the raster.
         layout: token geometry.
         clusters: how many for the queries, and for the keys; at most the number of video tokens.
-        rounds: Lloyd iterations.
-        start: centroids `[B, H, C, D]` of queries and keys to begin with, those of the step before. None: every
-            (V / C)th token.
+        rounds: iterations of Lloyd's algorithm.
+        start: centroids `[B, H, C, D]` of queries and keys to begin with, those of the step before. None: drawn.
+        generator: draws the first centroids.
 
     Returns:
         The order, and the centroids for the next step.
     """
-    video, found, orders = layout.video_slice(), [], []
+    found, orders = [], []
     for place, x in enumerate((q, k)):
-        centres, owner = lloyd(x[:, :, video].float(), clusters, rounds, None if start is None else start[place])
-        found.append(centres)
-        orders.append(_whole(layout, owner.argsort(dim=-1, stable=True)))
+        video = x[:, :, layout.video_slice()].float()
+        count = min(clusters, layout.video)
+        first = drawn_centroids(video, count, generator) if start is None else start[place]
+        made = k_means(video, first, rounds)
+        rank = chain_order(made.centroids).argsort(-1)
+        orders.append(_whole(layout, rank.gather(-1, made.labels).argsort(dim=-1, stable=True)))
+        found.append(made.centroids)
     return TokenOrder(*orders), (found[0], found[1])
-
-
-def lloyd(x: Tensor, clusters: int, rounds: int, start: Tensor | None) -> tuple[Tensor, Tensor]:
-    """k-means of x `[B, H, V, D]`: centroids `[B, H, C, D]` along their main direction, and owners int64 `[B, H, V]`.
-
-    A cluster that loses all tokens keeps its centroid.
-    """
-    clusters = min(clusters, x.shape[2])
-    picked = torch.linspace(0, x.shape[2] - 1, clusters, device=x.device).round().long()
-    centres = x[:, :, picked] if start is None else start
-    for _ in range(rounds):
-        owner = _nearest(x, centres)
-        index = owner.unsqueeze(-1).expand_as(x)
-        sums = torch.zeros_like(centres).scatter_add_(2, index, x)
-        counts = torch.zeros_like(centres[..., 0]).scatter_add_(2, owner, torch.ones_like(x[..., 0])).unsqueeze(-1)
-        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
-    spread = centres - centres.mean(2, keepdim=True)
-    direction = torch.linalg.eigh(spread.transpose(-1, -2) @ spread).eigenvectors[..., -1:]
-    rank = (spread @ direction).squeeze(-1).argsort(dim=-1, stable=True)
-    centres = centres.gather(2, rank.unsqueeze(-1).expand_as(centres))
-    return centres, _nearest(x, centres)
-
-
-def _nearest(x: Tensor, centres: Tensor) -> Tensor:
-    """Index of the nearest of `centres` `[B, H, C, D]` for each token of x `[B, H, V, D]`, int64 `[B, H, V]`."""
-    offset = -0.5 * centres.square().sum(-1).unsqueeze(-2)
-    parts = x.split(max(1, _NUMBERS // (x.shape[0] * x.shape[1] * centres.shape[2])), 2)
-    return torch.cat([(part @ centres.transpose(-1, -2) + offset).argmax(-1) for part in parts], 2)
 
 
 def _whole(layout: TokenLayout, video_index: Tensor) -> Tensor:

@@ -30,9 +30,10 @@ def morton_order(layout: TokenLayout) -> TokenOrder:
 
 @lru_cache(maxsize=16)
 def bisection_order(layout: TokenLayout, block: int, shape: tuple[int, int, int]) -> TokenOrder:
-    """Boxes of exactly `block` tokens on any grid, by halving the video again and again across its longest side.
+    """Boxes of exactly `block` tokens on any grid, by cutting the video in two again and again.
 
-    Each cut falls on a multiple of `block`, through a plane of tokens where the grid does not divide. Unlike tiles, no
+    A cut goes between two planes where that leaves whole blocks on both sides and neither is under a third, across
+    the longest side that has such a place; else through a plane, at the middle of the longest side. Unlike tiles, no
     box at an edge is smaller, so no block is padded.
 
     Args:
@@ -41,20 +42,31 @@ def bisection_order(layout: TokenLayout, block: int, shape: tuple[int, int, int]
         shape: how long the sides (frames, height, width) of a box should be in proportion.
     """
     at = layout.coordinates.long()
-    sides = at.double() / torch.tensor(shape)
     done, todo = [], [torch.arange(layout.video)]
     while todo:
         part = todo.pop()
         if len(part) <= block:
             done.append(part)
             continue
-        extent = sides[part].amax(0) - sides[part].amin(0)
+        axis, left = _cut(at[part], block, shape)
         # A stable sort keeps the raster's order within a plane.
-        part = part[at[part, int(extent.argmax())].argsort(stable=True)]
-        left = -(-len(part) // block) // 2 * block
+        part = part[at[part, axis].argsort(stable=True)]
         # The last part put on the pile is the next one taken from it.
         todo += [part[left:].sort().values, part[:left].sort().values]
     return video_order(layout, torch.cat(done))
+
+
+def _cut(at: Tensor, block: int, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Across which axis to cut the tokens at `at` `[n, 3]`, and how many (whole blocks) stand before it."""
+    count = len(at)
+    extent = (at.amax(0) - at.amin(0) + 1).double() / torch.tensor(shape)
+    axes = extent.argsort(descending=True, stable=True).tolist()
+    for axis in axes:
+        planes = at[:, axis].bincount().cumsum(0)
+        places = planes[(planes % block == 0) & (3 * planes >= count) & (3 * planes <= 2 * count)]
+        if len(places):
+            return axis, int(places[(2 * places - count).abs().argmin()])
+    return axes[0], -(-count // block) // 2 * block
 
 
 @lru_cache(maxsize=64)

@@ -182,6 +182,8 @@ def _shares(weights: Tensor, group: int, pool: Tensor | None) -> Tensor:
     """Weights `[U, T, n]` summed over groups of blocks `[U, T, g]`, or averaged by `pool` `[U, T, 1]`: `[U, 1, n]`."""
     if pool is not None:
         return torch.bmm(pool.transpose(1, 2), weights)
+    if group >= weights.shape[-1]:
+        return weights.sum(-1, keepdim=True)
     index = torch.arange(weights.shape[-1], device=weights.device) // group
     return weights.new_zeros(*weights.shape[:2], int(index[-1]) + 1).index_add_(-1, index, weights)
 

@@ -25,6 +25,7 @@ from dit_accel.selection import (
     TopK,
     TopP,
     adapt_heads,
+    generator_for,
     own_blocks,
     pooled_scores,
     routing_noise,
@@ -72,6 +73,8 @@ class Composed(Method):
         rounding: how a density becomes a number of blocks.
         mass: keep the fewest blocks that hold this share of the scores' softmax, and at least `density`. None: no rule.
         tau: keep blocks whose score exceeds the mean of their row by so many standard deviations. None: no rule.
+        scope: whose budget a density or a mass is: that of each "row", or of a "head", whose rows compete for it by
+            shares of their mass.
         heads: "adaptive": heads that reach a recall of 0.8 give blocks to the others (arXiv 2502.21079).
         keep_self: every block attends itself; no effect with the orders by content.
         reach: neighbours in the order, on either side, that a block attends too, with `keep_self`.
@@ -107,6 +110,7 @@ class Composed(Method):
     rounding: Rounding = "round"
     mass: Share | None = None
     tau: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    scope: Literal["row", "head"] = "row"
     heads: Literal["uniform", "adaptive"] = "uniform"
     keep_self: bool = True
     reach: Count = 0
@@ -151,7 +155,8 @@ class Composed(Method):
             start = call.memory.get("centroids")
             if start is not None and (start[0].shape[0], start[0].shape[1]) != tuple(q.shape[:2]):
                 start = None
-            order, call.memory["centroids"] = kmeans_order(q, k, call.layout, self.clusters, self.rounds, start)
+            drawn = generator_for(q.device, call.seed, call.layer)
+            order, call.memory["centroids"] = kmeans_order(q, k, call.layout, self.clusters, self.rounds, start, drawn)
             return order
         return self._space_order(call.layout, q.shape[1])
 
@@ -181,6 +186,8 @@ class Composed(Method):
             return kept
         layout, blocks = call.layout, self.blocks(call.layout)
         scores = routing_noise(self.scores(q, k, call, blocks), self.noise, call.seed, call.layer, call.step)
+        if self.scope == "head":
+            scores = scores.log_softmax(-1).masked_fill(scores.isneginf(), -torch.inf)
         forced = self.forced(call, blocks, q.shape[1], q.device)
         plan = select_plan(scores, self._budget(scores, forced), blocks, blocks, layout, forced)
         if self.remainder_ == "history":
@@ -218,11 +225,11 @@ class Composed(Method):
         if self.tau is not None:
             return Threshold(tau=self.tau)
         if self.mass is not None:
-            return TopP(mass=self.mass, least=self.density or 0.0)
+            return TopP(scope=self.scope, mass=self.mass, least=self.density or 0.0)
         share: Any = self.density
         if self.heads == "adaptive":
             share = adapt_heads(scores, share, forced)
-        return TopK(share=share, rounding=self.rounding)
+        return TopK(scope=self.scope, share=share, rounding=self.rounding)
 
     @property
     def remainder(self) -> Remainder | None:

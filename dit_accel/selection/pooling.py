@@ -44,6 +44,9 @@ def gather_blocks(x: Tensor, blocks: Blocking, valid: Valid = None) -> tuple[Ten
         Tokens, fp32 (fp64 for fp64) `[B, H, n, S, D]`, 0 where a slot holds no real token; bool `[B or 1, n, S]`, which
         slots hold one.
     """
+    if valid is None and blocks.is_uniform and blocks.tokens % blocks.size == 0:
+        every = torch.ones(1, blocks.count, blocks.size, dtype=torch.bool, device=x.device)
+        return working(x).unflatten(2, (blocks.count, blocks.size)), every
     starts, lengths = blocks.on(x.device)
     place = torch.arange(blocks.size, device=x.device)
     inside = place < lengths.unsqueeze(-1)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_cases import tensors
 
-from dit_accel.content_orders import gray_rank, hot_key_order, hotness, kmeans_order, lloyd, lsh_order
+from dit_accel.content_orders import gray_rank, hot_key_order, hotness, kmeans_order, lsh_order
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
 from dit_accel.space_orders import axes_order, bisection_order, morton_order
@@ -120,19 +120,20 @@ def test_like_tokens_share_a_hash_and_equal_ones_keep_their_order():
     assert not torch.equal(order.query, lsh_order(q, k, layout, 7, seed=1).query)
 
 
-def test_clusters_are_found_and_kept():
+def test_clusters_are_found_and_their_centroids_carried_over():
     layout = TokenLayout((1, 8, 8))
-    generator = torch.Generator().manual_seed(0)
     true = torch.arange(64) % 4
-    x = 10 * torch.randn(4, 16, generator=generator)[true] + torch.randn(1, 2, 64, 16, generator=generator)
-    order, centres = kmeans_order(x, x, layout, clusters=4, rounds=3, start=None)
+    x = 10 * torch.randn(4, 16, generator=torch.Generator().manual_seed(0))[true] + tensors(layout)[0]
+    start = (x[:, :, :4], x[:, :, :4])  # one token of each
+    order, centroids = kmeans_order(x, x, layout, 4, 3, start, torch.Generator())
     groups = true[order.validate().query].unflatten(-1, (4, 16))
     assert (groups == groups[..., :1]).all()
-    once, _ = lloyd(x, 4, 0, centres[0])
-    torch.testing.assert_close(once, centres[0])
+    again, same = kmeans_order(x, x, layout, 4, 1, centroids, torch.Generator())
+    assert torch.equal(again.query, order.query)
+    torch.testing.assert_close(same, centroids)
 
 
 def test_more_clusters_than_tokens():
     layout = TokenLayout((1, 2, 3))
     q, k, _ = tensors(layout)
-    kmeans_order(q, k, layout, clusters=50, rounds=2, start=None)[0].validate()
+    kmeans_order(q, k, layout, 50, 2, None, torch.Generator())[0].validate()

@@ -1,0 +1,38 @@
+"""Aurora: this project's default, the composition that won the study in docs/study-remainder.md."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from dit_accel.methods.base import Density, SizeTriple
+from dit_accel.methods.composed import Composed, OrderName, RemainderName, Score
+from dit_accel.methods.registry import register
+
+
+@register("aurora")
+class Aurora(Composed):
+    """Local boxes, error-aware top-k, and the rest expanded about the mean query in one softmax (this project).
+
+    A composition of four parts, each of which the study in docs/study-remainder.md ablates:
+
+    - boxes of the video of exactly `block` tokens, on any grid;
+    - blocks chosen by mass times what their mean key hides, so that exact work goes where the rest would err;
+    - every other block enters the softmax with the exact mass and value that the mean query of the query block gets
+      from it, so that outlier channels and large logits need no cap;
+    - a first-order term in the distance from the mean query, mixed per query block.
+
+    Args:
+        density: share of key blocks that are exact. Default 0.125.
+    """
+
+    source: ClassVar[str] = "this project; expansion after arXiv 2602.01077"
+
+    order_: OrderName = Field(default="bisect", alias="order")
+    tile: SizeTriple = (2, 4, 8)
+    score: Score = "covariance"
+    density: Density | None = 0.125
+    remainder_: RemainderName = Field(default="taylor", alias="remainder")
+    about: Literal["key", "query"] = "query"
+    first_order: Literal["block", "mixed", "grouped", "global"] = "mixed"
