@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -54,6 +55,25 @@ class HunyuanVideoJointAttention(AccelProcessor):
         if getattr(attn, "to_add_out", None) is not None:
             text = attn.to_add_out(text)
         return hidden, text
+
+    def dense(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Dense attention, all `[B, N, H, D]`: as stock under method "dense"; else over the valid keys alone.
+
+        The stock mask keeps PyTorch from its fastest kernel; the dense calls of a sparse run need not pay for it.
+        """
+        return super().dense(query, key, value, mask) if self.engine.is_dense else self.dense_valid(query, key, value)
+
+    def dense_valid(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Dense attention without the padded keys; there is a mask `[B, 1, 1, N]` only where lengths differ."""
+        state = self.engine.state
+        if state is None or state.text_valid is None:
+            return super().dense(query, key, value)
+        lengths = [prod(state.grid) + words for words in state.text_valid]
+        key, value = key[:, : max(lengths)], value[:, : max(lengths)]
+        if min(lengths) == max(lengths):
+            return super().dense(query, key, value)
+        valid = torch.arange(max(lengths), device=key.device) < torch.tensor(lengths, device=key.device)[:, None]
+        return super().dense(query, key, value, valid[:, None, None])
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:

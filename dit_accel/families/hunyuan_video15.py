@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dit_accel.engine import Engine
@@ -28,17 +27,8 @@ class HunyuanVideo15JointAttention(HunyuanVideoJointAttention):
     """
 
     def dense(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Dense attention. All `[B, N, H, D]`; `mask` `[B, M]` says which of the text tokens at the end are valid."""
-        state = self.engine.state
-        if mask is None or state is None or state.text_valid is None:
-            return super().dense(query, key, value)
-        padding, shortest = mask.shape[1] - max(state.text_valid), min(state.text_valid)
-        key, value, mask = (x[:, : x.shape[1] - padding] for x in (key, value, mask))
-        if shortest == mask.shape[1]:
-            return super().dense(query, key, value)
-        video = mask.new_ones(len(mask), key.shape[1] - mask.shape[1])
-        valid = torch.cat([video, mask], dim=1).bool()
-        return super().dense(query, key, value, valid[:, None, None])
+        """Dense attention over the valid keys, all `[B, N, H, D]`; the lengths say what `mask` says."""
+        return self.dense_valid(query, key, value)
 
 
 @register_family

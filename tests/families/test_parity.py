@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from captured import ONE_PER_TRANSFORMER, captured, processors, run
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_accel
+from dit_accel.families.base import AccelProcessor
 from dit_accel.samples.tiny_random import TINY, tiny_arguments, tiny_names, tiny_pipeline
 
 SPARSE = {"method": "composed", "tile": [1, 2, 2], "density": 0.1, "break_even": 1.0}
@@ -96,7 +98,9 @@ ROUNDING = {"hunyuan-video-1.5": 0.05, "cogvideox-5b": 0.02}
 
 
 @pytest.mark.parametrize("name", [*ONE_PER_TRANSFORMER, "qwen-image"])
-def test_half_precision_and_the_choice_of_diffusers_backend(name):
+def test_half_precision_and_the_choice_of_diffusers_backend(name, monkeypatch):
+    # Diffusers makes the choice for the whole process; this takes it back at the end.
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
     model, values = captured(name)
     model.to(torch.bfloat16)
     values = {
@@ -139,6 +143,25 @@ def test_prompts_of_different_length_in_one_batch(name, parameters):
         torch.testing.assert_close(both[1:], run(model, second), atol=1e-5, rtol=0)
     if parameters["method"] == "dense":
         torch.testing.assert_close(both, stock, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("lengths", [(34, 34), (34, 7)])
+def test_dense_calls_of_a_sparse_run_need_no_mask_for_equal_lengths(lengths, monkeypatch):
+    model, values = captured("hunyuan-video")
+    batch = {k: torch.cat([v, v]) if isinstance(v, torch.Tensor) and v.ndim else v for k, v in values.items()}
+    batch["encoder_attention_mask"] = (torch.arange(256) < torch.tensor(lengths)[:, None]).long()
+    stock, masks = run(model, batch), []
+    plain = AccelProcessor.dense
+
+    def spy(self, query, key, value, mask=None):
+        masks.append(mask)
+        return plain(self, query, key, value, mask)
+
+    monkeypatch.setattr(AccelProcessor, "dense", spy)
+    with dit_accel.accelerate(model, **SPARSE, dense_steps=1) as acc:
+        torch.testing.assert_close(run(model, batch), stock, atol=1e-5, rtol=0)
+        assert acc.report().dense_reasons == {"step 0 is in dense_steps [0, 1)": 4}
+    assert [mask is None for mask in masks] == [lengths[0] == lengths[1]] * 4
 
 
 class PairsOfTokens(TorchDispatchMode):
