@@ -84,7 +84,6 @@ class CompressedMemory(DenseContext):
     ) -> None:
         self.tile, self.entries, self.variance, self.cross, self.reach = tile, entries, variance, cross, reach
         self._past: dict[int, list[Entry]] = {}
-        self._seen: dict[int, tuple[tuple[float, ...], BlockStatistics]] = {}
 
     def evict(self, layer: int, frame: int, k: Tensor, v: Tensor, grid: tuple[int, int]) -> None:
         """Summarise a frame that leaves; k, v `[B, S, H, D]`."""
@@ -95,7 +94,6 @@ class CompressedMemory(DenseContext):
             spans = [(a.count + b.count) / (frame + 1 - a.frame) for a, b in pairwise(past)]
             first = spans.index(min(spans))
             past[first : first + 2] = [past[first].joined(past[first + 1])]
-        self._seen.pop(layer, None)
 
     def _summarise(self, k: Tensor, v: Tensor, grid: tuple[int, int]) -> BlockStatistics:
         layout = TokenLayout((1, *grid))
@@ -115,19 +113,10 @@ class CompressedMemory(DenseContext):
         past = self._past.get(call.layer)
         if not past:
             return super().attend(call, q, k, v)
-        summary = self._rotated(call, past)
+        summary = _rotate(past, self._positions(call, past), call.rotary)
         out, lse = attend_with_lse(q, k, v)
         far, far_lse = attend_summary(q.transpose(1, 2), summary)
         return merge((out.transpose(1, 2), far), (lse, far_lse.to(lse.dtype)))[0].transpose(1, 2)
-
-    def _rotated(self, call: AttentionCall, past: list[Entry]) -> BlockStatistics:
-        """All entries of a layer at their positions; kept while these do not change, so once per chunk."""
-        at = self._positions(call, past)
-        kept = self._seen.get(call.layer)
-        if kept is None or kept[0] != at:
-            kept = (at, _rotate(past, at, call.rotary))
-            self._seen[call.layer] = kept
-        return kept[1]
 
     def _positions(self, call: AttentionCall, past: list[Entry]) -> tuple[float, ...]:
         """Where the past stands: before the oldest attended frame that is newer than it."""
@@ -138,13 +127,11 @@ class CompressedMemory(DenseContext):
     def reset(self) -> None:
         """The scene or the prompt has changed."""
         self._past.clear()
-        self._seen.clear()
 
     @property
     def bytes(self) -> int:
-        """Bytes of the statistics, the rotated copy included."""
-        kept = sum(entry.blocks.bytes for past in self._past.values() for entry in past)
-        return kept + sum(blocks.bytes for _, blocks in self._seen.values())
+        """Bytes of the statistics."""
+        return sum(entry.blocks.bytes for past in self._past.values() for entry in past)
 
     def state_dict(self) -> dict[str, Any]:
         """All entries."""

@@ -164,6 +164,11 @@ def _check_model(transformer: Any) -> None:
         )
     if transformer.config.added_kv_proj_dim is not None:
         raise UnsupportedError("streaming: image-to-video weights attend to image tokens; use text-to-video weights")
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise UnsupportedError(
+            "streaming under Diffusers' context parallelism: every rank would hold only a part of a chunk; run one "
+            "stream per device instead"
+        )
     processors = {type(x.processor).__name__ for block in transformer.blocks for x in (block.attn1, block.attn2)}
     if processors != {_STOCK}:
         raise UnsupportedError(

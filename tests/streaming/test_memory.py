@@ -13,7 +13,7 @@ from dit_accel.kernels.merge import merge
 from dit_accel.kernels.spec import Remainder
 from dit_accel.kernels.summary import BlockStatistics, attend_summary
 from dit_accel.pipelines.streaming.driver import ChunkDriver
-from dit_accel.pipelines.streaming.memory import CompressedMemory, Entry
+from dit_accel.pipelines.streaming.memory import CompressedMemory, Entry, _rotate
 from dit_accel.pipelines.streaming.positions import Rotary
 from dit_accel.pipelines.streaming.runtime import CausalWan
 from dit_accel.plan import Blocking, BlockPlan
@@ -158,9 +158,7 @@ def test_rotated_statistics_are_those_of_rotated_keys():
     for frame in range(3):
         memory.evict(0, frame, k[frame], v[frame], GRID)
     at = (3.0, 4.5, 9.0)
-    call = type("Call", (), {"layer": 0, "rotary": rotary})()
-    memory._positions = lambda *_: at
-    got = memory._rotated(call, memory._past[0])
+    got = _rotate(memory._past[0], at, rotary)
     other = CompressedMemory(TILE, cross=True)
     for frame in range(3):
         other.evict(0, frame, rotary.time(k[frame], [at[frame]]), v[frame], GRID)

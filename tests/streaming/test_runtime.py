@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
 from stream_cases import block_causal, frame_mask, latents, one_shot, text, tiny_transformer
 
 from dit_accel.errors import PlanError, UnsupportedError
+from dit_accel.pipelines.streaming.cache import FrameCache
 from dit_accel.pipelines.streaming.runtime import CausalWan
 from dit_accel.streaming import StreamSettings
 
@@ -199,9 +201,58 @@ def test_what_cannot_stream_is_refused():
     runtime.close()
     with pytest.raises(UnsupportedError, match="Linear"):
         CausalWan(torch.nn.Linear(1, 1))
+    model._parallel_config = object()
+    with pytest.raises(UnsupportedError, match="context parallelism"):
+        CausalWan(model)
+    model._parallel_config = None
     with CausalWan(model) as runtime:
         branch = runtime.branch(StreamSettings(chunk=3, window=6), text())
         with pytest.raises(PlanError, match=r"begin in \[0, 0\]"):
             runtime.forward(branch, latents(3), 0.0, 3)
         with pytest.raises(PlanError, match="at most 6 frames"):
             runtime.forward(branch, latents(7), 0.0, 0)
+
+
+@pytest.mark.parametrize("sink", [0, 3])
+def test_reindexed_window_is_the_video_of_its_frames(sink):
+    # In one layer a frame's keys do not depend on what it saw, so the window alone decides.
+    model, video, prompt = tiny_transformer(layers=1), latents(18), text()
+    with CausalWan(model) as runtime:
+        branch = runtime.branch(StreamSettings(chunk=3, window=9, sink=sink, positions="reindex"), prompt)
+        got = run_chunks(runtime, branch, video, 3)[:, :, 15:]
+    seen = torch.cat([video[:, :, :sink], video[:, :, 18 - 9 + sink :]], dim=2)
+    expected = one_shot(model, seen, prompt, frame_mask(lambda q, k: True, 9))[:, :, 6:]
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
+def test_a_sink_that_takes_spare_mass_must_be_kept():
+    q, k, v = torch.randn(1, 6, 1, 8), 0.1 * torch.randn(1, 60, 1, 8), torch.randn(1, 60, 1, 8)
+    q[..., 0] = k[:, :6, :, 0] = 8.0
+    v[:, :6] = 0
+
+    def attend(keep):
+        return torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k[:, keep], v[:, keep]))
+        )
+
+    cache = FrameCache(1, 4, 1)
+    for frame in range(10):
+        cache.make_room(range(frame, frame + 1))
+        part = slice(6 * frame, 6 * frame + 6)
+        cache.write(0, range(frame, frame + 1), k[:, part], v[:, part])
+        cache.commit(range(frame, frame + 1))
+    whole, kept = attend(slice(None)), cache.read(0, cache.kept)
+    with_sink = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, *kept)))
+    without = attend(slice(24, 60))
+    assert (with_sink - whole).abs().max() < 1e-3
+    assert (without - whole).abs().max() > 100 * (with_sink - whole).abs().max()
+
+
+def test_nothing_of_an_old_prompt_stays(model):
+    with CausalWan(model) as runtime:
+        branch = runtime.branch(StreamSettings(window=9), text(0))
+        runtime.forward(branch, latents(3), 0.0, 0)
+        old = [weakref.ref(x) for pair in branch.text_kv.values() for x in pair]
+        branch.set_text(text(1))
+        assert len(old) == 4
+        assert all(reference() is None for reference in old)

@@ -1,0 +1,207 @@
+"""Several prompts in one video: clips, blending, and shared keys and values."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dit_accel.errors import ConfigError, UnsupportedError
+from dit_accel.pipelines.ditctrl import (
+    ClipLayout,
+    MultiPromptCogVideoXPipeline,
+    Sharing,
+    _Control,
+    binary_map,
+    subject_map,
+)
+from dit_accel.samples.tiny_random.cogvideox import cogvideox15_5b, cogvideox_2b, cogvideox_5b
+
+CLIPS = {"tile": 3, "overlap": 1, "transitions": 0}
+SHORT = {"num_inference_steps": 2, "output_type": "latent", **CLIPS}
+
+
+def build(maker):
+    torch.manual_seed(0)
+    pipe = MultiPromptCogVideoXPipeline(**maker().components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return build(cogvideox_2b)
+
+
+def generate(pipe, prompts, seed=0, **changes):
+    return pipe.generate(prompts, generator=torch.Generator().manual_seed(seed), **{**SHORT, **changes})
+
+
+@pytest.mark.parametrize(("overlap", "transitions", "clips", "frames"), [(6, 1, 5, 41), (9, 2, 7, 37)])
+def test_layout_formulas(overlap, transitions, clips, frames):
+    layout = ClipLayout(3, 13, overlap, transitions)
+    assert (layout.clips, layout.frames) == (clips, frames)
+    covered = [set(range(frames)[layout.clip(k)]) for k in range(clips)]
+    assert set.union(*covered) == set(range(frames))
+    assert all(len(a & b) == overlap for a, b in pairwise(covered))
+    shares = [layout.mixture(k) for k in range(clips)]
+    assert shares[0] == (0, 0.0)
+    assert shares[-1] == (2, 0.0)
+    assert [u for _, u in shares[: transitions + 2]] == pytest.approx(
+        [*(i / (transitions + 1) for i in range(transitions + 1)), 0.0]
+    )
+
+
+def test_weights_and_wrong_layouts():
+    for tile in (1, 4, 13):
+        weights = ClipLayout(2, tile, 0).weights()
+        torch.testing.assert_close(weights, weights.flip(0))
+        assert (weights > 0).all()
+        assert (weights <= 1).all()
+    with pytest.raises(ConfigError, match="0 to 12 frames, got 13"):
+        ClipLayout(2, 13, 13)
+    with pytest.raises(ConfigError, match="at least one"):
+        ClipLayout(0)
+
+
+@pytest.mark.parametrize("maker", [cogvideox_2b, cogvideox_5b])
+def test_a_denoiser_without_coupling_makes_the_video_frame_by_frame(maker, monkeypatch):
+    pipe = build(maker)
+    layout = ClipLayout(3, **CLIPS)
+
+    def forward(hidden_states, encoder_hidden_states, timestep, **_):
+        return (0.5 * hidden_states + 0.01 * timestep.view(-1, 1, 1, 1, 1).float(),)
+
+    monkeypatch.setattr(pipe.transformer, "forward", forward)
+    video = generate(pipe, ["a", "b", "c"])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(video.shape, generator=generator) * pipe.scheduler.init_noise_sigma
+    pipe.scheduler.set_timesteps(2)
+    previous, times = None, pipe.scheduler.timesteps
+    for step, t in enumerate(times):
+        out = forward(x, None, t.expand(1))[0]
+        if maker is cogvideox_5b:
+            before = times[step - 1] if step else None
+            x, previous = pipe.scheduler.step(out, previous, t, before, x, generator=generator, return_dict=False)
+        else:
+            x = pipe.scheduler.step(out, t, x, return_dict=False)[0]
+    assert video.shape[1] == layout.frames
+    torch.testing.assert_close(video, x, atol=1e-5, rtol=1e-5)
+
+
+def test_one_prompt_is_the_stock_pipeline(pipe):
+    ours = generate(pipe, ["a red ball"])
+    stock = pipe("a red ball", "", num_frames=9, num_inference_steps=2, output_type="latent",
+                 generator=torch.Generator().manual_seed(0)).frames  # fmt: skip
+    assert torch.equal(ours, stock)
+
+
+def test_processors_come_back_and_prompts_matter(pipe):
+    before = [block.attn1.processor for block in pipe.transformer.transformer_blocks]
+    first = generate(pipe, ["a", "b"])
+    assert [block.attn1.processor for block in pipe.transformer.transformer_blocks] == before
+    assert torch.equal(first, generate(pipe, ["a", "b"]))
+    assert not torch.equal(first, generate(pipe, ["a", "c"]))
+
+
+def test_a_prompt_changes_its_clips_and_their_neighbours_alone_in_one_step(pipe):
+    layout = ClipLayout(4, **CLIPS)
+    never = Sharing(steps=())
+    runs = [generate(pipe, ["a", "b", "c", end], num_inference_steps=1, sharing=never) for end in ("d", "e")]
+    changed = (runs[0] != runs[1]).amax((0, 2, 3, 4)).bool()
+    inside = torch.zeros(layout.frames, dtype=torch.bool)
+    inside[layout.clip(3)] = True
+    assert torch.equal(changed, inside)
+
+
+def test_sharing_acts_in_its_steps_and_layers(pipe):
+    plain = generate(pipe, ["a", "b"], sharing=Sharing(steps=()))
+    assert torch.equal(generate(pipe, ["a", "b"], sharing=Sharing(layers=(), steps=range(9))), plain)
+    assert torch.equal(generate(pipe, ["a", "b"], sharing=Sharing(steps=(5,))), plain)
+    shared = generate(pipe, ["a", "b"], sharing=Sharing(steps=(0,)))
+    assert not torch.equal(shared, plain)
+    # The first clip's own frames stand before the overlap, and never see the second clip.
+    one = {"num_inference_steps": 1}
+    a, b = (generate(pipe, ["a", "b"], sharing=Sharing(steps=s), **one) for s in ((), (0,)))
+    assert torch.equal(a[:, :2], b[:, :2])
+    assert not torch.equal(a[:, 3:], b[:, 3:])
+
+
+def control(subject=(), layers=(0,), threshold=0.3):
+    module = object()
+    made = _Control(Sharing(range(9), layers, subject, threshold), [module])
+    made.begin(0, 5, 12)
+    return made, module
+
+
+def joint(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(4, 5 + 36, 2, 8, generator=generator) for _ in range(3))
+
+
+def dense(q, k, v):
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def test_target_uses_the_keys_of_its_source_and_the_source_its_own():
+    made, module = control()
+    q, k, v = joint()
+    out = made.attend(module, q, k, v, dense=lambda: None)
+    rows = [0, 0, 2, 2]
+    torch.testing.assert_close(out, dense(q, k[rows], v[rows]))
+    k2, v2 = k.clone(), v.clone()
+    k2[[1, 3]], v2[[1, 3]] = 9.0, -9.0
+    assert torch.equal(made.attend(module, q, k2, v2, dense=lambda: None), out)
+
+
+def test_masked_sharing_keeps_subject_and_background_apart():
+    made, module = control(subject=(1, 3))
+    q, k, v = joint()
+    out = made.attend(module, q, k, v, dense=lambda: None)
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div(8**0.5).softmax(-1)
+    maps = weights[:, :, 5:][..., [1, 3]].sum(-1).mean(1)
+    torch.testing.assert_close(subject_map(q, k, 5, (1, 3)), maps)
+    source, target = (binary_map(maps[row], 12, 0.3) for row in (2, 3))
+    assert 0 < source.sum() < 36
+    for row in (1, 3):
+        kept = k[row - 1], v[row - 1]
+        seen = target[:, None] == source[None]
+        mask = torch.ones(41, 41, dtype=torch.bool)
+        mask[5:, 5:] = seen
+        expected = F.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in (q[row], *kept)), attn_mask=mask
+        ).transpose(0, 1)
+        torch.testing.assert_close(out[row], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out[[0, 2]], dense(q, k, v)[[0, 2]])
+    everything, module = control(subject=(1, 3), threshold=-1.0)
+    torch.testing.assert_close(
+        everything.attend(module, q, k, v, dense=lambda: None), dense(q, k[[0, 0, 2, 2]], v[[0, 0, 2, 2]])
+    )
+
+
+def test_maps_are_averaged_over_layers_and_forgotten_after_a_pass():
+    made, module = control(subject=(0,), layers=())
+    q, k, v = joint()
+    for seed in (1, 2):
+        q, k, v = joint(seed)
+        made.attend(module, q, k, v, dense=lambda: None)
+    assert len(made._maps) == 2
+    made.begin(1, 5, 12)
+    assert made._maps == []
+
+
+def test_a_subject_changes_the_video_and_constant_maps_do_no_harm(pipe):
+    shared = generate(pipe, ["a", "b"], sharing=Sharing(steps=range(9), layers=(1,)))
+    masked = generate(pipe, ["a", "b"], sharing=Sharing(steps=range(9), layers=(1,), subject=(0,)))
+    assert masked.isfinite().all()
+    assert not torch.equal(masked, shared)
+    assert not binary_map(torch.ones(24), 12, 0.3).any()
+
+
+def test_models_that_it_is_not_for_are_refused():
+    with pytest.raises(UnsupportedError, match=r"CogVideoX 1.0"):
+        generate(build(cogvideox15_5b), ["a", "b"])
+    with pytest.raises(UnsupportedError, match="guidance > 1"):
+        generate(build(cogvideox_2b), ["a", "b"], guidance_scale=1.0)
