@@ -19,7 +19,7 @@ from dit_accel.bench.timing import DenseRun, Spread, available_bytes, fastest_de
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import block_attention
 from dit_accel.kernels.attention import request_of
-from dit_accel.kernels.registry import choose_backend
+from dit_accel.kernels.registry import Request, choose_backend
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method, method_class
@@ -119,14 +119,17 @@ def verify(method: Method, shape: Shape, options: Options) -> float:
     """
     text = min(shape.layout.text, 19)
     layout = TokenLayout(_SMALL_GRID, text, shape.layout.text_position)
-    q, k, v = structured_qkv(layout, 2, shape.head_dim, options.device, options.dtype, options.seed)
-    order, plan = method.plan(layout, q, k, v)
-    q, k, v = (q, k, v) if order is None else order.to(q.device).apply(q, k, v)
-    how: dict[str, Any] = {"remainder": method.remainder, "precision": method.precision}
-    backend = choose_backend(options.backend, request_of(q, plan, method.remainder, precision=method.precision)).name
-    out = block_attention(q, k, v, plan, backend=backend, **how)
-    exact = block_attention(q.double(), k.double(), v.double(), plan, backend="reference", **how)
-    error = float((out.double() - exact).abs().max() / exact.abs().max())
+    raster = structured_qkv(layout, 2, shape.head_dim, options.device, options.dtype, options.seed)
+    q, k, v = raster
+    outs = []
+    for name, dtype in ((options.backend, options.dtype), ("reference", torch.float64)):
+        # A call of its own for each, since a method may keep what it computed.
+        call = CallContext(layout, seed=options.seed)
+        order, plan = method.plan(layout, *raster, call)
+        q, k, v = raster if order is None else order.to(options.device).apply(*raster)
+        backend = choose_backend(name, _request(method, q, plan)).name
+        outs.append(method.compute(q.to(dtype), k.to(dtype), v.to(dtype), plan, call, backend=backend).double())
+    error = float((outs[0] - outs[1]).abs().max() / outs[1].abs().max())
     whole = block_attention(q, k, v, BlockPlan.full(plan.q_blocks, plan.k_blocks, q.device), backend=options.backend)
     dense = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     error = max(error, float((whole.double() - dense).abs().max() / dense.abs().max()))
@@ -157,20 +160,25 @@ class _Case:
             return order, (q, k, v) if order is None else order.apply(q, k, v)
 
         ordering, (order, ordered) = timed(put_in_order, device)
+        self.call.values = ordered[2]
         selecting, plan = timed(lambda: self.method.select(*ordered[:2], self.call).to(device), device)
-        how: dict[str, Any] = {"remainder": self.method.remainder, "precision": self.method.precision}
-        request = request_of(ordered[0], plan, self.method.remainder, precision=self.method.precision)
-        self.chosen = choose_backend(self.backend, request).name
+        self.chosen = choose_backend(self.backend, _request(self.method, ordered[0], plan)).name
 
         def attend() -> Tensor:
-            out = block_attention(*ordered, plan, backend=self.chosen, **how)
+            out = self.method.compute(*ordered, plan, self.call, backend=self.chosen)
             return out if order is None else order.restore(out)
 
         attending = seconds(attend, device)
         for name, spent in (("order", ordering), ("select", selecting), ("attend", attending)):
             self.times[name].append(spent)
-        self.density, self.call = plan.density, replace(self.call, step=self.call.step + 1)
+        self.density = plan.density + self.call.extra_density
+        self.call = replace(self.call, step=self.call.step + 1, values=None, extra_density=0.0, measures={})
         return ordering + attending + (0.0 if self.method.is_static else selecting)
+
+
+def _request(method: Method, q: Tensor, plan: BlockPlan) -> Request:
+    """What `method` asks of a backend. q `[B, H, N, D]`."""
+    return request_of(q, plan, method.remainder, method.completes, method.precision)
 
 
 def measure(shape: Shape, methods: Sequence[Method], options: Options) -> Iterator[Row]:

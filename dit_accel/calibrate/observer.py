@@ -12,10 +12,9 @@ from torch import Tensor
 
 from dit_accel.calibrate.statistics import Statistics
 from dit_accel.engine import DenseCall
-from dit_accel.kernels import block_attention
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Method
-from dit_accel.order import TokenOrder
+from dit_accel.order import TokenOrder, permute
 from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.schedule import Schedule
 from dit_accel.state import CallContext
@@ -78,44 +77,35 @@ class Observer:
 
     def _measure(self, index: int, method: Method, seen: DenseCall, real: Tensor) -> tuple[Tensor, Tensor]:
         """Squared error of every head, from the blocks drawn to all rows, `[H]`; density of every head `[H or 1]`."""
-        order, plan = self._plan(index, method, seen)
+        call = self._call(index, seen)
+        order, plan = self._plan(index, method, seen, call)
         q, k, v = (seen.q, seen.k, seen.v) if order is None else order.apply(seen.q, seen.k, seen.v)
-        out = seen.out if order is None else order.apply(seen.out, seen.k, seen.v)[0]
+        # What happens to the rows in order happens to the dense output, and to the flag that says which rows count.
+        out = seen.out if order is None else permute(seen.out, order.query)
         counted = real.expand(-1, q.shape[1], -1)
-        if order is not None:
-            counted = order.apply(counted.unsqueeze(-1).float(), seen.k, seen.v)[0].squeeze(-1) > 0
-        drawn = self._draw(plan.q_blocks)
-        part, tokens = take_query_blocks(plan, drawn)
+        counted = counted if order is None else permute(counted, order.query)
+        part, tokens = plan, torch.arange(plan.q_blocks.tokens)
+        if self.share < 1 and not method.completes:  # such a method needs all rows after the kernel
+            part, tokens = take_query_blocks(plan, self._draw(plan.q_blocks))
         tokens = tokens.to(q.device)
-        valid = seen.layout.valid
-        computed = block_attention(
-            q.index_select(2, tokens),
-            k,
-            v,
-            part,
-            remainder=method.remainder,
-            precision=method.precision,
-            kv_len=None if valid is None else torch.tensor(valid, dtype=torch.int32, device=q.device),
-        )
+        computed = method.compute(q.index_select(2, tokens), k, v, part, call)
         difference = (computed.float() - out.index_select(2, tokens).float()).square().sum(-1)
         wrong = difference.masked_fill(~counted.index_select(2, tokens), 0).sum((0, 2))
-        return wrong * (plan.q_blocks.tokens / len(tokens)), plan.density_per_head().float().mean(0)
+        density = plan.density_per_head().float().mean(0) + call.extra_density
+        return wrong * (plan.q_blocks.tokens / len(tokens)), density
 
-    def _plan(self, index: int, method: Method, seen: DenseCall) -> _Planned:
+    def _call(self, index: int, seen: DenseCall) -> CallContext:
+        """The call as the engine would describe it to a candidate, with what the candidate keeps over steps."""
+        state, key = seen.state, (index, seen.component, seen.state.branch)
+        memory = self._memory.setdefault((*key, seen.layer), {})
+        shared = self._memory.setdefault(key, {})
+        return CallContext(seen.layout, seen.layer, state.step, state.noise, state.branch, memory, shared)
+
+    def _plan(self, index: int, method: Method, seen: DenseCall, call: CallContext) -> _Planned:
         """Order and plan on the device; those of a static method are kept."""
         kept = self._static.get((index, seen.layout)) if method.is_static else None
         if kept is not None:
             return kept
-        state, key = seen.state, (index, seen.component, seen.state.branch)
-        call = CallContext(
-            seen.layout,
-            seen.layer,
-            state.step,
-            state.noise,
-            state.branch,
-            self._memory.setdefault((*key, seen.layer), {}),
-            self._memory.setdefault(key, {}),
-        )
         order, plan = method.plan(seen.layout, seen.q, seen.k, seen.v, call)
         planned = (None if order is None else order.to(seen.q.device), plan.to(seen.q.device))
         if method.is_static:

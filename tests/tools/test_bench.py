@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dit_accel.bench import attention as bench
 from dit_accel.bench.attention import Options, measure, variants, verify
 from dit_accel.bench.random_blocks import RandomBlocks
 from dit_accel.bench.shapes import Shape, find_shape, list_shapes, structured_qkv
@@ -18,6 +17,7 @@ from dit_accel.bench.timing import Spread, fastest_dense, interleaved, ratios
 from dit_accel.cli import main
 from dit_accel.errors import ConfigError, DitAccelError, UnsupportedError
 from dit_accel.layout import TokenLayout
+from dit_accel.methods import base
 from dit_accel.methods.registry import get_method
 from dit_accel.presets import load_preset
 
@@ -92,13 +92,13 @@ def test_each_method_is_verified_before_it_is_timed(monkeypatch):
     """A kernel that is wrong gets a note, and no time."""
     methods = [get_method("composed", density=0.3, order="raster", block=32), get_method("radial", block=32)]
     assert 0 < verify(methods[0], SMALL, CPU) < 1e-4
-    right = bench.block_attention
+    right = base.block_attention
 
     def wrong(q, k, v, plan, **options):
         out = right(q, k, v, plan, **options)
         return out if options["backend"] == "reference" or options.get("remainder") is None else out * 1.5
 
-    monkeypatch.setattr(bench, "block_attention", wrong)
+    monkeypatch.setattr(base, "block_attention", wrong)
     rows = {row.method: row for row in measure(SMALL, methods, CPU)}
     assert "wrong: the small case is off by 0.5" in rows["composed"].note
     assert rows["composed"].ratio is None

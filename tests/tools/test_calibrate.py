@@ -23,7 +23,7 @@ from dit_accel.methods.registry import get_method
 from dit_accel.presets import Generation, load_preset
 from dit_accel.samples.tiny_random import random_wan_pipeline
 from dit_accel.schedule import Schedule
-from dit_accel.state import RunState
+from dit_accel.state import CallContext, RunState
 
 LAYOUT = TokenLayout((3, 7, 9), 5, "after", (194, 190))
 METHODS = {
@@ -85,6 +85,30 @@ def test_the_sums_are_the_true_errors_and_densities():
     assert statistics.calls.tolist() == [0, 2]
     assert statistics.mean_density()[1, :, 3].tolist() == [1.0] * 3
     assert statistics.mean_error()[1, :, 3].max() < 1e-9
+
+
+def test_a_method_that_works_on_after_the_kernel_gets_all_rows():
+    seen, method = dense_call(), get_method("composed", density=0.3, tile=(2, 3, 3), remainder="drop")
+
+    class Halved(type(method)):
+        @property
+        def completes(self):
+            return True
+
+        def complete(self, out, lse, q, k, v, plan, call):
+            assert out.shape == seen.q.shape
+            call.extra_density += 0.125
+            return out / 2
+
+    halved = Halved(**method.model_dump(exclude_unset=True))
+    statistics = Statistics.empty(1, 3, 1)
+    Observer([halved], Schedule(), statistics, share=0.2)(seen)
+    order, plan = method.plan(LAYOUT, seen.q, seen.k)
+    out = order.restore(halved.compute(*order.apply(seen.q, seen.k, seen.v), plan, CallContext(LAYOUT)))
+    real = (torch.arange(LAYOUT.tokens) < torch.tensor(LAYOUT.valid).unsqueeze(-1))[:, None]
+    expected = ((out - seen.out).square().sum(-1) * real).sum((0, 2)) / (seen.out.square().sum(-1) * real).sum()
+    torch.testing.assert_close(statistics.mean_error()[0, :, 0].float(), expected, rtol=1e-4, atol=1e-9)
+    assert float(statistics.mean_density().mean()) == pytest.approx(plan.density + 0.125, abs=1e-6)
 
 
 def test_a_share_of_the_blocks_gives_the_error_on_average():
