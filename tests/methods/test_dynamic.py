@@ -5,12 +5,15 @@ from __future__ import annotations
 import dynamic_cases as cases
 import pytest
 import torch
+from torch import nn
 
+from dit_accel.engine import Engine
 from dit_accel.errors import ConfigError
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.dynamic import BlockSelection, DynamicMethod
 from dit_accel.methods.registry import get_method, list_methods, method_class
-from dit_accel.state import CallContext
+from dit_accel.schedule import Schedule
+from dit_accel.state import CallContext, RunState
 
 METHODS = [name for name in list_methods() if issubclass(method_class(name), BlockSelection)]
 TILED = [name for name in METHODS if issubclass(method_class(name), DynamicMethod)]
@@ -127,3 +130,29 @@ def test_what_does_not_go_together_is_refused():
         get_method("sparge", order="tile", key_block=32)
     method = get_method("sparge", order="tile")
     assert get_method("sparge", **method.model_dump(exclude_unset=True)) == method
+
+
+def generate(engine, module, branches, generation):
+    """Outputs of two steps of every branch, whose tensors differ by branch and step."""
+    layout, outs = TokenLayout((2, 4, 8)), {}
+    for step in range(2):
+        for branch in branches:
+            engine.begin(RunState(layout.grid, step, 1 - step / 2, branch, generation=generation))
+            seed = 10 * step + len(branch)
+            q, k, v = (x.transpose(1, 2) for x in cases.tensors(layout, batch=1, seed=seed))
+            outs[branch, step] = engine.attend(module, q, k, v, dense=lambda: None)
+    return outs
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_leaks_between_generations_or_branches(name):
+    module = nn.Identity()
+    engine = Engine(make(name, 8, density=0.4), Schedule.make(), [module], break_even=1.0, seed=3)
+    first = generate(engine, module, ("cond", "uncond"), 0)
+    again = generate(engine, module, ("cond", "uncond"), 1)
+    alone = generate(Engine(engine.method, Schedule.make(), [module], break_even=1.0, seed=3), module, ("uncond",), 0)
+    for at, out in first.items():
+        assert torch.equal(out, again[at])
+    for at, out in alone.items():
+        assert torch.equal(out, first[at])
+    assert all(call.reason is None and call.milliseconds("select") > 0 for call in engine.calls)
