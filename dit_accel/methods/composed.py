@@ -63,7 +63,7 @@ class Composed(Method):
         axes: "fhw" and its permutations, one for all heads or one per head, for "axes".
         segment: tokens within which "hot_keys" sorts. Default None: all video tokens.
         hot_share: share of the keys that "hot_keys" moves to the front; 1 sorts all.
-        projections: random directions of "lsh".
+        directions: random directions of "lsh".
         clusters, rounds: of "kmeans", for queries and keys; it starts from the centroids of the step before.
         score: what blocks are ranked by. "pooled": product of the mean query and the mean key; "isolated": the same,
             but text keys one by one; "covariance": pooled, plus the logarithm of what the mean key hides;
@@ -101,7 +101,7 @@ class Composed(Method):
     axes: Annotated[tuple[Axes, ...], _EVERY_HEAD, Field(min_length=1)] = ("fhw",)
     segment: Size | None = None
     hot_share: Share = 1.0
-    projections: Annotated[int, Field(ge=1, le=32)] = 7
+    directions: Annotated[int, Field(ge=1, le=32)] = 7
     clusters: Size = 64
     rounds: Size = 2
     score: Score = "pooled"
@@ -150,7 +150,7 @@ class Composed(Method):
         if self.order_ == "hot_keys":
             return hot_key_order(q, k, call.layout, self.block, self.segment, self.hot_share)
         if self.order_ == "lsh":
-            return lsh_order(q, k, call.layout, self.projections, call.seed)
+            return lsh_order(q, k, call.layout, self.directions, call.seed)
         if self.order_ == "kmeans":
             start = call.memory.get("centroids")
             if start is not None and (start[0].shape[0], start[0].shape[1]) != tuple(q.shape[:2]):

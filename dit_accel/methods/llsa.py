@@ -1,0 +1,118 @@
+"""Log-linear sparse attention: blocks chosen from coarse to fine, and a cover of the rest at two resolutions.
+
+Axis legend: B batch, H heads, N tokens, D head size, nq / nk query / key blocks, m nodes of the coarse level.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dit_accel.kernels.spec import Remainder
+from dit_accel.layout import TokenLayout
+from dit_accel.methods.base import Method, Size
+from dit_accel.methods.registry import register
+from dit_accel.order import TokenOrder
+from dit_accel.plan import Blocking, BlockPlan
+from dit_accel.selection import block_means, own_blocks, plan_of_mask
+from dit_accel.selection.scores import row_groups
+from dit_accel.space_orders import morton_order
+from dit_accel.state import CallContext
+
+
+@register("llsa")
+class LLSA(Method):
+    """LLSA (arXiv 2512.16615) without training: hierarchical top-k, every other key in exactly one pooled node.
+
+    Coarse nodes are runs of `block` blocks along the Z-order curve. Each keeps its best coarse nodes; each query block
+    then keeps the best blocks inside those of its own node. Selected blocks are exact. The other blocks of a coarse
+    node that holds a selected one enter the same softmax as one mean key each, all other coarse nodes as one mean key
+    for the whole node, with the logarithm of their size added to the logit.
+
+    The published cover overlaps (a pooled node stands beside its own tokens), which training makes up for; this one is
+    disjoint. Mass is pooled from tokens, not from pooled blocks. Text is whole.
+
+    Args:
+        block: tokens per block, and blocks per coarse node. Default 16, as published.
+        keep: blocks and coarse nodes that are kept per level. Default 8, as published.
+        levels: 1: no coarse level; the rest is one mean key per block.
+    """
+
+    source: ClassVar[str] = "arXiv 2512.16615"
+
+    block: Annotated[int, Field(ge=2, le=256)] = 16
+    keep: Size = 8
+    levels: Literal[1, 2] = 2
+
+    def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
+        """The Z-order curve."""
+        return morton_order(call.layout)
+
+    def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
+        """Top-k from coarse to fine; every block keeps itself. q, k `[B, H, N, D]`."""
+        layout, blocks = call.layout, call.layout.blocks(self.block)
+        own = own_blocks(blocks, blocks).to(q.device)
+        fine = _products(q, k, blocks, layout)
+        allowed = torch.ones_like(fine, dtype=torch.bool)
+        if self.levels == 2:
+            nodes, node = self._nodes(layout, blocks)
+            best = _largest(_products(q, k, nodes, layout), self.keep, own_blocks(nodes, nodes).to(q.device))
+            allowed = best[..., node, :][..., node]
+        mask = _largest(fine.masked_fill(~allowed, -torch.inf), self.keep, own)
+        return plan_of_mask(mask, blocks, blocks, layout, ~fine.isneginf())
+
+    def _nodes(self, layout: TokenLayout, blocks: Blocking) -> tuple[Blocking, Tensor]:
+        """The coarse nodes, and the node of each block, int64 `[nk]`."""
+        nodes = layout.blocks(self.block**2)
+        return nodes, torch.searchsorted(nodes.starts, blocks.starts[:-1], right=True) - 1
+
+    @property
+    def remainder(self) -> Remainder | None:
+        """With one level, one mean key per block."""
+        return Remainder() if self.levels == 1 else None
+
+    @property
+    def completes(self) -> bool:
+        """With two levels, the cover is added after the kernel."""
+        return self.levels == 2
+
+    def complete(
+        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, call: CallContext
+    ) -> Tensor:
+        """Blocks beside selected ones, and coarse nodes without a selected block, join the softmax."""
+        layout, blocks = call.layout, plan.k_blocks
+        nodes, node = self._nodes(layout, blocks)
+        selected = plan.to_mask().expand(*q.shape[:2], -1, -1)
+        held = torch.zeros(*selected.shape[:3], nodes.count, device=q.device)
+        opened = held.index_add_(-1, node.to(q.device), selected.float()) > 0
+        means = [torch.cat([block_means(x, part, layout.valid)[0] for part in (blocks, nodes)], 2) for x in (k, v)]
+        sizes = torch.cat([block_means(k, part, layout.valid)[1] for part in (blocks, nodes)], -1)
+        free = torch.cat([opened[..., node] & ~selected, ~opened], -1)
+        bias = sizes.log().unsqueeze(-2).masked_fill(~free, -torch.inf)
+        return _join(out, lse, q, means[0], means[1], bias, plan.q_blocks)
+
+
+def _products(q: Tensor, k: Tensor, blocks: Blocking, layout: TokenLayout) -> Tensor:
+    """Products of mean queries and mean keys `[B, H, n, n]`, -inf at blocks without real keys."""
+    (queries, _), (keys, counts) = block_means(q, blocks, layout.valid), block_means(k, blocks, layout.valid)
+    return (queries @ keys.transpose(-1, -2)).masked_fill(counts.unsqueeze(-2) == 0, -torch.inf)
+
+
+def _largest(scores: Tensor, keep: int, forced: Tensor) -> Tensor:
+    """The `keep` best of each row, forced ones first, bool like `scores`; ties go to the lower index."""
+    rank = scores.masked_fill(forced, torch.inf).argsort(dim=-1, descending=True, stable=True)[..., :keep]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, rank, True) & ~scores.isneginf()
+
+
+def _join(out: Tensor, lse: Tensor, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, blocks: Blocking) -> Tensor:
+    """Pooled keys `[B, H, m, D]`, with a bias per query block `[B, H, nq, m]`, into the softmax of the exact part."""
+    result, owner = torch.empty_like(out), blocks.block_of_token().to(q.device)
+    for rows in row_groups(q.shape[2], q.shape[0] * q.shape[1] * keys.shape[2]):
+        logits = q[:, :, rows].to(keys.dtype) * q.shape[-1] ** -0.5 @ keys.transpose(-1, -2) + bias[:, :, owner[rows]]
+        joint = torch.logaddexp(lse[:, :, rows].to(keys.dtype), logits.logsumexp(-1)).unsqueeze(-1)
+        exact = (lse[:, :, rows].unsqueeze(-1) - joint).exp() * out[:, :, rows]
+        result[:, :, rows] = (exact + (logits - joint).exp() @ values).to(out.dtype)
+    return result
