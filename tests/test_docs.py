@@ -1,0 +1,136 @@
+"""Every command and snippet of the documentation runs, at a small size; one that cannot says why beside it.
+
+A block is left out only by a comment `<!-- not run: reason -->` on the line before it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "samples").rglob("*.md"))]
+BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+?) -->\n)?```(?P<kind>\w*)\n(?P<body>.*?)^```", re.S | re.M)
+SMALL_CALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2}
+# What makes a command small enough for a test; an option that stands in the text already goes before it.
+SMALL_OPTIONS = {
+    "generate-video": ["--num-inference-steps", "2"],
+    "generate-video --stream": ["--num-chunks", "2", "--height", "32", "--width", "32"],
+    "dit-accel compare": ["--num-prompts", "1", "--rounds", "1", "--no-ceiling"],
+    "dit-accel calibrate": ["--num-prompts", "1", "--candidates", "radial", "--share", "0.05"],
+    "dit-accel bench attention": ["--rounds", "1", "--heads", "1", "--methods", "radial"],
+}
+LARGE = {"wan2.1-t2v-1.3b-480p": "cpu-1k", "cpu-4k": "cpu-1k", "cpu-8k": "cpu-1k", "random_blocks": "radial"}
+
+
+def blocks(page, *kinds):
+    for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
+        if match["kind"] in kinds and match["reason"] is None:
+            yield match["body"]
+
+
+def pages_with(*kinds):
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES if any(blocks(page, *kinds))]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder where the paths of the documentation exist, and pipelines that make small clips whatever is asked."""
+    from diffusers import WanPipeline
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "samples").symlink_to(ROOT / "samples")
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a ball"}\n')
+    (tmp_path / "prompts.yaml").write_text("- {chunk: 0, prompt: a ball}\n- {chunk: 1, prompt: a star, mode: cut}\n")
+    call = WanPipeline.__call__
+
+    def small(self, *args, **kwargs):
+        return call(self, *args, **{**kwargs, **SMALL_CALL})
+
+    monkeypatch.setattr(WanPipeline, "__call__", small)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_snippets_run(page, place):
+    import dit_accel
+    from dit_accel.head_table import HeadTable
+    from dit_accel.samples.tiny_random import tiny_pipeline
+
+    pipe = tiny_pipeline("wan2.1-t2v")
+    layers, heads = len(pipe.transformer.blocks), pipe.transformer.config.num_attention_heads
+    rows = [["all", "own"][:heads] * (heads // 2) or ["all"] * heads for _ in range(layers)]
+    HeadTable.make({"modes": {"all": {"method": "dense"}, "own": {}}, "heads": rows}).save("table.yaml")
+    names = {"__name__": "__docs__", "dit_accel": dit_accel, "pipe": pipe, "HeadTable": HeadTable, "torch": torch}
+    for number, body in enumerate(blocks(page, "python")):
+        exec(compile(body, f"{page.name}, snippet {number + 1}", "exec"), names)
+
+
+def commands(page):
+    for body in blocks(page, "sh", "bash"):
+        for line in body.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield words
+
+
+def small(words):
+    words = [LARGE.get(word, word) if words[:2] == ["dit-accel", "bench"] else word for word in words]
+    start = "generate-video --stream" if "--stream" in words else " ".join(words[:3])
+    for name, options in SMALL_OPTIONS.items():
+        if start == name or start.startswith(f"{name} ") and "stream" not in start:
+            for option, *values in (options[i : i + 2] for i in range(0, len(options), 2)):
+                words = words if option in words or "--dry-run" in words else [*words, option, *values]
+    return words
+
+
+def run(words, monkeypatch):
+    from dit_accel.cli import generate, main
+
+    entry = {"generate-video": generate.main, "dit-accel": main.main}[words[0]]
+    monkeypatch.setattr(sys, "argv", small(words))
+    with pytest.raises(SystemExit) as left:
+        entry()
+    return left.value.code
+
+
+@pytest.mark.parametrize("page", pages_with("sh", "bash"))
+def test_commands_run(page, place, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", (place / "prompts.jsonl").open())
+    first = ["generate-video", "--prompt", "a ball", "--output"]
+    assert run([*first, "outputs/video.mp4"], monkeypatch) == 0, capsys.readouterr().err
+    (place / "run.json").write_text((place / "outputs" / "video.json").read_text())
+    targets = set(re.findall(r"^([\w.]+):", (ROOT / "Makefile").read_text(), re.M))
+    for words in commands(page):
+        if words[0] == "make":
+            assert words[1] in targets, words
+        elif words[0] == "pip":
+            assert words[1] == "install", words
+        else:
+            assert run(words, monkeypatch) == 0, (words, capsys.readouterr().err)
+
+
+def test_every_block_is_of_a_kind_that_is_run():
+    kinds = {match["kind"] for page in PAGES for match in BLOCK.finditer(page.read_text(encoding="utf-8"))}
+    assert kinds <= {"python", "sh", "bash", "yaml", "json", "text"}
+
+
+@pytest.mark.parametrize("page", pages_with("json"))
+def test_json_is_json(page):
+    for body in blocks(page, "json"):
+        assert [json.loads(line) for line in body.splitlines()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", re.sub(r"```.*?```", "", text, flags=re.S)):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
