@@ -5,6 +5,7 @@ A block is left out only by a comment `<!-- not run: reason -->` on the line bef
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
@@ -17,7 +18,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "samples").rglob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+?) -->\n)?```(?P<kind>\w*)\n(?P<body>.*?)^```", re.S | re.M)
-SMALL_CALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2}
+SMALL_CALL = {
+    "height": 32,
+    "width": 32,
+    "num_frames": 5,
+    "num_inference_steps": 5,
+}  # more steps than presets keep dense
 # What makes a command small enough for a test; an option that stands in the text already goes before it.
 SMALL_OPTIONS = {
     "generate-video": ["--num-inference-steps", "2"],
@@ -51,6 +57,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "prompts.yaml").write_text("- {chunk: 0, prompt: a ball}\n- {chunk: 1, prompt: a star, mode: cut}\n")
     call = WanPipeline.__call__
 
+    @functools.wraps(call)
     def small(self, *args, **kwargs):
         return call(self, *args, **{**kwargs, **SMALL_CALL})
 
@@ -68,9 +75,12 @@ def test_snippets_run(page, place):
     layers, heads = len(pipe.transformer.blocks), pipe.transformer.config.num_attention_heads
     rows = [["all", "own"][:heads] * (heads // 2) or ["all"] * heads for _ in range(layers)]
     HeadTable.make({"modes": {"all": {"method": "dense"}, "own": {}}, "heads": rows}).save("table.yaml")
+    layout = dit_accel.TokenLayout((3, 8, 8))
+    q, k, v = torch.randn(3, 1, 2, layout.tokens, 32)
     names = {"__name__": "__docs__", "dit_accel": dit_accel, "pipe": pipe, "HeadTable": HeadTable, "torch": torch}
+    names |= {"layout": layout, "q": q, "k": k, "v": v}
     for number, body in enumerate(blocks(page, "python")):
-        exec(compile(body, f"{page.name}, snippet {number + 1}", "exec"), names)
+        exec(compile(body, f"{page.name}, snippet {number + 1}", "exec", dont_inherit=True), names)
 
 
 def commands(page):
@@ -83,9 +93,11 @@ def commands(page):
 
 def small(words):
     words = [LARGE.get(word, word) if words[:2] == ["dit-accel", "bench"] else word for word in words]
+    if words == ["dit-accel", "compare"]:
+        words = [*words, "tiny-wan/radial"]
     start = "generate-video --stream" if "--stream" in words else " ".join(words[:3])
     for name, options in SMALL_OPTIONS.items():
-        if start == name or start.startswith(f"{name} ") and "stream" not in start:
+        if start == name or (start.startswith(f"{name} ") and "stream" not in start):
             for option, *values in (options[i : i + 2] for i in range(0, len(options), 2)):
                 words = words if option in words or "--dry-run" in words else [*words, option, *values]
     return words
