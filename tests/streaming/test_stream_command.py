@@ -19,6 +19,8 @@ from dit_accel.cli import generate
 from dit_accel.cli.prompts import LivePrompts, parse_line, read_prompts
 from dit_accel.errors import ConfigError
 from dit_accel.pipelines.streaming import StreamingWanPipeline
+from dit_accel.presets import load_preset
+from dit_accel.streaming import stream_preset
 from dit_accel.video_stream import StreamingVideoFile
 
 SETTINGS = "steps: [1000, 500]\nchunk: 2\nwindow: 6\nsink: 2\n"
@@ -135,6 +137,20 @@ def test_wrong_options_are_named_and_leave_no_file(command, tmp_path, arguments,
     code, _, err = command(*arguments)
     assert (code, message in err) == (2, True), err
     assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_a_preset_says_how_its_model_streams(tmp_path, pipeline_folder):
+    settings = stream_preset("rolling-forcing")
+    preset = load_preset("tiny-wan").model_copy(update={"stream": settings, "repository": str(pipeline_folder)})
+    path = tmp_path / "causal.yaml"
+    path.write_text(preset.to_yaml())
+    assert load_preset(path).stream == settings
+    pipe = StreamingWanPipeline.from_preset(path, device="cpu")
+    assert pipe.stream_settings == settings
+    assert pipe.stream("a red ball").driver.noise.shape[-2:] == (20, 20)
+    path.write_text(preset.to_yaml().replace("sink: 3", "sinks: 3"))
+    with pytest.raises(ConfigError, match=r"stream.*sinks"):
+        load_preset(path)
 
 
 def test_options_of_streams_need_the_flag(command, monkeypatch, capsys):
