@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -189,7 +190,8 @@ def write_preset(path: Path, plan: Plan, assignment: Assignment, held: Statistic
         "extends": plan.preset.name,
         "name": path.stem,
         "description": f"{plan.preset.description}, calibrated per head",
-        "method": {"name": modes[most]["method"], "parameters": modes[most].get("parameters", {})},
+        # A copy, so that the YAML has no anchors.
+        "method": {"name": modes[most]["method"], "parameters": copy.deepcopy(modes[most].get("parameters", {}))},
         "schedule": {"overrides": [], "head_table": {"modes": modes, "heads": rows}},
         "source": told,
     }

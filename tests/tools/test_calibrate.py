@@ -247,6 +247,7 @@ def test_the_preset_runs_and_keeps_the_predicted_density(tmp_path):
     preset = load_preset(tmp_path / "mine.yaml")
     assert preset.schedule.head_table == head_table(found, plan.candidates)
     assert "2 prompts" in preset.source
+    assert "&" not in (tmp_path / "mine.yaml").read_text()
     pipe.set_progress_bar_config(disable=True)
     sizes = {key: value for key, value in SIZES.items() if key != "fps"}
     with dit_accel.accelerate(pipe, preset, break_even=1.0, dense_steps=0) as acceleration:
