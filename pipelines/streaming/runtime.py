@@ -17,13 +17,12 @@ from dit_accel.errors import UnsupportedError
 from dit_accel.pipelines.streaming.attention import (
     CLEAN,
     Branch,
-    CachedCrossAttention,
-    CausalSelfAttention,
     DenseContext,
     Pass,
 )
 from dit_accel.pipelines.streaming.cache import FrameCache
 from dit_accel.pipelines.streaming.positions import PositionRule, Rotary
+from dit_accel.pipelines.streaming.processors import CachedCrossAttention, CausalSelfAttention
 from dit_accel.streaming import StreamSettings
 
 _STOCK = "WanAttnProcessor"
