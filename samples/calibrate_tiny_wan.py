@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from dit_accel.bench.attention import stamp
 from dit_accel.bench.table import stream_csv
 from dit_accel.calibrate.run import DEFAULT_CANDIDATES, Plan, assign, measure, write_preset
 from dit_accel.calibrate.tasks import calibration_prompts
-from dit_accel.compare.candidates import CEILING, DENSE, Candidate, all_candidates, parse_candidate
+from dit_accel.compare.candidates import CEILING, DENSE, all_candidates, parse_candidate
 from dit_accel.compare.runner import run_all
 from dit_accel.compare.tables import Line, plot_pareto, summarise, to_markdown
 from dit_accel.compare.tasks import make_tasks
@@ -59,9 +60,8 @@ def main() -> None:
     found = assign(held, max_density=arguments.density)
     path = arguments.output / "calibrated.yaml"
     write_preset(path, plan, found, held)
-    mine = load_preset(path)
     candidates = all_candidates(arguments.candidates, base)
-    candidates.append(Candidate("calibrated", parse_candidate(str(path), base).method, mine.schedule))
+    candidates.append(replace(parse_candidate(str(path), base), label="calibrated"))
     tasks, criteria = make_tasks(base, [], arguments.num_prompts, seed=0)
     common = {**stamp(), "command": " ".join(sys.argv)}
     made = (row for _, rows in run_all(pipe, generation, tasks, candidates, arguments.rounds) for row in rows)

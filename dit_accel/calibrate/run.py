@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +22,7 @@ from dit_accel.errors import ConfigError
 from dit_accel.families.registry import family_of
 from dit_accel.head_table import HeadTable
 from dit_accel.methods.base import Method
-from dit_accel.presets import Generation, Preset
+from dit_accel.presets import Generation, MethodSpec, Preset
 
 DEFAULT_CANDIDATES = (
     "composed:density=0.1",
@@ -102,10 +100,10 @@ def measure(
         tell(_progress(number, prompt, plan, held))
         sums = _empty(pipe, plan) if held is None else held.copy()
         with accelerate(pipe, method="dense") as acceleration:
-            for engine in acceleration.engines.values():
+            for name, engine in acceleration.engines.items():
                 engine.observer = Observer(
                     list(plan.candidates.values()),
-                    plan.preset.schedule,
+                    (plan.preset.schedule_2 if name == "transformer_2" else None) or plan.preset.schedule,
                     sums,
                     plan.share,
                     plan.every,
@@ -168,33 +166,34 @@ def head_table(assignment: Assignment, candidates: dict[str, Method]) -> HeadTab
 
 
 def write_preset(path: Path, plan: Plan, assignment: Assignment, held: Statistics) -> None:
-    """Write a preset that extends the one calibrated for; it can be given wherever a preset is named.
+    """Write the preset calibrated for, with the head table in place of its method; it stands on its own.
 
     Args:
-        path: file to write, `.yaml`.
+        path: file to write, `.yaml`; its stem is the preset's name.
         plan: what was measured.
         assignment: the solution.
         held: the statistics it rests on.
     """
-    table = head_table(assignment, plan.candidates)
-    most = Counter(name for row in table.heads for name in row).most_common(1)[0][0]
-    modes = {name: mode.model_dump(mode="json", exclude_defaults=True) for name, mode in table.modes.items()}
-    rows = [list(row) for row in table.heads]
+    table, preset, made = head_table(assignment, plan.candidates), plan.preset, plan.generation
+    most = table.modes[next(iter(table.shares()))]
     told = (
-        f"dit-accel calibrate, {time.strftime('%Y-%m-%d')}: {len(held.done)} prompts at "
-        f"{plan.generation.height} x {plan.generation.width} x {plan.generation.num_frames}, "
-        f"{plan.generation.num_inference_steps} steps; predicted error {assignment.error:.4f} at density "
+        f"dit-accel calibrate, {time.strftime('%Y-%m-%d')}: {len(held.done)} prompts at {made.height} x {made.width} x "
+        f"{made.num_frames}, {made.num_inference_steps} steps; predicted error {assignment.error:.4f} at density "
         f"{assignment.cost:.3f}"
     )
-    data = {
-        "extends": plan.preset.name,
+    # A table says what every head does, which leaves no room for other rules about layers and heads.
+    ruled = {"overrides": (), "layer_groups": (), "head_groups": None, "head_table": table}
+    second = preset.schedule_2
+    changes = {
         "name": path.stem,
-        "description": f"{plan.preset.description}, calibrated per head",
-        # A copy, so that the YAML has no anchors.
-        "method": {"name": modes[most]["method"], "parameters": copy.deepcopy(modes[most].get("parameters", {}))},
-        "schedule": {"overrides": [], "head_table": {"modes": modes, "heads": rows}},
+        "description": f"{preset.description}, calibrated per head",
+        "method": MethodSpec(name=str(most.method), parameters=dict(most.parameters)),
+        "schedule": preset.schedule.model_copy(update=ruled),
+        "schedule_2": None if second is None else second.model_copy(update=ruled),
+        "generation": made,
         "source": told,
     }
+    data = preset.model_copy(update=changes).model_dump(mode="json", exclude_defaults=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=10**6)

@@ -27,12 +27,14 @@ class Candidate:
         label: as it stands in tables.
         method, schedule: what runs.
         options: other arguments of `accelerate`.
+        preset: where both come from, with what else a preset holds (a second schedule, step caches). None: no preset.
     """
 
     label: str
     method: Method
     schedule: Schedule
     options: dict[str, Any] = field(default_factory=dict)
+    preset: Preset | None = None
 
 
 def parse_candidate(text: str, base: Preset) -> Candidate:
@@ -50,7 +52,7 @@ def parse_candidate(text: str, base: Preset) -> Candidate:
         if preset.family != base.family:
             raise ConfigError(text, f"is for family {preset.family!r}; the others are for {base.family!r}")
         method, schedule = resolve_policy(preset, None, None, {})
-        return Candidate(text, method, schedule)
+        return Candidate(text, method, schedule, preset=preset)
     if name not in list_methods():
         raise ConfigError("candidate", f"{text!r} is no preset and no method{near_matches(name, list_methods())}")
     try:

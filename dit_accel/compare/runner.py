@@ -107,8 +107,10 @@ def _generate(
     candidate, cuda = outcome.candidate, torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    options = {"backend": backend, **candidate.options}
-    with accelerate(pipe, method=candidate.method, schedule=candidate.schedule, **options) as acceleration:
+    what: dict[str, Any] = {"method": candidate.method, "schedule": candidate.schedule}
+    if candidate.preset is not None:
+        what = {"preset": candidate.preset}
+    with accelerate(pipe, **what, **{"backend": backend, **candidate.options}) as acceleration:
         clip, times = call_pipeline(pipe, generation, outcome.task.prompt, outcome.task.seed, inputs)
         report = acceleration.report()
     outcome.seconds.append(times["denoise"])
@@ -131,8 +133,10 @@ def run_all(
     assert candidates[0].label == DENSE
     warm = generation.model_copy(update={"num_inference_steps": 1})
     for candidate in candidates:
+        # The one step would run dense otherwise, and warm up nothing.
         sparse = candidate.schedule.model_copy(update={"dense_steps": (), "dense_noise": ()})
-        _generate(pipe, warm, Outcome(tasks[0], replace(candidate, schedule=sparse)), backend, inputs)
+        preset = candidate.preset and candidate.preset.model_copy(update={"schedule": sparse})
+        _generate(pipe, warm, Outcome(tasks[0], replace(candidate, schedule=sparse, preset=preset)), backend, inputs)
     for number, task in enumerate(tasks):
         outcomes = run_task(pipe, generation, task, candidates, rounds, number, backend, inputs)
         reference = outcomes[0].clip

@@ -184,7 +184,8 @@ SIZES = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "
 
 
 def small_plan(**changes):
-    preset = load_preset("tiny-wan/composed").model_copy(update={"schedule": Schedule()})
+    # Not as it ships: what is written must keep that.
+    preset = load_preset("tiny-wan/composed").model_copy(update={"schedule": Schedule.make(dense_steps=[[1, 2]])})
     candidates = {name: METHODS[name] for name in ("tiles", "bands", "dense")}
     return Plan(preset, candidates, ("a red ball", "a blue box"), Generation(**SIZES), **changes)
 
@@ -246,6 +247,8 @@ def test_the_preset_runs_and_keeps_the_predicted_density(tmp_path):
     write_preset(tmp_path / "mine.yaml", plan, found, held)
     preset = load_preset(tmp_path / "mine.yaml")
     assert preset.schedule.head_table == head_table(found, plan.candidates)
+    assert preset.generation == plan.generation
+    assert preset.schedule.dense_steps == ((1, 2),)
     assert "2 prompts" in preset.source
     assert "&" not in (tmp_path / "mine.yaml").read_text()
     pipe.set_progress_bar_config(disable=True)

@@ -168,14 +168,16 @@ def test_the_command_writes_everything(pipeline_folder, tmp_path, monkeypatch, c
     preset.write_text(f"extends: tiny-wan/composed\ngeneration: {sizes}\nschedule: {{dense_steps: 0}}\n")
     target = tmp_path / "out"
     candidate = "composed:density=0.3,tile=[2,2,4]"
-    arguments = ["compare", candidate, "--preset", preset, "--model", pipeline_folder, "--num-prompts", 2]
+    arguments = ["compare", candidate, preset, "--preset", preset, "--model", pipeline_folder, "--num-prompts", 2]
     monkeypatch.setattr(sys, "argv", ["dit-accel", *map(str, [*arguments, "--rounds", 2, "--output", target])])
     with pytest.raises(SystemExit) as left:
         main.main()
     assert (left.value.code or 0) == 0, capsys.readouterr().err
     rows = list(csv.DictReader((target / "compare.csv").open()))
-    assert [r["candidate"] for r in rows] == [DENSE, CEILING, candidate] * 2
-    dense, ceiling, sparse = rows[:3]
+    assert [r["candidate"] for r in rows] == [DENSE, CEILING, candidate, str(preset)] * 2
+    dense, ceiling, sparse, shipped = rows[:4]
+    assert shipped["method"] == "composed"
+    assert float(shipped["density"]) != float(sparse["density"])
     assert float(dense["psnr"]) == IDENTICAL_PSNR
     assert float(ceiling["psnr"]) > 60  # rounding, and eight bits of nothing else
     assert float(sparse["psnr"]) < float(ceiling["psnr"])
