@@ -1,0 +1,261 @@
+"""Extras of a preset beside sparse attention: what is switched on runs, can be undone, and is refused where wrong."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import diffusers
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig
+from preset_cases import arguments, pipeline_of, shrunk
+
+import dit_accel
+from dit_accel import extras as extras_module
+from dit_accel import extras_cache
+from dit_accel.acceleration import accelerate
+from dit_accel.errors import ConfigError, UnsupportedError
+from dit_accel.extras import Extras, Quantization, quantization_config
+from dit_accel.extras_cache import Guidance, enable_cache
+from dit_accel.models import load_for_preset
+from dit_accel.presets import load_preset
+from dit_accel.samples.tiny_random import tiny_pipeline
+
+STEPS = 6
+SPARSE = {"method": "composed", "order": "tile", "tile": [1, 2, 2], "density": 0.4, "break_even": 1.0}
+# Parameters with which every cache skips something in six steps.
+CACHES = {
+    "first_block": {"threshold": 10.0},
+    "mag": {"mag_ratios": [1.0] * STEPS, "threshold": 1.0, "retention_ratio": 0.2},
+    "taylorseer": {"cache_interval": 2, "disable_cache_before_step": 2, "taylor_factors_dtype": "float32"},
+    "pab": {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": [0, 999]},
+    "faster": {
+        "spatial_attention_timestep_skip_range": [-1, 999],
+        "unconditional_batch_timestep_skip_range": [-1, 999],
+        "unconditional_batch_skip_range": 3,
+    },
+    "sea": {"threshold": 10.0},
+}
+WAN, WAN_TWO, IMAGE, COG = "wan2.1-t2v-1.3b-480p", "wan2.2-t2v-a14b-720p", "flux1-dev", "cogvideox-5b"
+WORKS = {
+    "first_block": (WAN, "wan2.1-i2v-14b-480p", WAN_TWO, "hunyuan-video-t2v-720p", IMAGE, "cogvideox1.5-5b-i2v"),
+    "mag": (WAN, "hunyuan-video-i2v-720p", IMAGE, "flux1-kontext-dev", "flux1-fill-dev", "flux2-dev", COG),
+    "taylorseer": (WAN, WAN_TWO, "wan2.1-vace-1.3b-480p", "hunyuan-video-1.5-t2v-480p", IMAGE, COG),
+    "pab": ("hunyuan-video-t2v-720p", IMAGE, "flux1-kontext-dev", COG),
+    "faster": ("hunyuan-video-t2v-720p", IMAGE, COG, "cogvideox1.5-5b-i2v"),
+    "sea": (WAN,),
+}
+REFUSED = [
+    ("pab", WAN, "two guidance branches"),
+    ("faster", "hunyuan-video-1.5-t2v-480p", "two guidance branches"),
+    ("sea", IMAGE, "does not say step and noise level"),
+    ("first_block", "flux1-kontext-dev", "no cache_context"),
+    ("taylorseer", "hunyuan-video-i2v-720p", "no cache_context"),
+    ("pab", "flux1-fill-dev", "no current_timestep"),
+    ("first_block", "wan2.1-vace-1.3b-480p", "count them twice"),
+    ("mag", WAN_TWO, "counts the steps of one transformer"),
+    ("first_block", "hunyuan-video-1.5-t2v-480p", "not registered"),
+]
+
+
+def with_extras(name, **extras):
+    preset = shrunk(load_preset(name), STEPS)
+    return preset.model_copy(update={"extras": Extras(**extras)})
+
+
+def cached(name, cache):
+    return with_extras(name, cache={"name": cache, "parameters": CACHES[cache]})
+
+
+def generate(pipe, preset, seed=0, **more):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.as_tensor(pipe(**arguments(pipe, preset, generator=generator, **more))[0])
+
+
+@pytest.mark.parametrize(("cache", "name"), [(cache, name) for cache, names in WORKS.items() for name in names])
+def test_a_step_cache_and_sparse_attention_run_together(cache, name):
+    preset, pipe = cached(name, cache), pipeline_of(load_preset(name).tiny)
+    with accelerate(pipe, preset, **SPARSE, schedule={"dense_steps": 1, "refresh": 2}) as acceleration:
+        first, calls = generate(pipe, preset), acceleration.report().calls
+        assert {call.generation for call in calls} == {max(call.generation for call in calls)}
+        other = generate(pipe, preset, seed=1)
+        assert torch.equal(generate(pipe, preset), first)
+    assert not torch.equal(first, other)
+    assert not pipe.transformer.is_cache_enabled
+    plain = dit_accel.accelerate(pipe, preset.model_copy(update={"extras": Extras()}), **SPARSE, schedule={})
+    generate(pipe, preset)
+    everything = plain.report().calls
+    plain.remove()
+    assert 0 < len(calls) < len(everything), "the cache skipped nothing"
+    assert any(call.reason is None for call in calls)
+
+
+@pytest.mark.parametrize(("cache", "name"), [("first_block", WAN), ("faster", COG), ("pab", IMAGE), ("mag", IMAGE)])
+def test_a_cache_beside_dense_attention_gives_what_the_cache_alone_gives(cache, name):
+    preset, pipe = cached(name, cache), pipeline_of(load_preset(name).tiny)
+    undo = enable_cache(
+        preset.extras.cache,
+        pipe,
+        {"transformer": pipe.transformer},
+        Guidance(STEPS, preset.generation.guidance_scale),
+    )
+    alone = generate(pipe, preset)
+    undo()
+    with accelerate(pipe, preset, method="dense"):
+        assert torch.equal(generate(pipe, preset), alone)
+    assert not torch.equal(generate(pipe, preset), alone)
+
+
+def test_skipped_steps_leave_plans_as_they_were_made():
+    """With all blocks but the first skipped after step 1, their plans stay those of step 1, the first's are renewed."""
+    preset, pipe = cached(WAN, "first_block"), pipeline_of(load_preset(WAN).tiny)
+    with accelerate(pipe, preset, **SPARSE, schedule={"refresh": 2}) as acceleration:
+        generate(pipe, preset)
+        calls = acceleration.report().calls
+    steps = {layer: [c.step for c in calls if c.layer == layer and c.branch == "cond"] for layer in (0, 1)}
+    assert steps == {0: list(range(STEPS)), 1: [0]}
+    made = [c.step for c in calls if c.layer == 0 and c.branch == "cond" and c.milliseconds("select") > 0]
+    assert made == [0, 2, 4]
+
+
+@pytest.mark.parametrize(("cache", "name", "reason"), REFUSED)
+def test_caches_that_would_be_wrong_are_refused_with_the_reason(cache, name, reason):
+    preset, pipe = cached(name, cache), pipeline_of(load_preset(name).tiny)
+    processors = dict(pipe.transformer.attn_processors)
+    with pytest.raises(UnsupportedError, match=rf"extras\.cache: {cache}.*{reason}"):
+        accelerate(pipe, preset)
+    assert pipe.transformer.attn_processors == processors
+    assert not pipe.transformer.is_cache_enabled
+
+
+def test_a_cache_that_is_on_already_or_unknown_ratios_are_refused():
+    pipe = tiny_pipeline(load_preset(COG).tiny)
+    preset = with_extras(COG, cache={"name": "mag"})
+    with pytest.raises(UnsupportedError, match="mag_ratios are not known for this model"):
+        accelerate(pipe, preset)
+    with accelerate(pipe, cached(COG, "first_block")):
+        accelerate(pipe, cached(COG, "mag")).remove()  # a second call replaces the first, and its cache
+    pipe.transformer.enable_cache(FirstBlockCacheConfig())
+    with pytest.raises(UnsupportedError, match="a step cache is on already"):
+        accelerate(pipe, cached(COG, "mag"))
+    with pytest.raises(UnsupportedError, match="bare transformer"):
+        accelerate(tiny_pipeline(load_preset(COG).tiny).transformer, cached(COG, "pab"))
+
+
+def test_diffusers_without_a_cache_is_named(monkeypatch):
+    extras_cache._config_class.cache_clear()
+    monkeypatch.setitem(extras_cache._CONFIGS, "sea", "NoSuchCacheConfig")
+    with pytest.raises(ConfigError, match=rf"Diffusers {diffusers.__version__} has no NoSuchCacheConfig"):
+        Extras(cache={"name": "sea"}).check()
+    extras_cache._config_class.cache_clear()
+
+
+@pytest.mark.parametrize(("name", "scope"), [(WAN, "blocks"), (IMAGE, "model")])
+def test_compiled_blocks_run_around_sparse_attention(name, scope):
+    preset = with_extras(name, compile={"scope": scope, "backend": "eager"})
+    pipe = tiny_pipeline(preset.tiny)
+    plain = preset.model_copy(update={"extras": Extras()})
+    with accelerate(pipe, plain, **SPARSE, schedule={}):
+        expected = generate(pipe, preset, num_inference_steps=2)
+    torch.compiler.reset()
+    with accelerate(pipe, preset, **SPARSE, schedule={}) as acceleration:
+        compiled = [m for m in pipe.transformer.modules() if m._compiled_call_impl is not None]
+        assert (compiled == [pipe.transformer]) == (scope == "model")
+        torch.testing.assert_close(generate(pipe, preset, num_inference_steps=2), expected, atol=1e-4, rtol=1e-4)
+        assert any(call.reason is None for call in acceleration.report().calls)
+    assert all(m._compiled_call_impl is None for m in pipe.transformer.modules())
+    torch.compiler.reset()
+
+
+def test_blocks_that_diffusers_does_not_name_are_compiled_as_a_whole_model():
+    preset = with_extras(COG, compile={"backend": "eager"})
+    with pytest.raises(UnsupportedError, match=r"extras\.compile: scope blocks on transformer.*use scope model"):
+        accelerate(tiny_pipeline(preset.tiny), preset)
+
+
+@pytest.mark.parametrize("name", [WAN_TWO, "hunyuan-video-t2v-720p", IMAGE])
+def test_layerwise_casting_stores_eight_bits_under_sparse_attention_and_a_cache(name):
+    cache = {"name": "first_block", "parameters": CACHES["first_block"]}
+    preset = with_extras(name, layerwise_casting={}, cache=cache)
+    pipe = tiny_pipeline(preset.tiny)
+    for _ in range(2):  # the second finds the weights cast already
+        acceleration = accelerate(pipe, preset, **SPARSE, schedule={})
+    stored = {weight.dtype for weight in pipe.transformer.parameters()}
+    assert torch.float8_e4m3fn in stored
+    out = generate(pipe, preset)
+    assert torch.isfinite(out).all()
+    assert any(call.reason is None for call in acceleration.report().calls)
+    acceleration.remove()
+    assert torch.float8_e4m3fn in {weight.dtype for weight in pipe.transformer.parameters()}
+
+
+@pytest.mark.parametrize("mode", ["model", "sequential", "group"])
+def test_offload_without_an_accelerator_is_refused(mode):
+    if torch.accelerator.is_available():
+        pytest.skip("there is an accelerator here")
+    with pytest.raises(UnsupportedError, match=rf"extras\.offload: mode {mode}.*no accelerator here"):
+        accelerate(pipeline_of(load_preset(WAN).tiny), with_extras(WAN, offload={"mode": mode}))
+
+
+@pytest.mark.parametrize("type_", ["leaf_level", "block_level"])
+def test_groups_of_layers_are_offloaded_under_sparse_attention(monkeypatch, type_):
+    """With the CPU standing in for the accelerator: hooks of both stand on the same modules."""
+    monkeypatch.setattr("dit_accel.extras_install._accelerator", lambda: "meta")
+    blocks = 1 if type_ == "block_level" else None
+    preset = with_extras(WAN, offload={"mode": "group", "type": type_, "blocks": blocks})
+    pipe, plain = tiny_pipeline(preset.tiny), preset.model_copy(update={"extras": Extras()})
+    with accelerate(pipe, plain, **SPARSE):
+        expected = generate(pipe, preset)
+    enable = pipe.enable_group_offload
+
+    def on_cpu(**options):
+        enable(**{**options, "onload_device": torch.device("cpu")})
+
+    monkeypatch.setattr(pipe, "enable_group_offload", on_cpu)
+    with accelerate(pipe, preset, **SPARSE) as acceleration:
+        assert torch.equal(generate(pipe, preset), expected)
+        assert any(call.reason is None for call in acceleration.report().calls)
+
+
+def test_model_and_sequential_offload_switch_diffusers_on_once(monkeypatch):
+    monkeypatch.setattr("dit_accel.extras_install._accelerator", lambda: "cuda")
+    for mode, method in (("model", "enable_model_cpu_offload"), ("sequential", "enable_sequential_cpu_offload")):
+        pipe, called = tiny_pipeline(load_preset(WAN).tiny), []
+        monkeypatch.setattr(pipe, method, lambda device, called=called: called.append(device))
+        accelerate(pipe, with_extras(WAN, offload={"mode": mode})).remove()
+        assert called == [torch.device("cuda")]
+    with pytest.raises(UnsupportedError, match="needs a pipeline"):
+        accelerate(pipe.transformer, with_extras(WAN, offload={"mode": "model"}))
+
+
+def test_quantisation_is_refused_where_it_cannot_be_made(monkeypatch):
+    preset = with_extras(WAN, quantization={"backend": "torchao"})
+    with pytest.raises(UnsupportedError, match=r"extras\.quantization: transformer is loaded already"):
+        accelerate(pipeline_of(preset.tiny), preset)
+    with pytest.raises(ConfigError, match="the tiny model is not loaded"):
+        load_for_preset(preset, "tiny")
+    monkeypatch.setattr(extras_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="torchao needs torchao: pip install torchao"):
+        load_for_preset(preset, "samples/tiny-wan")
+    with pytest.raises(ConfigError, match="bitsandbytes_4bit needs bitsandbytes"):
+        quantization_config(Quantization(backend="bitsandbytes_4bit"))
+
+
+def test_torchao_types_are_found_by_name_only(monkeypatch):
+    package, module = ModuleType("torchao"), ModuleType("torchao.quantization")
+    module.Int8WeightOnlyConfig = type("Int8WeightOnlyConfig", (), {})
+    module.quantize_ = lambda: None
+    monkeypatch.setitem(sys.modules, "torchao", package)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", module)
+    assert isinstance(extras_module._torchao_type("Int8WeightOnlyConfig"), module.Int8WeightOnlyConfig)
+    for wrong in ("quantize_", "NoSuchConfig", 3):
+        with pytest.raises(ConfigError, match="expected the name of a config class"):
+            extras_module._torchao_type(wrong)
+
+
+def test_extras_stand_in_summary_and_report():
+    preset = cached(IMAGE, "first_block")
+    with accelerate(pipeline_of(preset.tiny), preset, method="dense") as acceleration:
+        assert "first_block" in acceleration.summary()
+        assert acceleration.report().to_dict()["settings"]["extras"]["cache"]["name"] == "first_block"
