@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from functools import wraps
+
+import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import FluxPipeline, WanPipeline
 
 import dit_accel
+from dit_accel import pipelines
 from dit_accel.errors import ConfigError
+from dit_accel.models import call_arguments, call_parameters
 from dit_accel.pipelines import WanAccelPipeline
-from dit_accel.samples.tiny_random import random_wan_pipeline
+from dit_accel.samples.tiny_random import random_wan_pipeline, tiny_arguments, tiny_pipeline
 
 SIZE = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 3, "output_type": "latent"}
 
@@ -90,3 +95,118 @@ def test_a_preset_of_another_family_is_refused():
     preset = dit_accel.load_preset("tiny-wan").model_copy(update={"family": "flux"})
     with pytest.raises(ConfigError, match="is for family 'flux'"):
         dit_accel.accelerate(random_wan_pipeline(), preset)
+
+
+WRAPPERS = [
+    ("WanAccelPipeline", "wan2.2-t2v-a14b-720p"),
+    ("WanAccelImageToVideoPipeline", "wan2.1-flf2v-14b-720p"),
+    ("WanAccelVACEPipeline", "wan2.1-vace-1.3b-480p"),
+    ("HunyuanVideoAccelPipeline", "hunyuan-video-t2v-720p"),
+    ("HunyuanVideoAccelImageToVideoPipeline", "hunyuan-video-i2v-720p"),
+    ("HunyuanVideo15AccelPipeline", "hunyuan-video-1.5-t2v-480p"),
+    ("HunyuanVideo15AccelImageToVideoPipeline", "hunyuan-video-1.5-i2v-480p"),
+    ("FluxAccelPipeline", "flux1-schnell"),
+    ("FluxAccelKontextPipeline", "flux1-kontext-dev"),
+    ("FluxAccelFillPipeline", "flux1-fill-dev"),
+    ("Flux2AccelPipeline", "flux2-dev"),
+    ("CogVideoXAccelPipeline", "cogvideox-5b"),
+    ("CogVideoXAccelImageToVideoPipeline", "cogvideox1.5-5b-i2v"),
+]
+
+
+def test_every_wrapper_is_listed_and_every_model_has_one():
+    assert sorted(name for name, _ in WRAPPERS) == sorted(pipelines.__all__) == sorted(pipelines._WRAPPERS)
+    stock = {getattr(pipelines, name).stock_class().__name__ for name in pipelines.__all__}
+    assert {dit_accel.load_preset(name).pipeline for name in dit_accel.list_presets() if "/" not in name} == stock
+    with pytest.raises(AttributeError, match="no attribute 'NoPipeline'"):
+        pipelines.NoPipeline  # noqa: B018
+
+
+@pytest.mark.parametrize(("wrapper", "name"), WRAPPERS)
+def test_every_wrapper_behaves_like_its_pipeline(wrapper, name):
+    cls = getattr(pipelines, wrapper)
+    pipe = cls.from_preset(f"{name}/dense", model="tiny", device="cpu")
+    preset = pipe.preset
+    assert isinstance(pipe, cls.stock_class())
+    stock = tiny_pipeline(preset.tiny)
+    call = tiny_arguments(preset.tiny)
+    guidance = {k: v for k, v in call_arguments(stock, preset.generation).items() if k not in call}
+    expected = np.asarray(stock(**call, **guidance)[0])
+    call["generator"].manual_seed(0)
+    seen = []
+    if "callback_on_step_end" in call_parameters(cls):
+        call["callback_on_step_end"] = lambda _pipe, step, _timestep, values: seen.append(step) or values
+    np.testing.assert_allclose(np.asarray(pipe(**call)[0]), expected, atol=1e-5)
+    assert seen in ([0, 1], [])
+    assert {record.step for record in pipe.acceleration.report().calls} == {0, 1}
+
+
+def test_defaults_of_the_preset_give_way_to_what_a_call_says(monkeypatch):
+    pipe = pipelines.FluxAccelPipeline.from_preset("flux1-dev/fast", model="tiny", device="cpu", density=0.5)
+    assert pipe.acceleration.settings["parameters"]["density"] == 0.5
+    seen = {}
+
+    @wraps(FluxPipeline.__call__)
+    def call(self, *args, **kwargs):
+        seen.update(args=args, **kwargs)
+
+    monkeypatch.setattr(FluxPipeline, "__call__", call)
+    pipe("a prompt", height=64)
+    assert seen == {
+        "args": ("a prompt",),
+        "height": 64,
+        "width": 1024,
+        "num_inference_steps": 28,
+        "guidance_scale": 3.5,
+        "max_sequence_length": 512,
+    }
+
+
+def test_the_guider_of_hunyuan_video_1_5_takes_the_guidance():
+    pipe = tiny_pipeline("hunyuan-video-1.5")
+    generation = dit_accel.load_preset("hunyuan-video-1.5-t2v-480p").generation
+    values = call_arguments(pipe, generation.model_copy(update={"guidance_scale": 2.5}))
+    assert "guidance_scale" not in values
+    assert pipe.guider.guidance_scale == 2.5
+
+
+def two_experts(name, **settings):
+    """(component, step) of the sparse calls and of all calls of four steps on the tiny pipeline of a Wan 2.2 preset."""
+    pipe, preset = tiny_pipeline(dit_accel.load_preset(name).tiny), dit_accel.load_preset(name)
+    acceleration = dit_accel.accelerate(
+        pipe, method="composed", order="tile", tile=[1, 2, 2], density=0.4, break_even=1.0, **settings
+    )
+    pipe(**tiny_arguments(preset.tiny, steps=4))
+    calls = acceleration.report().calls
+    sparse = {(call.component, call.step) for call in calls if call.reason is None}
+    return sparse, {(call.component, call.step) for call in calls}
+
+
+@pytest.mark.parametrize("name", ["wan2.2-t2v-a14b-720p", "wan2.2-i2v-a14b-720p"])
+def test_steps_of_both_experts_are_those_of_the_run(name):
+    sparse, calls = two_experts(name, schedule={"dense_steps": 1}, schedule_2={"dense_steps": [[3, 4]]})
+    assert sorted(step for _, step in calls) == [0, 1, 2, 3]
+    assert {component for component, _ in calls} == {"transformer", "transformer_2"}
+    first = {(c, s) for c, s in calls if c == "transformer" and s > 0}
+    second = {(c, s) for c, s in calls if c == "transformer_2" and s != 3}
+    assert second
+    assert sparse == first | second
+
+
+def test_noise_windows_serve_one_expert_and_keywords_both():
+    everywhere, calls = two_experts("wan2.2-t2v-a14b-720p", schedule_2={"dense_noise": [[0.0, 1.0]]})
+    assert everywhere == {(c, s) for c, s in calls if c == "transformer"}
+    nowhere, _ = two_experts("wan2.2-t2v-a14b-720p", schedule_2={"min_tokens": 1}, dense_steps=4)
+    assert nowhere == set()
+
+
+def test_a_second_schedule_without_a_second_expert_is_refused():
+    with pytest.raises(ConfigError, match="this pipeline has no transformer_2"):
+        dit_accel.accelerate(random_wan_pipeline(), method="radial", schedule_2={"dense_steps": 1})
+    preset = dit_accel.load_preset("wan2.2-t2v-a14b-720p/rectified")
+    assert preset.schedule_2.dense_noise == ((0.86, 0.875),)
+    acceleration = dit_accel.accelerate(tiny_pipeline(preset.tiny), preset)
+    assert acceleration.engines["transformer_2"].schedule == preset.schedule_2
+    assert "schedule of transformer_2" in acceleration.summary()
+    replaced = dit_accel.accelerate(tiny_pipeline(preset.tiny), preset, schedule={})
+    assert replaced.engines["transformer_2"].schedule == replaced.engines["transformer"].schedule
