@@ -130,7 +130,7 @@ def _make_config(spec: StepCache, pipe: Any, guidance: Guidance) -> Any:
 def _mag_ratios(spec: StepCache, pipe: Any) -> Any:
     if "mag_ratios" in spec.parameters:
         return spec.parameters["mag_ratios"]
-    if not type(pipe).__name__.startswith("Flux"):
+    if not any(cls.__name__ == "FluxPipeline" for cls in type(pipe).__mro__):
         raise ValueError(
             "mag_ratios are not known for this model; run it once with Diffusers' MagCacheConfig(calibrate=True)"
         )

@@ -130,10 +130,11 @@ def test_caches_that_would_be_wrong_are_refused_with_the_reason(cache, name, rea
 
 
 def test_a_cache_that_is_on_already_or_unknown_ratios_are_refused():
-    pipe = tiny_pipeline(load_preset(COG).tiny)
-    preset = with_extras(COG, cache={"name": "mag"})
-    with pytest.raises(UnsupportedError, match="mag_ratios are not known for this model"):
-        accelerate(pipe, preset)
+    for name in ("flux2-dev", COG):
+        pipe = tiny_pipeline(load_preset(name).tiny)
+        with pytest.raises(UnsupportedError, match="mag_ratios are not known for this model"):
+            accelerate(pipe, with_extras(name, cache={"name": "mag"}))
+    accelerate(pipeline_of(load_preset(IMAGE).tiny), with_extras(IMAGE, cache={"name": "mag"})).remove()
     with accelerate(pipe, cached(COG, "first_block")):
         accelerate(pipe, cached(COG, "mag")).remove()  # a second call replaces the first, and its cache
     pipe.transformer.enable_cache(FirstBlockCacheConfig())
