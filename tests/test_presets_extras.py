@@ -243,6 +243,19 @@ def test_quantisation_is_refused_where_it_cannot_be_made(monkeypatch):
         quantization_config(Quantization(backend="bitsandbytes_4bit"))
 
 
+def test_weights_of_torchao_run_under_sparse_attention():
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    shipped = load_preset("tiny-wan/radial")
+    preset = shipped.model_copy(update={"extras": Extras(quantization={"backend": "torchao"})})
+    pipe = load_for_preset(preset, None, "cpu", "float32")
+    assert type(pipe.transformer.blocks[0].attn1.to_q.weight).__name__ == "Int8Tensor"
+    size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 1}
+    with accelerate(pipe, preset, break_even=1.0, dense_steps=0, dense_layers=0) as acceleration:
+        frames = torch.as_tensor(pipe(prompt="a red ball", **size, output_type="np").frames)
+        assert {call.reason for call in acceleration.report().calls} == {None}
+    assert torch.isfinite(frames).all()
+
+
 def test_torchao_types_are_found_by_name_only(monkeypatch):
     package, module = ModuleType("torchao"), ModuleType("torchao.quantization")
     module.Int8WeightOnlyConfig = type("Int8WeightOnlyConfig", (), {})
