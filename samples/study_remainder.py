@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -61,9 +63,9 @@ CASES = (
     Case("SpargeAttn", "sparge"),
     Case("XAttention", "xattention"),
     Case("SubBlock", "subblock"),
-    Case("DraftAttention", "draft"),
-    Case("PBS-Attn", "pbs", {"mass": None}),
-    Case("LSH order, dropped", "pbs", {"mass": None, "order": "lsh", "block": 64}, "variant"),
+    Case("DraftAttention", "draft", {"rounding": "floor"}),
+    Case("PBS-Attn", "pbs", {"mass": None, "rounding": "floor"}),
+    Case("LSH order, dropped", "pbs", {"mass": None, "order": "lsh", "block": 64, "rounding": "floor"}, "variant"),
     Case("aurora", "aurora", {}, "ours"),
     Case(DROP, "aurora", {"remainder": "drop"}, "ours"),
     Case("aurora, order 0", "aurora", {"remainder": "pooled"}, "ours"),
@@ -180,6 +182,8 @@ def fields_table(calls: Sequence[Call]) -> list[str]:
 
 def renders(pipe: Any, preset: Any, count: int) -> list[str]:
     """Paired renders against dense at the density of the bar, from the same seeds."""
+    if count == 0:
+        return ["Not rendered in this run."]
     rule = "density=0.125,dense_steps=4"
     texts = ["dense", f"aurora:{rule}", f"pisa:{rule}", f"aurora:{rule},remainder=drop"]
     candidates = [parse_candidate(text, preset) for text in texts]
@@ -213,15 +217,25 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny-wan")
     parser.add_argument("--prompts", nargs="+", default=["a red ball moving right", "a blue square moving down"])
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 9, 16], help="steps to capture")
+    parser.add_argument("--size", type=int, default=None, help="height and width in pixels; default: the preset's")
     parser.add_argument("--renders", type=int, default=2, help="prompts to render; 0: none")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     preset = load_preset(arguments.preset)
+    if arguments.size is not None:
+        canvas = preset.generation.model_copy(update={"height": arguments.size, "width": arguments.size})
+        preset = preset.model_copy(update={"generation": canvas})
     pipe = load_pipeline(preset.repository)
     calls: list[Call] = []
     for seed, prompt in enumerate(arguments.prompts):
         calls += captured(pipe, preset.generation, prompt, seed, arguments.steps)
+    shown = renders(pipe, preset, arguments.renders)
+    write(calls, shown, arguments.out)
+
+
+def write(calls: list[Call], shown: list[str], out: Path) -> None:
+    """Measure everything on the calls, and write tables, figures and plots into `out`."""
     references = [F.scaled_dot_product_attention(*call.qkv) for call in calls]
     measure(CASES[0], calls[:2], references[:2], BAR_DENSITY)  # warms up
     results = {case.label: measure(case, calls, references, BAR_DENSITY) for case in CASES}
@@ -233,13 +247,11 @@ def main() -> None:
         for case in CASES
         if case.label in SWEPT
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    plot(swept, arguments.out)
-    write_csv(
-        arguments.out / "remainder-study.csv", [f for runs in swept.values() for run in runs for f in run], results
-    )
-    text = report(calls, results, fields_table(synthetic()), renders(pipe, preset, arguments.renders))
-    (arguments.out / "remainder-study.md").write_text(text)
+    out.mkdir(parents=True, exist_ok=True)
+    plot(swept, out)
+    write_csv(out / "remainder-study.csv", [f for runs in swept.values() for run in runs for f in run], results)
+    text = report(calls, results, fields_table(synthetic()), shown)
+    (out / "remainder-study.md").write_text(text)
     print(text)
 
 
@@ -254,12 +266,17 @@ def write_csv(path: Path, swept: list[Figure], results: dict[str, list[Figure]])
             writer.writerow([f.case.label, f.case.kind, f.call, *values])
 
 
+def command() -> str:
+    """The command line that was run, as a user types it."""
+    return shlex.join(["python", "samples/study_remainder.py", *sys.argv[1:]])
+
+
 def report(calls: list[Call], results: dict[str, list[Figure]], fields: list[str], shown: list[str]) -> str:
     """The page of results."""
     first = calls[0].qkv[0].shape
     lines = [
         "# The remainder: results",
-        "Made by `python samples/study_remainder.py`; what it means stands in ../study-remainder.md.",
+        f"Made by `{command()}`; what it means stands in [the study](../study-remainder.md).",
         ", ".join(f"{name} {value}" for name, value in stamp().items()),
         f"{len(calls)} captured calls, each {first[1]} heads x {first[2]} tokens x {first[3]}, "
         f"at density {BAR_DENSITY}. Error is |out - dense| / |dense| over all heads of a call.",

@@ -9,6 +9,7 @@ from pydantic import Field
 from dit_accel.methods.base import Density, SizeTriple
 from dit_accel.methods.composed import Composed, OrderName, RemainderName, Score
 from dit_accel.methods.registry import register
+from dit_accel.selection import Rounding
 
 
 @register("aurora")
@@ -25,6 +26,7 @@ class Aurora(Composed):
 
     Args:
         density: share of key blocks that are exact. Default 0.125.
+        rounding: number of blocks, default "floor": never denser than asked.
     """
 
     source: ClassVar[str] = "this project; expansion after arXiv 2602.01077"
@@ -33,6 +35,7 @@ class Aurora(Composed):
     tile: SizeTriple = (2, 4, 8)
     score: Score = "covariance"
     density: Density | None = 0.125
+    rounding: Rounding = "floor"
     remainder_: RemainderName = Field(default="taylor", alias="remainder")
     about: Literal["key", "query"] = "query"
     first_order: Literal["block", "mixed", "grouped", "global"] = "mixed"
