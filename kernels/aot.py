@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dit_accel.kernels.triton_configs import TILES, Features, Tile, constants_of, serves
+from dit_accel.kernels.triton_configs import SHARED_MEMORY, TILES, Features, Tile, constants_of, cut, serves
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _NAMES = {name: dtype for dtype, name in _TYPES.items()}
@@ -79,27 +79,43 @@ class Resources:
     instructions: tuple[str, ...] = ()
     failure: str | None = None
 
+    def fault(self, case: Case) -> str | None:
+        """Why this compilation must not ship, in one clause; None when it may."""
+        if self.failure is not None:
+            return f"it does not compile: {self.failure}"
+        if self.spilled:
+            return f"it spills {self.spilled} bytes of registers"
+        if self.shared > SHARED_MEMORY[case.arch]:
+            return f"it needs {self.shared} bytes of shared memory, the device has {SHARED_MEMORY[case.arch]}"
+        half = case.features.dtype != torch.float32
+        if half and case.arch == 90 and "wgmma" not in self.instructions:
+            return "it does not use wgmma"
+        if half and case.tile.stages > 1 and not {"TMA", "cp.async"} & set(self.instructions):
+            return "its loads are not asynchronous"
+        if case.tile.specialize and self.warps <= case.tile.warps:
+            return "its warps are not specialised"
+        return None
+
 
 def features_shipped(head_dim: int) -> list[Features]:
     """The sets of features that every architecture is checked with, for one head size."""
-    half = [
-        Features(head_dim, torch.bfloat16),
-        Features(head_dim, torch.float16, has_length=True),
-        Features(head_dim, torch.bfloat16, uniform=False, has_length=True),
-        Features(head_dim, torch.bfloat16, stride=(1, 1, 1)),
-        Features(head_dim, torch.bfloat16, rest=1),
-        Features(head_dim, torch.bfloat16, rest=1, first_order=1),
-        Features(head_dim, torch.bfloat16, rest=2, first_order=1),
-        Features(head_dim, torch.bfloat16, rest=2, first_order=2),
-        Features(head_dim, torch.bfloat16, int8=True),
+    sets: list[dict[str, Any]] = [
+        {},
+        {"uniform": False, "has_length": True},
+        {"int8": True},
+        {"rest": 1},
+        {"rest": 1, "first_order": 1},
+        {"stride": (1, 1, 1)},
+        {"rest": 2, "first_order": 2},
     ]
-    return [*half, Features(head_dim, torch.float32), Features(head_dim, torch.float32, rest=2, first_order=2)]
+    half = [Features(head_dim, torch.bfloat16, **extra) for extra in sets]
+    return [*half, *(Features(head_dim, torch.float32, **extra) for extra in (sets[0], sets[-1]))]
 
 
-def shipped(architectures: Iterable[int] = tuple(TILES), head_dims: Iterable[int] = (64, 128, 256)) -> list[Case]:
+def shipped(architectures: Iterable[int] = tuple(TILES), head_dims: Iterable[int] = (64, 128)) -> list[Case]:
     """Every tile of the table with every set of features it may serve."""
     return [
-        Case(arch, tile, features)
+        Case(arch, cut(tile, features, tile.block_m, 64), features)
         for arch in architectures
         for dim in head_dims
         for tile in TILES[arch][dim]

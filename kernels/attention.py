@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import PlanError
+from dit_accel.kernels import custom_op
 from dit_accel.kernels.registry import Request, choose_backend
 from dit_accel.kernels.spec import Precision, Remainder
 from dit_accel.plan import BlockPlan
@@ -79,6 +80,11 @@ def block_attention(
         PlanError: shapes of q, k, v, plan and kv_len disagree.
         UnsupportedError: no backend, or not the one asked for, can run the call; the message says why.
     """
+    if torch.compiler.is_compiling():
+        # The checks read the contents of tensors; they run inside the operator.
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        out, lse = custom_op.call(q, k, v, plan, factor, remainder, precision, kv_len, backend)
+        return (out, lse) if return_lse else out
     _check(q, k, v, plan, kv_len)
     chosen = choose_backend(backend, request_of(q, plan, remainder, return_lse, precision))
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,8 +71,9 @@ class Backend:
         why_not: returns None when it can serve the request, else the reason why not, in one clause.
         priority: "auto" takes the usable backend with the highest; below 0 it is never taken unasked.
         break_even: above this density dense attention is faster on this backend's usual device.
-        needs_self_test: compare it with the `torch` backend on its first use per (device type, dtype, head size), and
-            disable it there when it is wrong. Default True; False for plain PyTorch code.
+        needs_self_test: compare it with the `torch` backend on its first use of each kind (device type, dtype, head
+            size, remainder, precision, predicate, block sizes: each is another compilation), and disable it there when
+            it is wrong. Default True; False for plain PyTorch code.
     """
 
     name: str
@@ -84,8 +85,9 @@ class Backend:
 
 
 _BACKENDS: dict[str, Backend] = {}
-_DISABLED: dict[tuple[str, str, torch.dtype, int], str] = {}
-_TESTED: set[tuple[str, str, torch.dtype, int]] = set()
+_DISABLED: dict[tuple[Hashable, ...], str] = {}
+_TESTED: set[tuple[Hashable, ...]] = set()
+_LARGEST_TILE = 128
 
 
 def register_backend(backend: Backend) -> None:
@@ -97,14 +99,20 @@ def register_backend(backend: Backend) -> None:
 
 
 def disable_backend(name: str, request: Request, reason: str) -> None:
-    """Bar a backend for this (device type, dtype, head size), as the self-test does when it finds it wrong."""
-    _DISABLED[name, request.device.type, request.dtype, request.head_dim] = reason
+    """Bar a backend for calls of this kind, as the self-test does when it finds it wrong."""
+    _DISABLED[_kind(name, request)] = reason
+
+
+def _kind(name: str, request: Request) -> tuple[Hashable, ...]:
+    """What a self-test stands for: the calls that run the same compiled kernel."""
+    sizes = tuple(min(1 << (size - 1).bit_length(), _LARGEST_TILE) for size in (request.q_size, request.k_size))
+    device = (request.device.type, request.dtype, request.head_dim)
+    return (name, *device, request.remainder, request.precision, request.has_predicate, request.is_uniform, *sizes)
 
 
 def why_not(backend: Backend, request: Request) -> str | None:
     """The reason why `backend` cannot serve `request`, or None when it can."""
-    barred = _DISABLED.get((backend.name, request.device.type, request.dtype, request.head_dim))
-    return barred or backend.why_not(request)
+    return _DISABLED.get(_kind(backend.name, request)) or backend.why_not(request)
 
 
 def backends(request: Request | None = None) -> dict[str, str | None]:
@@ -146,14 +154,14 @@ def choose_backend(name: str, request: Request) -> Backend:
 
 
 def _self_test(backend: Backend, request: Request) -> str | None:
-    """Test `backend` on its first use for this (device type, dtype, head size); the reason why it was disabled."""
-    key = (backend.name, request.device.type, request.dtype, request.head_dim)
-    if not backend.needs_self_test or key in _TESTED:
+    """Test `backend` on its first use for calls of this kind; the reason why it was disabled."""
+    kind = _kind(backend.name, request)
+    if not backend.needs_self_test or kind in _TESTED:
         return None
     # Imported here because the test runs the torch backend, which is itself entered in this table.
     from dit_accel.kernels.selftest import fault_of
 
-    _TESTED.add(key)
+    _TESTED.add(kind)
     fault = fault_of(backend, request)
     if fault is not None:
         disable_backend(backend.name, request, fault)

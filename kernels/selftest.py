@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from dit_accel.kernels import torch_backend
 from dit_accel.kernels.registry import Backend, Request
-from dit_accel.plan import Blocking, BlockPlan
+from dit_accel.plan import Blocking, BlockPlan, BoxPredicate
 
 # Largest accepted difference: the rounding of inputs and weights, far below what a wrong block or mask causes.
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3, torch.float64: 1e-6}
@@ -36,19 +38,37 @@ def fault_of(backend: Backend, request: Request) -> str | None:
 
 
 def _case(request: Request) -> tuple[Tensor, Tensor, Tensor, BlockPlan, Tensor]:
-    """Two items of two heads, a ragged tail in queries and keys, rows of different length, one shorter item."""
+    """Two items of two heads, short blocks, rows of different length, one item with fewer real keys."""
     generator = torch.Generator().manual_seed(0)
-    q_blocks = Blocking.uniform((_BLOCKS - 1) * request.q_size + max(1, request.q_size // 3), request.q_size)
-    k_blocks = Blocking.uniform(_BLOCKS * request.k_size + max(1, request.k_size // 2), request.k_size)
+    q_blocks, k_blocks = _blocks(request.q_size, request, _BLOCKS - 1), _blocks(request.k_size, request, _BLOCKS)
     mask = torch.rand(2, 2, q_blocks.count, k_blocks.count, generator=generator) < 0.5
     mask[..., 0] = True
     q, k, v = (
         torch.randn(2, 2, blocks.tokens, request.head_dim, generator=generator).to(request.device, request.dtype)
         for blocks in (q_blocks, k_blocks, k_blocks)
     )
-    plan = BlockPlan.from_mask(mask, q_blocks, k_blocks).to(request.device)
+    plan = BlockPlan.from_mask(mask, q_blocks, k_blocks)
+    if request.has_predicate:
+        plan = _with_window(plan)
     kv_len = torch.tensor([k_blocks.tokens, k_blocks.tokens - request.k_size], device=request.device)
-    return q, k, v, plan, kv_len
+    return q, k, v, plan.to(request.device), kv_len
+
+
+def _blocks(size: int, request: Request, count: int) -> Blocking:
+    """`count` blocks and a short one; with ragged blocks, a short one in between too."""
+    short = max(1, size // 3)
+    if request.is_uniform:
+        return Blocking.uniform(count * size + short, size)
+    return Blocking.from_lengths([size, short, *[size] * (count - 1), short])
+
+
+def _with_window(plan: BlockPlan) -> BlockPlan:
+    """The same blocks, half of each row whole, the others cut by a box of three axes."""
+    keys, queries = (torch.arange(n, dtype=torch.int32) for n in (plan.k_blocks.tokens, plan.q_blocks.tokens))
+    coordinates, centre = (torch.stack([x // 12, x // 4 % 3, x % 4], -1) for x in (keys, queries))
+    reach = torch.tensor([plan.k_blocks.size // 12 + 1, 1, 2], dtype=torch.int32)
+    box = BoxPredicate(centre - reach, centre + reach + 1, coordinates)
+    return replace(plan, full_counts=(plan.counts // 2).clamp(min=1), predicate=box)
 
 
 def _difference(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: torch.dtype) -> str | None:

@@ -15,6 +15,8 @@ import triton.language as tl
 # Stands for "no key seen yet": finite, so that no difference of two infinities arises.
 _NOTHING = tl.constexpr(-1e30)
 _LN_2 = tl.constexpr(0.6931471805599453)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_HALF_LOG2_E = tl.constexpr(0.7213475204444817)
 
 # Arguments that change from call to call: none of their values may lead to another compilation.
 VARYING = (
@@ -37,7 +39,7 @@ VARYING = (
 
 
 @triton.jit
-def _rows(
+def tile_rows(
     base: tl.tensor,
     first: tl.tensor,
     limit: tl.tensor,
@@ -79,7 +81,7 @@ def _softmax_step(
 
 
 @triton.jit
-def _block_span(
+def block_span(
     block: tl.tensor, starts: tl.tensor, lengths: tl.tensor, size: tl.tensor, tokens: tl.tensor, UNIFORM: tl.constexpr
 ) -> tl.tensor:
     """First token of a key block, and how many of its tokens are real."""
@@ -117,27 +119,70 @@ def _box(
 
 
 @triton.jit
-def _add_groups(
-    acc: tl.tensor,
-    weights: tl.tensor,
-    q_tile: tl.tensor,
-    moments: tl.tensor,
+def some_columns(
+    base: tl.tensor,
     first: tl.tensor,
-    blocks: tl.tensor,
-    group: tl.tensor,
+    limit: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+) -> tl.tensor:
+    """Some columns `[ROWS, COLUMNS]` of what `tile_rows` gives, in fp32."""
+    at, dim = tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    mask = (at < limit)[:, None] & (dim < HEAD_DIM)[None, :]
+    pointers = base + tl.cast(first, tl.int64) * row + at[:, None] * row + dim[None, :]
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _second_order(
+    q: tl.tensor,
+    start: tl.tensor,
+    length: tl.tensor,
+    q_n: tl.tensor,
+    variance: tl.tensor,
+    first: tl.tensor,
+    limit: tl.tensor,
     scale: tl.tensor,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SLICE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     DOT: tl.constexpr,
 ) -> tl.tensor:
-    """Add p_g * scale * q·H_g of each group of blocks in a summary tile; `moments` `[groups, D, D]` holds H_g / t_g."""
-    column, dim = first + tl.arange(0, BLOCK_N), tl.arange(0, PADDED_DIM)
-    last = tl.minimum(first + BLOCK_N, blocks) - 1
-    for index in range(first // group, last // group + 1):
-        mass = tl.sum(tl.where((column // group == index)[None, :], weights, 0.0), 1)
-        at = moments + tl.cast(index, tl.int64) * (PADDED_DIM * PADDED_DIM)
-        moment = tl.load(at + dim[:, None] * PADDED_DIM + dim[None, :])
-        acc += tl.dot(q_tile, moment, input_precision=DOT) * (mass * scale)[:, None]
+    """½ Σ_d (scale * q_d)² var_d in units of log 2, `[M, N]`, a slice of channels at a time to spare registers."""
+    second = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for column in tl.range(0, PADDED_DIM, SLICE, num_stages=1):
+        squares = some_columns(q, start, length, q_n, column, BLOCK_M, SLICE, HEAD_DIM) * scale
+        squares = (squares * squares * _HALF_LOG2_E).to(variance.dtype.element_ty)
+        spread = some_columns(variance, first, limit, PADDED_DIM, column, BLOCK_N, SLICE, HEAD_DIM)
+        second = tl.dot(squares, tl.trans(spread.to(variance.dtype.element_ty)), second, input_precision=DOT)
+    return second
+
+
+@triton.jit
+def _add_moment(
+    acc: tl.tensor,
+    mass: tl.tensor,
+    q: tl.tensor,
+    start: tl.tensor,
+    length: tl.tensor,
+    q_n: tl.tensor,
+    moment: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    SLICE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    DOT: tl.constexpr,
+) -> tl.tensor:
+    """Add mass `[M]` times q·`moment` `[PADDED_DIM, PADDED_DIM]`, a slice of channels at a time to spare registers."""
+    for column in tl.range(0, PADDED_DIM, SLICE, num_stages=1):
+        lifted = some_columns(q, start, length, q_n, column, BLOCK_M, SLICE, HEAD_DIM) * mass[:, None]
+        part = tile_rows(moment, column, SLICE, PADDED_DIM, SLICE, PADDED_DIM, PADDED_DIM)
+        acc = tl.dot(lifted.to(part.dtype), part, acc, input_precision=DOT)
     return acc
 
 
@@ -178,12 +223,18 @@ def attention(
     length = tl.load(q_lengths + block) - offset
     row = tl.arange(0, BLOCK_M)
     is_query = row < length
-    factor = scale * 1.4426950408889634
+    factor = scale * _LOG2_E
     tokens = keys
     if HAS_LENGTH:
         tokens = tl.minimum(tokens, tl.load(kv_len + item))
 
-    q_tile = _rows(q + item * q_b + head * q_h, start, length, q_n, BLOCK_M, HEAD_DIM, PADDED_DIM)
+    q += item * q_b + head * q_h
+    if TMA:
+        # Queries of the next block may come along; what is computed for them is not stored.
+        q_rows = tl.make_tensor_descriptor(q, [queries, HEAD_DIM], [q_n, 1], [BLOCK_M, PADDED_DIM])
+        q_tile = q_rows.load([start, 0])
+    else:
+        q_tile = tile_rows(q, start, length, q_n, BLOCK_M, HEAD_DIM, PADDED_DIM)
     k += item * k_b + head * k_h
     v += item * v_b + head * v_h
     indices += item * index_b + head * index_h + block.to(tl.int64) * index_n
@@ -192,9 +243,9 @@ def attention(
     full = count
     if AXES:
         full = tl.minimum(tl.load(full_counts + count_at), count)
-    # A tile beyond the end of a short block has nothing to do.
-    count = tl.where(length > 0, count, 0)
-    full = tl.where(length > 0, full, 0)
+    # A tile beyond the end of a short block has nothing to do, nor has an item without real keys.
+    count = tl.where((length > 0) & (tokens > 0), count, 0)
+    full = tl.minimum(full, count)
     flat = item * heads + head
     if INT8:
         factor *= tl.load(q_step + flat * (tl.num_programs(0) // q_tiles) + block)
@@ -205,6 +256,7 @@ def attention(
     total = tl.zeros([BLOCK_M], tl.float32)
     rest_total = tl.zeros([BLOCK_M], tl.float32)
     column = tl.arange(0, BLOCK_N)
+    SLICE: tl.constexpr = min(32 if PADDED_DIM <= 128 else 16, PADDED_DIM)
 
     exact_steps = 0 if NESTED else full * k_tiles
     steps = exact_steps
@@ -216,15 +268,13 @@ def attention(
         mean_v += flat * blocks * PADDED_DIM
     if REST == 2:
         variance += flat * blocks * PADDED_DIM
-        squares = q_tile.to(tl.float32) * scale
-        squares = (squares * squares * 0.7213475204444817).to(q_tile.dtype)
     if TMA:
-        # Rows beyond the bound are loaded as zero, whatever stands there.
-        bound = tokens
-        if REST:
-            bound = padded_keys + blocks
-        k_rows = tl.make_tensor_descriptor(k, [bound, HEAD_DIM], [k_n, 1], [BLOCK_N, PADDED_DIM])
-        v_rows = tl.make_tensor_descriptor(v, [bound, HEAD_DIM], [v_n, 1], [BLOCK_N, PADDED_DIM])
+        # Rows beyond the bound are loaded as zero, whatever stands there. With summary tiles, k and v are copies that
+        # hold the keys, zeros up to `padded_keys` rows, and the means, all PADDED_DIM wide.
+        bound = padded_keys + blocks if REST else tl.maximum(tokens, 1)
+        WIDTH: tl.constexpr = PADDED_DIM if REST else HEAD_DIM
+        k_rows = tl.make_tensor_descriptor(k, [bound, WIDTH], [k_n, 1], [BLOCK_N, PADDED_DIM])
+        v_rows = tl.make_tensor_descriptor(v, [bound, WIDTH], [v_n, 1], [BLOCK_N, PADDED_DIM])
 
     for step in tl.range(0, steps, warp_specialize=SPECIALIZE):
         is_rest = False
@@ -238,7 +288,7 @@ def attention(
             chosen_block = tl.load(indices + entry, mask=step < exact_steps, other=0)
         else:
             chosen_block = tl.load(indices + entry)
-        first, limit = _block_span(chosen_block, k_starts, k_lengths, k_size, tokens, UNIFORM)
+        first, limit = block_span(chosen_block, k_starts, k_lengths, k_size, tokens, UNIFORM)
         first += part * BLOCK_N
         limit -= part * BLOCK_N
         if REST:
@@ -255,8 +305,8 @@ def attention(
             if REST:
                 k_base, v_base = tl.where(is_rest, mean_k, k), tl.where(is_rest, mean_v, v)
                 k_row, v_row = tl.where(is_rest, PADDED_DIM, k_n), tl.where(is_rest, PADDED_DIM, v_n)
-            k_tile = _rows(k_base, first, limit, k_row, BLOCK_N, HEAD_DIM, PADDED_DIM)
-            v_tile = _rows(v_base, first, limit, v_row, BLOCK_N, HEAD_DIM, PADDED_DIM)
+            k_tile = tile_rows(k_base, first, limit, k_row, BLOCK_N, HEAD_DIM, PADDED_DIM)
+            v_tile = tile_rows(v_base, first, limit, v_row, BLOCK_N, HEAD_DIM, PADDED_DIM)
         bias = tl.where(column < limit, 0.0, float("-inf"))
         if REST:
             mask = is_rest & (column < limit)
@@ -269,54 +319,68 @@ def attention(
         logits = _logits(q_tile, k_tile, block_factor, INT8, DOT) + bias[None, :]
         if REST == 2:
             if is_rest:
-                spread = _rows(variance, summary, limit, PADDED_DIM, BLOCK_N, HEAD_DIM, PADDED_DIM)
-                second = tl.dot(squares, tl.trans(spread), input_precision=DOT)
+                second = _second_order(
+                    q, start, length, q_n, variance, summary, limit, scale,
+                    BLOCK_M, BLOCK_N, SLICE, HEAD_DIM, PADDED_DIM, DOT,
+                )
                 logits += tl.minimum(second, tl.where(mass > 0.0, mass, 0.0)[None, :])
         acc, top, total, fade, weights = _softmax_step(acc, top, total, logits, v_tile, DOT)
         if FIRST_ORDER == 1:
             rest_total = rest_total * fade + tl.where(is_rest, tl.sum(weights, 1), 0.0)
         if FIRST_ORDER == 2:
             if is_rest:
-                at = moments + flat * tl.cdiv(blocks, group) * PADDED_DIM * PADDED_DIM
-                acc = _add_groups(
-                    acc, weights, q_tile, at, summary, blocks, group, scale, BLOCK_N, PADDED_DIM, DOT
-                )
+                # A tile of summaries may begin and end inside a group.
+                first_group = summary // group
+                last_group = (tl.minimum(summary + BLOCK_N, blocks) - 1) // group
+                for index in range(first_group, last_group + 1):
+                    here = ((summary + column) // group == index)[None, :]
+                    group_mass = tl.sum(tl.where(here, weights, 0.0), 1) * scale
+                    at = moments + (flat * tl.cdiv(blocks, group) + index) * (PADDED_DIM * PADDED_DIM)
+                    acc = _add_moment(
+                        acc, group_mass, q, start, length, q_n, at,
+                        BLOCK_M, SLICE, HEAD_DIM, PADDED_DIM, DOT,
+                    )
 
     if AXES or NESTED:
         # Partial blocks, and blocks of many lengths: an inner loop over the tiles that a block really has.
-        query = tl.cast(start, tl.int64) + row
+        # Masks of single tokens cost registers: such tiles are narrower.
+        PART_N: tl.constexpr = min(32, BLOCK_N) if AXES else BLOCK_N
+        query = start + row
         for entry in range(0 if NESTED else full, count):
             chosen_block = tl.load(indices + entry)
-            first, limit = _block_span(chosen_block, k_starts, k_lengths, k_size, tokens, UNIFORM)
+            first, limit = block_span(chosen_block, k_starts, k_lengths, k_size, tokens, UNIFORM)
             block_factor = factor
             if INT8:
                 block_factor *= tl.load(k_step + chosen_block)
-            for part in range(0, tl.cdiv(limit, BLOCK_N)):
-                at, left = first + part * BLOCK_N, limit - part * BLOCK_N
-                k_tile = _rows(k, at, left, k_n, BLOCK_N, HEAD_DIM, PADDED_DIM)
-                v_tile = _rows(v, at, left, v_n, BLOCK_N, HEAD_DIM, PADDED_DIM)
-                keep = is_query[:, None] & (column < left)[None, :]
+            for part in range(0, tl.cdiv(limit, PART_N)):
+                at, left = first + part * PART_N, limit - part * PART_N
+                k_tile = tile_rows(k, at, left, k_n, PART_N, HEAD_DIM, PADDED_DIM)
+                v_tile = tile_rows(v, at, left, v_n, PART_N, HEAD_DIM, PADDED_DIM)
+                is_key = tl.arange(0, PART_N) < left
+                keep = is_query[:, None] & is_key[None, :]
                 if AXES:
-                    key = tl.cast(at, tl.int64) + column
-                    inside = _box(keep, lower, upper, coordinates, query, key, is_query, column < left, AXES, STRIDE)
+                    key = at + tl.arange(0, PART_N)
+                    inside = _box(keep, lower, upper, coordinates, query, key, is_query, is_key, AXES, STRIDE)
                     keep = inside | (keep & (entry < full))
                 logits = tl.where(keep, _logits(q_tile, k_tile, block_factor, INT8, DOT), float("-inf"))
                 acc, top, total, fade, weights = _softmax_step(acc, top, total, logits, v_tile, DOT)
                 if FIRST_ORDER == 1:
                     rest_total = rest_total * fade
 
-    if FIRST_ORDER == 1:
-        dim = tl.arange(0, PADDED_DIM)
-        at = moments + flat * PADDED_DIM * PADDED_DIM
-        moment = tl.load(at + dim[:, None] * PADDED_DIM + dim[None, :])
-        acc += tl.dot(q_tile, moment, input_precision=DOT) * (rest_total * scale)[:, None]
     seen = total > 0.0
-    acc = acc / tl.where(seen, total, 1.0)[:, None]
-    at = out + item * out_b + head * out_h + tl.cast(start, tl.int64) * out_n
+    total = tl.where(seen, total, 1.0)
+    acc = acc / total[:, None]
     dim = tl.arange(0, PADDED_DIM)
+    if FIRST_ORDER == 1:
+        at = moments + flat * (PADDED_DIM * PADDED_DIM)
+        share = rest_total / total * scale
+        acc = _add_moment(
+            acc, share, q, start, length, q_n, at, BLOCK_M, SLICE, HEAD_DIM, PADDED_DIM, DOT
+        )
+    at = out + item * out_b + head * out_h + tl.cast(start, tl.int64) * out_n
     mask = is_query[:, None]
     if HEAD_DIM != PADDED_DIM:
         mask = mask & (dim < HEAD_DIM)[None, :]
     tl.store(at + row[:, None] * out_n + dim[None, :], acc.to(out.dtype.element_ty), mask=mask)
-    log_sum = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * _LN_2, float("-inf"))
+    log_sum = tl.where(seen, (top + tl.log2(total)) * _LN_2, float("-inf"))
     tl.store(lse + flat * queries + start + row, log_sum, mask=is_query)

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.merge import merge
 from dit_accel.kernels.registry import Backend, Request
 from dit_accel.kernels.spec import Precision, Remainder
 from dit_accel.kernels.triton_configs import MAX_HEAD_DIM, Features, Tile, architecture, choose_tile, constants_of
+from dit_accel.kernels.triton_operands import Int8Operands, Rest
 from dit_accel.plan import BlockPlan
 
 # The interpreter has no architecture of its own; it takes the tiles of this one.
 _INTERPRETED_AS = 90
+_REST = {"mean": 1, "diagonal": 2}
+_FIRST_ORDER = {"none": 0, "global": 1, "grouped": 2}
 
 
 def run(
@@ -30,22 +34,73 @@ def run(
     kv_len: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `BackendFunction`. q `[B, H, Nq, D]`; k, v `[B, H, Nk, D]`."""
+    # Triton launches on the current device, wherever the tensors are.
+    with torch.cuda.device_of(q):
+        return _run(q, k, v, plan, scale, remainder, precision, kv_len)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    remainder: Remainder | None,
+    precision: Precision | None,
+    kv_len: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     kv_len = None if kv_len is None else kv_len.to(torch.int32)
-    return launch(q, k, v, plan, scale, kv_len)
+    if precision is None or precision.qk == "input":
+        return launch(q, k, v, plan, scale, kv_len, remainder)
+    operands = Int8Operands.of(q, k, plan, scale, precision.smooth_k, kv_len)
+    out, lse = launch(operands.q, operands.k, v, plan, scale, kv_len, int8=operands)
+    if operands.offset is not None:
+        lse += operands.offset
+    if remainder is None:
+        return out, lse
+    # Summaries are not quantised: they are computed without any exact block and merged, first-order term and all.
+    rest = launch(q, k, v, plan, scale, kv_len, remainder, only_rest=True)
+    return merge([out, rest[0]], [lse, rest[1]])
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, kv_len: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    kv_len: Tensor | None,
+    remainder: Remainder | None = None,
+    int8: Int8Operands | None = None,
+    only_rest: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One launch of the attention kernel: output like q, and log-sum-exp fp32 `[B, H, Nq]`."""
+    """One launch of the attention kernel.
+
+    Args:
+        q, k, v: `[B, H, N, D]`; q and k in INT8 where `int8` gives their scales.
+        plan: what is selected.
+        scale: factor on the logits.
+        kv_len: int32 `[B]`, real keys per item.
+        remainder: what becomes of the rest; not with `int8`.
+        int8: scales of quantised operands.
+        only_rest: compute no selected block.
+
+    Returns:
+        Output `[B, H, Nq, D]` in the dtype of v, and log-sum-exp fp32 `[B, H, Nq]`.
+    """
     from dit_accel.kernels.triton_attention import attention
 
-    features = _features(q, k, v, plan, kv_len)
+    features = _features(q, k, v, plan, kv_len, remainder)
     tile = choose_tile(_architecture(q.device), features, plan.q_blocks.size, plan.k_blocks.size)
-    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    arguments = _tensors(q, k, v, out, lse, plan, kv_len) | _strides(q, k, v, out, plan)
-    arguments |= _numbers(q, k, plan, tile) | {"scale": scale} | constants_of(features, tile, plan.k_blocks.size)
+    rest = None if remainder is None else Rest.of(k, v, plan, remainder, kv_len, tile.block_n if tile.tma else 0)
+    if rest is not None and rest.k is not None and rest.v is not None:
+        k, v = rest.k, rest.v
+    out, lse = torch.empty_like(q, dtype=v.dtype), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    arguments = _tensors(q, k, v, out, lse, plan, kv_len, rest, int8) | _strides(q, k, v, out, plan)
+    if only_rest:
+        arguments["counts"] = torch.zeros_like(plan.counts)
+    arguments |= _numbers(q, plan, tile, rest) | {"scale": scale} | constants_of(features, tile, plan.k_blocks.size)
     if tile.tma:
         _lend_memory()
     grid = (plan.q_blocks.count * arguments["q_tiles"], q.shape[1], q.shape[0])
@@ -53,14 +108,19 @@ def launch(
     return out, lse
 
 
-def _features(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, kv_len: Tensor | None) -> Features:
+def _features(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, kv_len: Tensor | None, remainder: Remainder | None
+) -> Features:
     return Features(
         head_dim=q.shape[-1],
         dtype=v.dtype,
         uniform=plan.k_blocks.is_uniform,
         has_length=kv_len is not None,
         stride=() if plan.predicate is None else plan.predicate.stride,
-        aligned=all(_is_aligned(x) for x in (k, v)),
+        int8=q.dtype == torch.int8,
+        rest=0 if remainder is None else _REST[remainder.mass],
+        first_order=0 if remainder is None else _FIRST_ORDER[remainder.first_order],
+        aligned=all(_is_aligned(x) for x in (q, k, v)),
     )
 
 
@@ -71,20 +131,30 @@ def _is_aligned(x: Tensor) -> bool:
 
 
 def _tensors(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: BlockPlan, kv_len: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: BlockPlan,
+    kv_len: Tensor | None,
+    rest: Rest | None,
+    int8: Int8Operands | None,
 ) -> dict[str, Any]:
     """Every pointer of the kernel; None where the features leave it unread."""
     q_starts, q_lengths = plan.q_blocks.on(q.device)
     k_starts, k_lengths = plan.k_blocks.on(q.device)
     box = plan.predicate
-    names = ("q_step", "k_step", "chosen", "log_tokens", "mean_k", "mean_v", "variance", "moments")
-    return dict.fromkeys(names) | {
+    names = ("chosen", "log_tokens", "mean_k", "mean_v", "variance", "moments")
+    return {name: None if rest is None else getattr(rest, name) for name in names} | {
+        "q_step": None if int8 is None else int8.q_step,
+        "k_step": None if int8 is None else int8.k_step,
         "q": q,
         "k": k,
         "v": v,
         "out": out,
         "lse": lse,
-        "indices": plan.indices if plan.indices.stride(-1) == 1 else plan.indices.contiguous(),
+        "indices": plan.indices.contiguous(),
         "counts": plan.counts.contiguous(),
         "full_counts": None if plan.full_counts is None else plan.full_counts.contiguous(),
         "q_starts": q_starts,
@@ -117,17 +187,17 @@ def _strides(q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: BlockPlan) -> d
     return strides | {"index_n": wide}
 
 
-def _numbers(q: Tensor, k: Tensor, plan: BlockPlan, tile: Tile) -> dict[str, int]:
+def _numbers(q: Tensor, plan: BlockPlan, tile: Tile, rest: Rest | None) -> dict[str, int]:
     """Lengths and counts; the kernel is specialised on none of them."""
     return {
         "q_tiles": -(-plan.q_blocks.size // tile.block_m),
         "k_tiles": -(-plan.k_blocks.size // tile.block_n),
         "k_size": plan.k_blocks.size,
         "queries": q.shape[2],
-        "keys": k.shape[2],
+        "keys": plan.k_blocks.tokens,
         "blocks": plan.k_blocks.count,
-        "group": 1,
-        "padded_keys": 0,
+        "group": 1 if rest is None else rest.group,
+        "padded_keys": 0 if rest is None else rest.padded_keys,
     }
 
 
@@ -159,10 +229,10 @@ def _why_not(request: Request) -> str | None:
         return f"dtype {request.dtype} is not one of float16, bfloat16, float32"
     if request.head_dim > MAX_HEAD_DIM:
         return f"head_dim {request.head_dim} is above {MAX_HEAD_DIM}"
-    if request.remainder is not None:
-        return "it does not compute remainders yet"
-    if request.precision is not None and request.precision.qk != "input":
-        return "it does not quantise yet"
+    if request.remainder is not None and request.remainder.first_order in ("block", "mixed"):
+        return "a first-order term per block needs a D x D matrix of every block; 'grouped' and 'global' do not"
+    if request.remainder is not None and request.remainder.about == "query":
+        return "about the mean query a block has other summaries for each query block, and its tiles share them"
     return _why_not_here(request)
 
 

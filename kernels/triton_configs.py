@@ -1,6 +1,7 @@
 """The checked-in tiles of the Triton kernels, and which serves a call: by structure, never by length or density.
 
-At most four tiles per (architecture, head size), each compiled ahead of time without spills by `dit_accel.kernels.aot`.
+At most four tiles per (architecture, head size) in half precision and one in float32; `dit_accel.kernels.aot` compiles
+each ahead of time and accepts no spilled register.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Tile:
         tma: keys and values come through tensor descriptors (sm_90 and later).
         specialize: one producer warp group loads while the others compute (sm_90 and later).
         fp32: for float32, which no other tile serves.
+        level: the most demanding call it serves without spilling registers; see `Features.level`.
     """
 
     block_m: int
@@ -32,6 +34,7 @@ class Tile:
     tma: bool = False
     specialize: bool = False
     fp32: bool = False
+    level: int = 2
 
     def __str__(self) -> str:
         extras = (" TMA" if self.tma else "") + (" WS" if self.specialize else "") + (" fp32" if self.fp32 else "")
@@ -67,42 +70,53 @@ class Features:
     @property
     def padded_dim(self) -> int:
         """Head size as the kernel sees it: a power of two, at least 16."""
-        return max(16, next_power_of_two(self.head_dim))
+        return pad_head_dim(self.head_dim)
+
+    @property
+    def level(self) -> int:
+        """Demand for registers. 0: exact blocks; 1: summary tiles too; 2: windows, second-order mass, grouped terms."""
+        if self.stride or self.rest == 2 or self.first_order == 2:
+            return 2
+        return int(self.rest > 0)
 
     @property
     def takes_descriptors(self) -> bool:
         """Whether tiles of keys and values may be loaded through tensor descriptors."""
-        simple = self.rest < 2 and self.first_order < 2 and not self.stride
-        return self.uniform and self.aligned and simple
+        return self.uniform and self.aligned and self.level < 2
 
 
-_SM80 = {
-    64: (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1, fp32=True)),
-    128: (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 32, 8, 1, fp32=True)),
-    256: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1, fp32=True)),
+_FP32 = Tile(16, 32, 8, 1, fp32=True)
+_WIDE_HEADS = (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, fp32=True))
+
+
+def _mma_sync() -> dict[int, tuple[Tile, ...]]:
+    """Tiles for devices whose matrix unit reads registers."""
+    tiles = (Tile(128, 64, 8, 2, level=0), Tile(64, 64, 4, 2, level=1), Tile(64, 32, 8, 1), _FP32)
+    return {64: tiles, 128: tiles, 256: _WIDE_HEADS}
+
+
+def _descriptors(specialized: Tile) -> dict[int, tuple[Tile, ...]]:
+    """Tiles for devices with tensor descriptors."""
+    tiles = (specialized, Tile(128, 64, 8, 2), Tile(64, 64, 4, 2, tma=True), Tile(64, 64, 4, 2), _FP32)
+    return {64: tiles, 128: tiles, 256: _WIDE_HEADS}
+
+
+TILES: dict[int, dict[int, tuple[Tile, ...]]] = {
+    80: _mma_sync(),
+    89: _mma_sync(),
+    90: _descriptors(Tile(128, 64, 4, 2, tma=True, specialize=True)),
+    100: _descriptors(Tile(128, 64, 8, 2, tma=True, specialize=True)),
+    120: _mma_sync(),
 }
-_HOPPER = {
-    64: (
-        Tile(128, 64, 4, 2, tma=True, specialize=True),
-        Tile(128, 64, 8, 2),
-        Tile(64, 64, 4, 2),
-        Tile(64, 32, 4, 1, fp32=True),
-    ),
-    128: (
-        Tile(128, 64, 4, 2, tma=True, specialize=True),
-        Tile(128, 64, 8, 2),
-        Tile(64, 64, 4, 2),
-        Tile(64, 32, 8, 1, fp32=True),
-    ),
-    256: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1, fp32=True)),
-}
-TILES: dict[int, dict[int, tuple[Tile, ...]]] = {80: _SM80, 89: _SM80, 90: _HOPPER, 100: _HOPPER, 120: _SM80}
 """Tiles by architecture and padded head size (64 stands for every smaller one), in order of preference."""
 
 SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Largest shared memory of one program, in bytes."""
 
 MAX_HEAD_DIM = 256
+
+DOT_OF = {torch.float16: "tf32", torch.bfloat16: "tf32", torch.float32: "tf32x3"}
+"""`input_precision` of dot products: three TF32 products give float32; half precision does not look at it."""
 
 
 def architecture(capability: tuple[int, int]) -> int | None:
@@ -122,16 +136,30 @@ def choose_tile(arch: int, features: Features, q_size: int, k_size: int) -> Tile
     """
     rows = [tile for tile in TILES[arch][max(64, features.padded_dim)] if serves(tile, features, k_size)]
     tile = next((tile for tile in rows if tile.block_m <= q_size), rows[-1])
+    return cut(tile, features, q_size, k_size)
+
+
+def cut(tile: Tile, features: Features, q_size: int, k_size: int) -> Tile:
+    """A tile of the table, no larger than the blocks of the plan need, and narrow where summaries need registers."""
+    widest = 32 if features.rest == 2 or features.first_order == 2 else tile.block_n
     block_m = min(tile.block_m, max(16, next_power_of_two(q_size)))
-    block_n = min(tile.block_n, max(16, next_power_of_two(k_size)))
+    block_n = min(tile.block_n, widest, max(16, next_power_of_two(k_size)))
     return replace(tile, block_m=block_m, block_n=block_n)
 
 
 def serves(tile: Tile, features: Features, k_size: int) -> bool:
     """Whether a tile of the table may serve these features."""
-    if tile.fp32 != (features.dtype == torch.float32):
+    if tile.fp32 != (features.dtype == torch.float32) or tile.level < features.level:
+        return False
+    if tile.specialize and features.first_order:
+        # A specialised loop followed by a product with the queries does not compile on sm_90 (Triton 3.6).
         return False
     return not tile.tma or (features.takes_descriptors and k_size % tile.block_n == 0)
+
+
+def pad_head_dim(head_dim: int) -> int:
+    """Head size as the kernels see it: a power of two, at least 16."""
+    return max(16, next_power_of_two(head_dim))
 
 
 def next_power_of_two(number: int) -> int:
@@ -141,7 +169,6 @@ def next_power_of_two(number: int) -> int:
 
 def constants_of(features: Features, tile: Tile, k_size: int) -> dict[str, Any]:
     """The compile-time arguments of the attention kernel; of `k_size` it only matters whether it exceeds a tile."""
-    allow_tf32 = features.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return {
         "HEAD_DIM": features.head_dim,
         "PADDED_DIM": features.padded_dim,
@@ -158,5 +185,5 @@ def constants_of(features: Features, tile: Tile, k_size: int) -> dict[str, Any]:
         "FIRST_ORDER": features.first_order,
         "TMA": tile.tma,
         "SPECIALIZE": tile.specialize,
-        "DOT": "tf32" if allow_tf32 else "ieee",
+        "DOT": DOT_OF[features.dtype],
     }

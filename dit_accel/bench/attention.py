@@ -183,7 +183,7 @@ def _request(method: Method, q: Tensor, plan: BlockPlan) -> Request:
 
 def measure(shape: Shape, methods: Sequence[Method], options: Options) -> Iterator[Row]:
     """Verify and time every method at one shape, one row each; a method that fails or is wrong gets a note instead."""
-    heads, told = _heads_that_fit(shape, options)
+    heads, told = heads_that_fit(shape, options)
     if heads == 0:
         yield from (replace(_row(shape, m, options, 0), note=told) for m in methods)
         return
@@ -255,7 +255,7 @@ def _row(shape: Shape, method: Method, options: Options, heads: int) -> Row:
     )
 
 
-def _heads_that_fit(shape: Shape, options: Options) -> tuple[int, str]:
+def heads_that_fit(shape: Shape, options: Options) -> tuple[int, str]:
     """How many heads to time, and why not all; 0 when not even one fits into time and memory."""
     wanted = options.heads or shape.heads
     one = 4 * shape.layout.tokens * shape.head_dim * options.dtype.itemsize  # q, k, v and the output

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from dit_accel.kernels.dense import dense_attention, exact_backends
 
 T = TypeVar("T")
 DenseRun = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -72,21 +73,6 @@ def ratios(base: Sequence[float], other: Sequence[float]) -> Spread:
     return Spread.of([b / o for b, o in zip(base, other, strict=True)])
 
 
-def dense_backends(device: torch.device) -> dict[str, DenseRun]:
-    """Dense attention by every way this machine may have; a way that cannot run raises when it is tried."""
-    if device.type != "cuda":
-        return {"sdpa": F.scaled_dot_product_attention}
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def through(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v)
-
-    kinds = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-    found: dict[str, DenseRun] = {f"sdpa {kind.name.split('_')[0].lower()}": partial(through, kind) for kind in kinds}
-    return found
-
-
 def fastest_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, DenseRun]:
     """The dense attention that is fastest here on q, k, v `[B, H, N, D]`, by the best of two calls after a first.
 
@@ -94,7 +80,8 @@ def fastest_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, DenseRun]:
         RuntimeError: none can run.
     """
     best: tuple[float, str, DenseRun] | None = None
-    for name, run in dense_backends(q.device).items():
+    for name in exact_backends(q):
+        run = partial(dense_attention, backend=name)
         try:
             run(q, k, v)
             taken = min(seconds(partial(run, q, k, v), q.device) for _ in range(2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,6 +64,64 @@ def attention(
         console.print(_line(row), markup=False)
     if csv is not None:
         console.print(f"written: {csv}", markup=False)
+
+
+@bench_app.command("kernels")
+def kernels(
+    shapes: Annotated[
+        list[str] | None, typer.Option(help="Shapes: presets, or those of `bench attention --list-shapes`.")
+    ] = None,
+    variants: Annotated[
+        list[str] | None, typer.Option(help="exact, order0, diagonal, global, grouped, int8. Default: all.")
+    ] = None,
+    densities: Annotated[list[float] | None, typer.Option(help="Densities. Default: 5 to 100 %.")] = None,
+    q_block: Annotated[int, typer.Option(help="Tokens per query block.", min=1)] = 128,
+    k_block: Annotated[int, typer.Option(help="Tokens per key block.", min=1)] = 64,
+    pattern: Annotated[str, typer.Option(help="random, or window: the nearest blocks.")] = "random",
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 5,
+    heads: Annotated[int | None, typer.Option(help="Heads to time. Default: the model's.", min=1)] = None,
+    limit: Annotated[float, typer.Option(help="Longest dense call in seconds; heads are left out to keep it.")] = 60.0,
+    backend: Annotated[str, typer.Option(help="Backend of the sparse attention.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of inputs and plans.", min=0)] = 0,
+    csv: Annotated[Path | None, typer.Option(help="File for the results, written row by row.")] = None,
+) -> None:
+    """Time block attention alone against the fastest dense attention, after a numerical check of each variant."""
+    import torch
+
+    from dit_accel.bench.attention import Options, stamp
+    from dit_accel.bench.kernels import DENSITIES, find_pattern, find_variants, measure_kernels
+    from dit_accel.bench.shapes import find_shape
+    from dit_accel.bench.table import stream_csv
+    from dit_accel.models import resolve_device
+
+    chosen, names = [find_shape(name) for name in shapes or ["cpu-1k"]], find_variants(variants or [])
+    where, kind = resolve_device(device, dtype)
+    options = Options(torch.device(where), kind, rounds, heads, limit, backend, seed)
+    rows = (
+        vars(row)
+        for shape in chosen
+        for row in measure_kernels(
+            shape, densities or DENSITIES, names, options, (q_block, k_block), find_pattern(pattern)
+        )
+    )
+    for row in stream_csv(csv, rows, {**stamp(), "command": command_line()}):
+        console.print(_kernel_line(row), markup=False)
+    if csv is not None:
+        console.print(f"written: {csv}", markup=False)
+
+
+def _kernel_line(row: Mapping[str, Any]) -> str:
+    """One row for people."""
+    head = f"{row['shape']} {row['variant']} {row['requested_density']:.0%} of {row['heads']} heads"
+    if row["attend_ms"] is None:
+        return f"{head}: {row['note']}"
+    extra = "" if row["extra"] is None else f", {row['extra']:+.0%} over exact"
+    return (
+        f"{head}: {row['backend']} {row['attend_ms']:.2f} ms, {row['dense_backend']} {row['dense_ms']:.2f} ms, "
+        f"{row['ratio']:.2f}x, {row['rate']:.3g} of {row['dense_rate']:.3g} TFLOP/s per selected pair{extra}"
+    )
 
 
 @bench_app.command("step")

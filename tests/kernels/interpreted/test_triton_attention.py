@@ -78,6 +78,24 @@ def test_entries_beyond_the_count_are_not_read():
     close_to_reference(*tensors(queries=100), replace(plan, indices=broken))
 
 
+def test_lists_may_be_a_slice_of_longer_ones():
+    plan = random_plan(*uniform(100, 16))
+    longer = torch.cat([plan.indices, torch.full_like(plan.indices, 2**30)], -1)
+    sliced = longer[..., : plan.indices.shape[-1]]
+    assert not sliced.is_contiguous()
+    close_to_reference(*tensors(queries=100), replace(plan, indices=sliced))
+
+
+@pytest.mark.parametrize("tile", [Tile(32, 16, 4, 1), Tile(32, 32, 4, 2, tma=True)], ids=str)
+def test_an_item_without_any_key_gives_zero(monkeypatch, tile):
+    monkeypatch.setattr(triton_backend, "choose_tile", lambda *arguments: tile)
+    q, k, v = tensors(batch=2, heads=1, queries=40)
+    k[0] = v[0] = torch.nan
+    plan = random_plan(*uniform(40, 32), axes=(1, 1))
+    _, got = close_to_reference(q, k, v, plan, torch.float16, kv_len=torch.tensor([0, 40]))
+    assert (got[0] == 0).all()
+
+
 def test_a_row_without_keys_gives_zero_and_minus_infinity():
     q, k, v = (x.float() for x in tensors(queries=32))
     plan = BlockPlan.from_mask(torch.tensor([[True, False], [False, True]]), *uniform(32, 16))

@@ -1,0 +1,216 @@
+"""Timing of `block_attention` alone: every configuration is checked numerically first, then timed against dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dit_accel.bench.attention import Options, heads_that_fit
+from dit_accel.bench.shapes import Shape
+from dit_accel.bench.timing import DenseRun, Spread, fastest_dense, interleaved, ratios, seconds
+from dit_accel.errors import ConfigError, DitAccelError, near_matches
+from dit_accel.kernels import Precision, Remainder, block_attention
+from dit_accel.kernels.attention import request_of
+from dit_accel.kernels.registry import choose_backend
+from dit_accel.kernels.selftest import fault_of
+from dit_accel.plan import Blocking, BlockPlan
+
+Pattern = Literal["random", "window"]
+DENSITIES = (0.05, 0.1, 0.125, 0.2, 0.3, 0.5, 1.0)
+VARIANTS: dict[str, tuple[Remainder | None, Precision | None]] = {
+    "exact": (None, None),
+    "order0": (Remainder(), None),
+    "diagonal": (Remainder("diagonal"), None),
+    "global": (Remainder(first_order="global"), None),
+    "grouped": (Remainder(first_order="grouped"), None),
+    "int8": (None, Precision("int8")),
+}
+"""What is computed, by name: exact blocks alone, with a remainder, or with INT8 queries and keys."""
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One line of the table; times in ms, empty where nothing was timed and `note` says why.
+
+    Args:
+        rate: TFLOP/s over the selected pairs, 4 D operations each.
+        efficiency: that rate as a share of the dense one; the density at which both take the same time.
+        extra: time beyond that of "exact" at the same density, as a share of it; empty without that row.
+    """
+
+    shape: str
+    tokens: int
+    heads: int
+    model_heads: int
+    head_dim: int
+    dtype: str
+    q_block: int
+    k_block: int
+    pattern: str
+    variant: str
+    requested_density: float
+    density: float | None = None
+    backend: str = ""
+    dense_backend: str = ""
+    dense_ms: float | None = None
+    attend_ms: float | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    dense_rate: float | None = None
+    rate: float | None = None
+    efficiency: float | None = None
+    extra: float | None = None
+    note: str = ""
+
+
+def find_variants(names: Sequence[str]) -> list[str]:
+    """The names as given, all of them when none is.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    for name in names:
+        if name not in VARIANTS:
+            raise ConfigError("--variants", f"unknown variant {name!r}{near_matches(name, VARIANTS)}")
+    return list(names) or list(VARIANTS)
+
+
+def find_pattern(name: str) -> Pattern:
+    """The pattern called `name`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name == "random" or name == "window":
+        return name
+    raise ConfigError("--pattern", f"expected 'random' or 'window', got {name!r}")
+
+
+def pattern_plan(
+    pattern: Pattern, tokens: int, blocks: tuple[int, int], heads: int, density: float, device: torch.device, seed: int
+) -> BlockPlan:
+    """A plan in which every row selects the same number of blocks.
+
+    Args:
+        pattern: "random": other blocks for each row and head; "window": the nearest blocks, the same for all heads.
+        tokens: length of queries and keys.
+        blocks: query and key block size.
+        heads: heads of a random plan.
+        density: share of the key blocks, at least one.
+        device: where the plan is made.
+        seed: of the random draw.
+    """
+    q_blocks, k_blocks = (Blocking.uniform(tokens, size) for size in blocks)
+    rows, columns = q_blocks.count, k_blocks.count
+    keep = min(columns, max(1, round(density * columns)))
+    if pattern == "window":
+        centre = (torch.arange(rows, device=device) + 0.5) * (columns / rows)
+        first = (centre - keep / 2).round().clamp(0, columns - keep).long()
+        lists = (first.unsqueeze(-1) + torch.arange(keep, device=device)).view(1, 1, rows, keep)
+    else:
+        generator = torch.Generator(device).manual_seed(seed)
+        drawn = torch.rand(1, heads, rows, columns, generator=generator, device=device)
+        lists = drawn.topk(keep, dim=-1).indices.sort(-1).values
+    counts = torch.full(lists.shape[:3], keep, dtype=torch.int32, device=device)
+    return BlockPlan(q_blocks, k_blocks, lists.to(torch.int32), counts)
+
+
+def measure_kernels(
+    shape: Shape,
+    densities: Sequence[float],
+    variants: Sequence[str],
+    options: Options,
+    blocks: tuple[int, int] = (128, 64),
+    pattern: Pattern = "random",
+) -> Iterator[KernelRow]:
+    """One row for each density and variant on one shape, in this order.
+
+    Args:
+        shape: the call.
+        densities: shares of the key blocks.
+        variants: names from `VARIANTS`.
+        options: where and how often.
+        blocks: query and key block size. Default (128, 64).
+        pattern: see `pattern_plan`. Default "random".
+    """
+    heads, note = heads_that_fit(shape, options)
+    tokens = shape.layout.tokens
+    empty = KernelRow(
+        shape.name, tokens, heads, shape.heads, shape.head_dim, str(options.dtype)[6:], *blocks, pattern, "", 0.0
+    )
+    if not heads:
+        yield replace(empty, note=note)
+        return
+    generator = torch.Generator().manual_seed(options.seed)
+    drawn = (torch.randn(1, heads, tokens, shape.head_dim, generator=generator) for _ in range(3))
+    q, k, v = (x.to(options.device, options.dtype) for x in drawn)
+    dense_name, dense = fastest_dense(q, k, v)
+    for density in densities:
+        plan = pattern_plan(pattern, tokens, blocks, heads, density, options.device, options.seed)
+        exact_ms: float | None = None
+        for variant in variants:
+            row = replace(empty, variant=variant, requested_density=density, dense_backend=dense_name, note=note)
+            try:
+                row = _timed(row, (q, k, v), plan, dense, options, exact_ms)
+            except (DitAccelError, RuntimeError) as failure:
+                row = replace(row, note=str(failure).splitlines()[0])
+            exact_ms = row.attend_ms if variant == "exact" else exact_ms
+            yield row
+
+
+def _timed(
+    row: KernelRow,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    plan: BlockPlan,
+    dense: DenseRun,
+    options: Options,
+    exact_ms: float | None,
+) -> KernelRow:
+    """Dense and the variant in interleaved rounds, after a check of the numbers and a call that does not count."""
+    remainder, precision = VARIANTS[row.variant]
+    request = request_of(qkv[0], plan, remainder, precision=precision)
+    chosen = choose_backend(options.backend, request)
+    fault = fault_of(chosen, request)
+    if fault is not None:
+        return replace(row, backend=chosen.name, note=f"not timed: {fault}")
+    attend = partial(block_attention, *qkv, plan, remainder=remainder, precision=precision, backend=chosen.name)
+    runs: list[Callable[[], Tensor]] = [partial(dense, *qkv), attend]
+    for run in runs:
+        run()
+    clocks = [partial(device_seconds, run, options.device) for run in runs]
+    base, taken = interleaved(clocks, options.rounds)
+    ratio, density = ratios(base, taken), plan.density
+    dense_ms, attend_ms = (1e3 * Spread.of(times).median for times in (base, taken))
+    operations = 4e-9 * row.heads * row.head_dim * row.tokens**2  # in TFLOP per ms of dense attention
+    return replace(
+        row,
+        backend=chosen.name,
+        density=density,
+        dense_ms=dense_ms,
+        attend_ms=attend_ms,
+        ratio=ratio.median,
+        ratio_low=ratio.low,
+        ratio_high=ratio.high,
+        dense_rate=operations / dense_ms,
+        rate=density * operations / attend_ms,
+        efficiency=ratio.median * density,
+        extra=None if exact_ms is None or row.variant == "exact" else attend_ms / exact_ms - 1,
+    )
+
+
+def device_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call: between two events on a CUDA stream, elsewhere by the clock on the wall."""
+    if device.type != "cuda":
+        return seconds(run, device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3

@@ -1,0 +1,136 @@
+"""Statistics of key blocks and INT8 operands in Triton, each in one pass over memory: what is read twice is in cache.
+
+Axis legend: B batch, H heads, N tokens, D head size (P when padded to a power of two), nk key blocks.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dit_accel.kernels.triton_attention import block_span, some_columns, tile_rows
+
+# Arguments that change from call to call: none of their values may lead to another compilation.
+VARYING = ("blocks", "size", "tokens", "chunk", "chunks", "copy_b", "copy_h", "mean_b", "mean_h")
+
+
+# fmt: off
+@triton.jit(do_not_specialize=VARYING)
+def statistics(
+    k: tl.tensor, v: tl.tensor, starts: tl.tensor, lengths: tl.tensor, kv_len: tl.tensor,
+    mean_k: tl.tensor, mean_v: tl.tensor, variance: tl.tensor, moments: tl.tensor,
+    copy_k: tl.tensor, copy_v: tl.tensor,
+    k_b: tl.int64, k_h: tl.int64, k_n: tl.tensor,
+    v_b: tl.int64, v_h: tl.int64, v_n: tl.tensor,
+    mean_b: tl.int64, mean_h: tl.int64, copy_b: tl.int64, copy_h: tl.int64,
+    blocks: tl.int32, size: tl.int32, tokens: tl.int32, chunk: tl.int32, chunks: tl.int32,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
+    UNIFORM: tl.constexpr, HAS_LENGTH: tl.constexpr, VARIANCE: tl.constexpr, MOMENTS: tl.constexpr,
+    COPY: tl.constexpr, DOT: tl.constexpr,
+) -> None:
+    # fmt: on
+    """Means, variance and Σ (k - mean) vᵀ of the blocks `chunk * i ... chunk * (i + 1) - 1`, for program i.
+
+    k, v: `[B, H, N, D]`. mean_k, mean_v: `[B, H, nk, P]` with strides mean_b and mean_h; variance likewise, contiguous.
+    moments: fp32 `[B, H, chunks, P, P]`; a program computes COLUMNS of its columns, the first of them everything else.
+    copy_k, copy_v: with COPY, where real keys and values go, `[N, P]` per head, zero where a token is not real.
+    """
+    head, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    flat = item * tl.num_programs(1) + head
+    index, part = tl.program_id(0) % chunks, tl.program_id(0) // chunks
+    real = tl.minimum(tokens, tl.load(kv_len + item)) if HAS_LENGTH else tokens
+    k += item * k_b + head * k_h
+    v += item * v_b + head * v_h
+    dim = tl.arange(0, PADDED_DIM)
+    moment = tl.zeros([PADDED_DIM, COLUMNS], tl.float32)
+    for block in range(index * chunk, tl.minimum((index + 1) * chunk, blocks)):
+        first, limit = block_span(block, starts, lengths, size, real, UNIFORM)
+        count = tl.maximum(limit, 1).to(tl.float32)
+        sum_k, sum_v = tl.zeros([PADDED_DIM], tl.float32), tl.zeros([PADDED_DIM], tl.float32)
+        for at in range(0, limit, BLOCK_N):
+            sum_k += tl.sum(tile_rows(k, first + at, limit - at, k_n, BLOCK_N, HEAD_DIM, PADDED_DIM).to(tl.float32), 0)
+            sum_v += tl.sum(tile_rows(v, first + at, limit - at, v_n, BLOCK_N, HEAD_DIM, PADDED_DIM).to(tl.float32), 0)
+        mean = sum_k / count
+        place = item * mean_b + head * mean_h + block * PADDED_DIM + dim
+        if part == 0:
+            tl.store(mean_k + place, mean.to(mean_k.dtype.element_ty))
+            tl.store(mean_v + place, (sum_v / count).to(mean_v.dtype.element_ty))
+        if VARIANCE or MOMENTS:
+            spread = tl.zeros([PADDED_DIM], tl.float32)
+            for at in range(0, limit, BLOCK_N):
+                tile = tile_rows(k, first + at, limit - at, k_n, BLOCK_N, HEAD_DIM, PADDED_DIM).to(tl.float32)
+                delta = tl.where((at + tl.arange(0, BLOCK_N) < limit)[:, None], tile - mean[None, :], 0.0)
+                spread += tl.sum(delta * delta, 0)
+                if MOMENTS:
+                    values = some_columns(
+                        v, first + at, limit - at, v_n, part * COLUMNS, BLOCK_N, COLUMNS, HEAD_DIM
+                    )
+                    kind = v.dtype.element_ty
+                    moment = tl.dot(tl.trans(delta.to(kind)), values.to(kind), moment, input_precision=DOT)
+            if VARIANCE and part == 0:
+                place = (flat * blocks + block) * PADDED_DIM + dim
+                tl.store(variance + place, (spread / count).to(variance.dtype.element_ty))
+        if COPY and part == 0:
+            length = tl.minimum(size, tokens - first)
+            for at in range(0, length, BLOCK_N):
+                row = at + tl.arange(0, BLOCK_N)
+                offset = item * copy_b + head * copy_h + (first + row).to(tl.int64)[:, None] * PADDED_DIM + dim[None, :]
+                mask = (row < length)[:, None]
+                k_tile = tile_rows(k, first + at, limit - at, k_n, BLOCK_N, HEAD_DIM, PADDED_DIM)
+                v_tile = tile_rows(v, first + at, limit - at, v_n, BLOCK_N, HEAD_DIM, PADDED_DIM)
+                tl.store(copy_k + offset, k_tile, mask=mask)
+                tl.store(copy_v + offset, v_tile, mask=mask)
+    if MOMENTS:
+        at = moments + (flat * chunks + index) * (PADDED_DIM * PADDED_DIM) + part * COLUMNS
+        tl.store(at + dim[:, None] * PADDED_DIM + tl.arange(0, COLUMNS)[None, :], moment)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=("blocks", "size", "tokens"))
+def quantize(
+    x: tl.tensor, out: tl.tensor, step: tl.tensor, shift: tl.tensor, offset: tl.tensor,
+    starts: tl.tensor, lengths: tl.tensor, kv_len: tl.tensor,
+    scale: tl.tensor,
+    x_b: tl.int64, x_h: tl.int64, x_n: tl.tensor,
+    out_b: tl.int64, out_h: tl.int64, out_n: tl.tensor,
+    blocks: tl.int32, size: tl.int32, tokens: tl.int32,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIFORM: tl.constexpr, HAS_LENGTH: tl.constexpr, SUBTRACT: tl.constexpr, PROJECT: tl.constexpr,
+) -> None:
+    # fmt: on
+    """One block of tokens to INT8 with one symmetric scale, max|x| / 127 + 1e-7, half rounded away from zero.
+
+    x: `[B, H, N, D]`; out: int8 like x; step: fp32 `[B, H, n]`, the scale of each block. shift: fp32 `[B, H, P]`; with
+    SUBTRACT it is taken from x first, with PROJECT `scale * x·shift` goes to offset, fp32 `[B, H, N]`.
+    """
+    block = tl.program_id(0)
+    head, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    flat = item * tl.num_programs(1) + head
+    real = tl.minimum(tokens, tl.load(kv_len + item)) if HAS_LENGTH else tokens
+    first, limit = block_span(block, starts, lengths, size, real, UNIFORM)
+    x += item * x_b + head * x_h
+    out += item * out_b + head * out_h
+    dim = tl.arange(0, PADDED_DIM)
+    if SUBTRACT or PROJECT:
+        common = tl.load(shift + flat * PADDED_DIM + dim)
+    largest = tl.zeros([PADDED_DIM], tl.float32)
+    for at in range(0, limit, BLOCK_N):
+        tile = tile_rows(x, first + at, limit - at, x_n, BLOCK_N, HEAD_DIM, PADDED_DIM).to(tl.float32)
+        row = at + tl.arange(0, BLOCK_N)
+        if SUBTRACT:
+            tile = tl.where((row < limit)[:, None], tile - common[None, :], 0.0)
+        if PROJECT:
+            projected = scale * tl.sum(tile * common[None, :], 1)
+            tl.store(offset + flat * tokens + first + row, projected, mask=row < limit)
+        largest = tl.maximum(largest, tl.max(tl.abs(tile), 0))
+    unit = tl.max(largest, 0) / 127 + 1e-7
+    tl.store(step + flat * blocks + block, unit)
+    for at in range(0, limit, BLOCK_N):
+        tile = tile_rows(x, first + at, limit - at, x_n, BLOCK_N, HEAD_DIM, PADDED_DIM).to(tl.float32)
+        row = at + tl.arange(0, BLOCK_N)
+        if SUBTRACT:
+            tile = tile - common[None, :]
+        level = tile / unit
+        level = (level + tl.where(level >= 0, 0.5, -0.5)).to(tl.int8)
+        mask = (row < limit)[:, None] & (dim < HEAD_DIM)[None, :]
+        tl.store(out + (first + row).to(tl.int64)[:, None] * out_n + dim[None, :], level, mask=mask)

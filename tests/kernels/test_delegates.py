@@ -1,0 +1,74 @@
+"""Delegates to libraries: FlexAttention over the lists of a plan, and the dense backends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import random_plan, tensors, uniform
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
+
+from dit_accel.errors import UnsupportedError
+from dit_accel.kernels import Precision, Remainder, backends, block_attention, flex_backend
+from dit_accel.kernels.dense import dense_attention, dense_backends, exact_backends, preferred
+from dit_accel.kernels.registry import Request
+
+CUDA = Request(torch.device("cuda"), torch.bfloat16, 64, q_size=128, k_size=64)
+
+
+@pytest.mark.parametrize("kv_len", [None, (128, 70), (128, 16)])
+@pytest.mark.parametrize("axes", [(1, 1), (2, 2)])
+def test_the_mask_of_flex_says_the_same_as_the_lists(kv_len, axes):
+    """Its eager form reads the mask alone: that it agrees shows that a silent fallback stays right."""
+    q, k, v = (x.float() for x in tensors(batch=2, queries=128))
+    plan = random_plan(*uniform(128, 16), axes=axes)
+    length = None if kv_len is None else torch.tensor(kv_len)
+    got = flex_backend.attend(q, k, v, plan, 0.25, length, flex_attention)
+    wanted = block_attention(q, k, v, plan, scale=0.25, kv_len=length, return_lse=True, backend="torch")
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_lists_of_flex_are_those_of_the_plan():
+    plan = random_plan(*uniform(128, 16))
+    mask = flex_backend.block_mask(plan, 1, 2, None)
+    assert torch.equal(mask.to_dense().bool(), plan.to_mask().expand(1, 2, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"device": torch.device("cpu")}, "only its compiled form skips blocks"),
+        ({"remainder": Remainder()}, "no remainder"),
+        ({"precision": Precision("int8")}, "does not quantise"),
+        ({"has_predicate": True}, "only whole blocks"),
+        ({"is_uniform": False}, "only whole blocks"),
+        ({"k_size": 32}, "multiple of 128 x 64 tokens"),
+    ],
+)
+def test_flex_says_why_not(changed, words):
+    assert backends(CUDA)["flex"] is None
+    assert words in backends(replace(CUDA, **changed))["flex"]
+
+
+def test_an_explicit_backend_never_falls_back():
+    q, k, v = (x.float() for x in tensors(queries=32))
+    plan = random_plan(*uniform(32, 16))
+    for name in ("flex", "triton"):
+        with pytest.raises(UnsupportedError, match=f"backend '{name}' cannot run this call"):
+            block_attention(q, k, v, plan, backend=name)
+    for name in ("cudnn", "flash", "xformers", "sage"):
+        with pytest.raises(UnsupportedError, match=f"backend '{name}' cannot run this call"):
+            dense_attention(q, k, v, backend=name)
+    with pytest.raises(UnsupportedError, match="unknown backend 'cudn'; did you mean 'cudnn'"):
+        dense_attention(q, k, v, backend="cudn")
+
+
+def test_dense_attention_here_is_that_of_torch():
+    q, k, v = (x.float() for x in tensors(queries=40, keys=60))
+    assert preferred(q) == "sdpa"
+    assert exact_backends(q) == ["sdpa"]
+    assert dense_backends(q)["sdpa"] is None
+    torch.testing.assert_close(dense_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    torch.testing.assert_close(dense_attention(q, k, v, scale=0.5), F.scaled_dot_product_attention(q, k, v, scale=0.5))

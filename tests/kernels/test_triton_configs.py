@@ -1,0 +1,143 @@
+"""The table of tiles, what its choice depends on, and the gate that compiles it ahead of time with no GPU."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import random_plan, tensors, uniform
+
+from dit_accel.errors import UnsupportedError
+from dit_accel.kernels import Remainder, backends, block_attention, triton_backend
+from dit_accel.kernels.aot import Case, Resources, compile_cases, features_shipped, shipped
+from dit_accel.kernels.registry import Request
+from dit_accel.kernels.triton_configs import TILES, Features, Tile, architecture, choose_tile, next_power_of_two
+
+GOOD = Resources(168, 0, 100_000, 12, ("wgmma", "TMA"))
+SPECIALIZED = Case(90, TILES[90][128][0], Features(128, torch.bfloat16))
+
+
+def test_there_are_at_most_four_tiles_per_architecture_and_head_size():
+    for sizes in TILES.values():
+        for tiles in sizes.values():
+            assert len([tile for tile in tiles if not tile.fp32]) <= 4
+            assert len([tile for tile in tiles if tile.fp32]) == 1
+
+
+@pytest.mark.parametrize("arch", TILES)
+@pytest.mark.parametrize("dim", [1, 40, 64, 72, 128, 200, 256])
+def test_every_call_finds_a_tile(arch, dim):
+    for dtype, stride, rest, order, uniform_blocks, aligned, (q_size, k_size) in itertools.product(
+        [torch.float16, torch.float32],
+        [(), (1, 2)],
+        [0, 1, 2],
+        [0, 1, 2],
+        [True, False],
+        [True, False],
+        [(64, 64), (128, 64), (1, 1), (300, 48)],
+    ):
+        features = Features(dim, dtype, uniform_blocks, False, stride, False, rest, order, aligned)
+        tile = choose_tile(arch, features, q_size, k_size)
+        assert tile.fp32 == (dtype == torch.float32)
+        assert tile.block_m <= max(16, next_power_of_two(q_size))
+        assert tile.block_n <= max(16, next_power_of_two(k_size))
+        if tile.tma:
+            assert uniform_blocks
+            assert aligned
+            assert not stride
+            assert k_size % tile.block_n == 0
+
+
+def test_a_large_query_block_takes_the_specialised_tile_on_hopper():
+    features = Features(128, torch.bfloat16, rest=1)
+    assert choose_tile(90, features, 128, 64).specialize
+    assert not choose_tile(90, features, 64, 64).specialize
+    assert not choose_tile(90, replace(features, first_order=1), 128, 64).specialize
+    assert not choose_tile(80, features, 128, 64).tma
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 5), None), ((8, 0), 80), ((8, 6), 80), ((8, 9), 89), ((9, 0), 90), ((10, 3), 100)]
+)
+def test_a_device_takes_the_newest_architecture_it_is_not_older_than(capability, expected):
+    assert architecture(capability) == expected
+
+
+def test_the_choice_and_the_kernel_know_neither_lengths_nor_counts():
+    """A value that Triton specialises on, or that chooses the tile, would compile again when it changes."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    from dit_accel.kernels.triton_attention import attention
+    from dit_accel.kernels.triton_statistics import quantize, statistics
+
+    assert set(inspect.signature(choose_tile).parameters) == {"arch", "features", "q_size", "k_size"}
+    # Strides of tensors, and the factor on the logits, follow from the model; everything else varies.
+    fixed = {f"{name}_{axis}" for name in ("q", "k", "v", "out", "x") for axis in "bhn"} | {"scale"}
+    for kernel in (attention, statistics, quantize):
+        names = [p.name for p in kernel.params]
+        pointers = set(names[: min(names.index(n) for n in ("scale", "k_b") if n in names)])
+        for parameter in kernel.params:
+            if not parameter.is_constexpr and parameter.name not in fixed | pointers:
+                assert parameter.do_not_specialize, parameter.name
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"spilled": 12}, "spills 12 bytes"),
+        ({"shared": 300_000}, "needs 300000 bytes of shared memory, the device has 232448"),
+        ({"instructions": ("mma.sync", "TMA")}, "does not use wgmma"),
+        ({"instructions": ("wgmma",)}, "not asynchronous"),
+        ({"warps": 4}, "not specialised"),
+        ({"failure": "RuntimeError: no"}, "does not compile: RuntimeError: no"),
+    ],
+)
+def test_the_gate_names_the_fault(changed, words):
+    assert GOOD.fault(SPECIALIZED) is None
+    assert words in replace(GOOD, **changed).fault(SPECIALIZED)
+
+
+def test_every_tile_is_in_the_gate():
+    for arch, dim in itertools.product(TILES, (64, 128)):
+        cases = shipped([arch], [dim])
+        assert {case.features for case in cases} == set(features_shipped(dim))
+        assert len({(case.tile.tma, case.tile.specialize, case.tile.fp32, case.tile.warps) for case in cases}) > 1
+        assert all(Case.from_json(case.to_json()) == case for case in cases)
+
+
+def test_a_tile_that_cannot_compile_is_a_fault_and_not_an_exception():
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    ((_, found),) = compile_cases([replace(SPECIALIZED, tile=Tile(24, 16, 4, 1))])
+    assert "does not compile" in found.fault(SPECIALIZED)
+
+
+def test_shipped_kernels_of_every_architecture_compile_without_spills():
+    """One per architecture; `samples/compile_kernels.py` compiles all of them."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    half = Features(128, torch.bfloat16)
+    cases = [
+        Case(80, TILES[80][128][0], half),
+        Case(89, TILES[89][128][1], replace(half, rest=1)),
+        Case(90, TILES[90][128][0], replace(half, rest=1)),
+        Case(100, TILES[100][128][0], half),
+        Case(120, TILES[120][128][2], replace(half, stride=(1, 1, 1))),
+    ]
+    results = list(compile_cases(cases))
+    assert [case for case, _ in results] == cases
+    assert [found.fault(case) for case, found in results] == [None] * len(cases)
+    assert "wgmma" in results[2][1].instructions
+    assert "TMA" in results[2][1].instructions
+
+
+def test_without_a_gpu_the_reason_is_named(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    request = Request(torch.device("cpu"), torch.float32, 64)
+    assert "needs a CUDA device" in backends(request)["triton"]
+    assert "D x D matrix" in backends(replace(request, remainder=Remainder(first_order="mixed")))["triton"]
+    q, k, v = (x.float() for x in tensors(queries=40))
+    with pytest.raises(UnsupportedError, match="backend 'triton' cannot run this call: it needs a CUDA device"):
+        block_attention(q, k, v, random_plan(*uniform(40, 16)), backend="triton")
+    monkeypatch.setattr(triton_backend.importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in backends(request)["triton"]
