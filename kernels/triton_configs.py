@@ -74,15 +74,17 @@ class Features:
 
     @property
     def level(self) -> int:
-        """Demand for registers. 0: exact blocks; 1: summary tiles too; 2: windows, second-order mass, grouped terms."""
-        if self.stride or self.rest == 2 or self.first_order == 2:
-            return 2
-        return int(self.rest > 0)
+        """Demand for registers. 0: exact blocks; 1: summaries too; 2: windows, second-order mass, first-order terms.
+
+        A first-order term after a specialised loop does not compile for sm_90 either (Triton 3.6).
+        """
+        return 2 if self.stride or self.rest == 2 or self.first_order else int(self.rest > 0)
 
     @property
     def takes_descriptors(self) -> bool:
         """Whether tiles of keys and values may be loaded through tensor descriptors."""
-        return self.uniform and self.aligned and self.level < 2
+        simple = self.rest < 2 and self.first_order < 2 and not self.stride
+        return self.uniform and self.aligned and simple
 
 
 _FP32 = Tile(16, 32, 8, 1, fp32=True)
@@ -104,8 +106,8 @@ def _descriptors(specialized: Tile) -> dict[int, tuple[Tile, ...]]:
 TILES: dict[int, dict[int, tuple[Tile, ...]]] = {
     80: _mma_sync(),
     89: _mma_sync(),
-    90: _descriptors(Tile(128, 64, 4, 2, tma=True, specialize=True)),
-    100: _descriptors(Tile(128, 64, 8, 2, tma=True, specialize=True)),
+    90: _descriptors(Tile(128, 64, 4, 2, tma=True, specialize=True, level=1)),
+    100: _descriptors(Tile(128, 64, 8, 2, tma=True, specialize=True, level=1)),
     120: _mma_sync(),
 }
 """Tiles by architecture and padded head size (64 stands for every smaller one), in order of preference."""
@@ -150,9 +152,6 @@ def cut(tile: Tile, features: Features, q_size: int, k_size: int) -> Tile:
 def serves(tile: Tile, features: Features, k_size: int) -> bool:
     """Whether a tile of the table may serve these features."""
     if tile.fp32 != (features.dtype == torch.float32) or tile.level < features.level:
-        return False
-    if tile.specialize and features.first_order:
-        # A specialised loop followed by a product with the queries does not compile on sm_90 (Triton 3.6).
         return False
     return not tile.tma or (features.takes_descriptors and k_size % tile.block_n == 0)
 

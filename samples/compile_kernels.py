@@ -12,32 +12,33 @@ import hashlib
 import json
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
-from dit_accel.kernels import triton_configs
+from dit_accel.kernels import triton_attention
 from dit_accel.kernels.aot import Case, Resources, compile_cases, shipped
-from dit_accel.kernels.triton_configs import TILES
+from dit_accel.kernels.triton_configs import TILES, constants_of
 from dit_accel.report import environment
 
 # Cases per process: large enough to pay for its start, small enough that an interruption loses little.
 _BATCH = 8
 
 
-def digest() -> str:
-    """Of the kernel's source: what was compiled from another one does not count."""
-    folder = Path(triton_configs.__file__).parent
-    sources = (folder / name for name in ("triton_attention.py", "triton_configs.py", "aot.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+def key(case: Case) -> str:
+    """What a result depends on: the case, the constants it compiles with, the kernel's source and the compiler."""
+    constants = constants_of(case.features, case.tile, case.k_size)
+    source = Path(str(triton_attention.__file__)).read_text(encoding="utf-8")
+    digest = hashlib.sha256(f"{constants} {metadata.version('triton')} {source}".encode()).hexdigest()[:16]
+    return f"{digest} {case.arch} {case.tile} {case.name}"
 
 
 def known(path: Path) -> dict[str, Resources]:
-    """What earlier runs found for this source, by case."""
+    """What earlier runs found, by key."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     found = {}
     for line in lines:
-        source, case, fields = json.loads(line)
-        if source == digest():
-            found[case] = Resources(**fields | {"instructions": tuple(fields["instructions"])})
+        name, fields = json.loads(line)
+        found[name] = Resources(**fields | {"instructions": tuple(fields["instructions"])})
     return found
 
 
@@ -69,14 +70,14 @@ def table(cases: list[Case], found: dict[str, Resources], command: str) -> str:
         *(faults and [*faults, ""]),
         "| device | D | tile | call | registers | spilled bytes | shared KiB | warps | instructions |",
         "|---|---|---|---|---|---|---|---|---|",
-        *(row(case, found[case.to_json()]) for case in cases),
+        *(row(case, found[key(case)]) for case in cases),
     ]
     return "\n".join(lines) + "\n"
 
 
 def fault_of(case: Case, found: dict[str, Resources]) -> str | None:
     """Why the case must not ship, or None."""
-    return found[case.to_json()].fault(case)
+    return found[key(case)].fault(case)
 
 
 def main() -> None:
@@ -90,12 +91,12 @@ def main() -> None:
     arguments.keep.parent.mkdir(parents=True, exist_ok=True)
     cases = shipped(arguments.architectures, arguments.dims)
     found = known(arguments.keep)
-    missing = [case for case in cases if case.to_json() not in found]
+    missing = [case for case in cases if key(case) not in found]
     for first in range(0, len(missing), _BATCH):
-        for case, result in compile_cases(missing[first : first + _BATCH]):
-            found[case.to_json()] = result
+        for case, result in compile_cases(missing[first : first + _BATCH], timeout=3600):
+            found[key(case)] = result
             with arguments.keep.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([digest(), case.to_json(), dataclasses.asdict(result)]) + "\n")
+                file.write(json.dumps([key(case), dataclasses.asdict(result)]) + "\n")
             print(row(case, result), file=sys.stderr, flush=True)
     text = table(cases, found, "python samples/compile_kernels.py")
     if arguments.output:

@@ -109,7 +109,7 @@ def test_every_tile_is_in_the_gate():
 
 def test_a_tile_that_cannot_compile_is_a_fault_and_not_an_exception():
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
-    ((_, found),) = compile_cases([replace(SPECIALIZED, tile=Tile(24, 16, 4, 1))])
+    ((_, found),) = compile_cases([replace(SPECIALIZED, tile=Tile(24, 16, 4, 1))], timeout=3600)
     assert "does not compile" in found.fault(SPECIALIZED)
 
 
@@ -119,12 +119,12 @@ def test_shipped_kernels_of_every_architecture_compile_without_spills():
     half = Features(128, torch.bfloat16)
     cases = [
         Case(80, TILES[80][128][0], half),
-        Case(89, TILES[89][128][1], replace(half, rest=1)),
+        Case(89, TILES[89][128][2], replace(half, rest=1, first_order=1)),
         Case(90, TILES[90][128][0], replace(half, rest=1)),
         Case(100, TILES[100][128][0], half),
         Case(120, TILES[120][128][2], replace(half, stride=(1, 1, 1))),
     ]
-    results = list(compile_cases(cases))
+    results = list(compile_cases(cases, timeout=3600))
     assert [case for case, _ in results] == cases
     assert [found.fault(case) for case, found in results] == [None] * len(cases)
     assert "wgmma" in results[2][1].instructions
