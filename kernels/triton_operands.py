@@ -60,22 +60,30 @@ class Rest:
         blocks, width = plan.k_blocks, pad_head_dim(k.shape[-1])
         group = remainder.blocks_per_group(blocks.count)
         tokens = tokens_of(blocks, kv_len, k.device).expand(len(k), -1)
-        padded, copies = 0, (None, None)
-        if copy_to:
-            padded = -(-k.shape[2] // copy_to) * copy_to
-            copies = tuple(x.new_empty(*x.shape[:2], padded + blocks.count, width) for x in (k, v))
+        padded = -(-k.shape[2] // copy_to) * copy_to if copy_to else 0
+        copies = [x.new_empty(*x.shape[:2], padded + blocks.count, width) for x in (k, v)] if copy_to else None
+        if copies is None:
+            means = [x.new_empty(*x.shape[:2], blocks.count, width) for x in (k, v)]
+        else:
             for copy in copies:
                 copy[:, :, k.shape[2] : padded] = 0
             means = [copy[:, :, padded:] for copy in copies]
-        else:
-            means = [x.new_empty(*x.shape[:2], blocks.count, width) for x in (k, v)]
-        variance = torch.empty_like(means[0], memory_format=torch.contiguous_format)
-        variance = variance if remainder.mass == "diagonal" else None
+        variance: Tensor | None = None
+        if remainder.mass == "diagonal":
+            variance = torch.empty_like(means[0], memory_format=torch.contiguous_format)
         sums = launch_statistics(k, v, blocks, kv_len, means, variance, copies, group)
-        moments = None if sums is None else _normalize(sums, tokens, group).to(k.dtype)
-        chosen = plan.to_mask().contiguous().view(torch.uint8)
-        log_tokens = tokens.float().log2().contiguous()
-        return cls(chosen, log_tokens, *means, variance, moments, max(group, 1), *copies, padded)
+        return cls(
+            plan.to_mask().contiguous().view(torch.uint8),
+            tokens.float().log2().contiguous(),
+            means[0],
+            means[1],
+            variance,
+            None if sums is None else _normalize(sums, tokens, group).to(k.dtype),
+            max(group, 1),
+            None if copies is None else copies[0],
+            None if copies is None else copies[1],
+            padded,
+        )
 
 
 def tokens_of(blocks: Blocking, kv_len: Tensor | None, device: torch.device) -> Tensor:
@@ -102,7 +110,7 @@ def launch_statistics(
     kv_len: Tensor | None,
     means: list[Tensor],
     variance: Tensor | None = None,
-    copies: tuple[Tensor | None, ...] = (None, None),
+    copies: list[Tensor] | None = None,
     group: int = 0,
 ) -> Tensor | None:
     """Fill means, variance and copies; with `group` return Σ (k - mean) vᵀ, fp32 `[B, H, chunks, P, P]`."""
@@ -120,12 +128,12 @@ def launch_statistics(
     starts, lengths = blocks.on(k.device)
     grid = (chunks * (width // columns if group else 1), heads, batch)
     statistics[grid](
-        k, v, starts, lengths, kv_len, *means, variance, sums, *copies,
+        k, v, starts, lengths, kv_len, *means, variance, sums, *(copies or (None, None)),
         *k.stride()[:3], *v.stride()[:3], *means[0].stride()[:2],
-        *((0, 0) if copies[0] is None else copies[0].stride()[:2]),
+        *((0, 0) if copies is None else copies[0].stride()[:2]),
         blocks.count, blocks.size, tokens, chunk, chunks,
         **statistics_constants(dim, k.dtype, blocks, kv_len is not None),
-        VARIANCE=variance is not None, MOMENTS=bool(group), COPY=copies[0] is not None,
+        VARIANCE=variance is not None, MOMENTS=bool(group), COPY=copies is not None,
         num_warps=8, num_stages=2,
     )  # fmt: skip
     return sums

@@ -87,8 +87,10 @@ def find_pattern(name: str) -> Pattern:
     Raises:
         ConfigError: there is none.
     """
-    if name == "random" or name == "window":
-        return name
+    if name == "random":
+        return "random"
+    if name == "window":
+        return "window"
     raise ConfigError("--pattern", f"expected 'random' or 'window', got {name!r}")
 
 
