@@ -93,7 +93,7 @@ _WIDE_HEADS = (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, fp32=True))
 
 def _mma_sync() -> dict[int, tuple[Tile, ...]]:
     """Tiles for devices whose matrix unit reads registers."""
-    tiles = (Tile(128, 64, 8, 2, level=0), Tile(64, 64, 4, 2, level=1), Tile(64, 16, 8, 1), _FP32)
+    tiles = (Tile(128, 64, 8, 2, level=0), Tile(64, 64, 4, 2, level=1), Tile(32, 32, 8, 1), _FP32)
     return {64: tiles, 128: tiles, 256: _WIDE_HEADS}
 
 
