@@ -14,7 +14,7 @@ video: $(VENV)/.base ## make a video and a report: make video PROMPT="a red ball
 	@$(VENV)/bin/generate-video --prompt "$$PROMPT" --output "$$OUTPUT"
 
 test: $(VENV)/.dev ## run the test suite
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n auto --dist loadfile
 
 lint: $(VENV)/.dev ## ruff, and mypy on the package as it is installed
 	$(VENV)/bin/ruff check .

@@ -57,11 +57,11 @@ CANVASES = (
 )
 # Single frames are cheap and teach what things look like; clips then teach motion; long clips come last.
 DRAWS = (
-    Draw(bank=0, latent_frames=1, batch=12, shares=(0.60, 0.10, 0.05)),
-    Draw(bank=0, latent_frames=3, batch=5, shares=(0.40, 0.50, 0.20)),
+    Draw(bank=0, latent_frames=1, batch=12, shares=(0.60, 0.10, 0.03)),
+    Draw(bank=0, latent_frames=3, batch=5, shares=(0.40, 0.50, 0.12)),
     Draw(bank=1, latent_frames=5, batch=3, shares=(0.00, 0.30, 0.35)),
-    Draw(bank=1, latent_frames=9, batch=2, shares=(0.00, 0.10, 0.25)),
-    Draw(bank=2, latent_frames=17, batch=1, shares=(0.00, 0.00, 0.15)),
+    Draw(bank=1, latent_frames=9, batch=2, shares=(0.00, 0.10, 0.30)),
+    Draw(bank=2, latent_frames=17, batch=1, shares=(0.00, 0.00, 0.20)),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from dit_accel.samples.tiny_random import random_wan_pipeline
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Workers of a parallel run share the cores: one thread each.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session")
