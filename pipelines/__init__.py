@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         HunyuanVideoAccelImageToVideoPipeline,
         HunyuanVideoAccelPipeline,
     )
+    from dit_accel.pipelines.streaming import StreamingWanPipeline
     from dit_accel.pipelines.wan import WanAccelImageToVideoPipeline, WanAccelPipeline, WanAccelVACEPipeline
 
 # Imported on first use, since each brings a Diffusers pipeline and its text encoders with it.
@@ -33,6 +34,7 @@ _WRAPPERS = {
     "HunyuanVideo15AccelPipeline": "hunyuan_video",
     "HunyuanVideoAccelImageToVideoPipeline": "hunyuan_video",
     "HunyuanVideoAccelPipeline": "hunyuan_video",
+    "StreamingWanPipeline": "streaming",
     "WanAccelImageToVideoPipeline": "wan",
     "WanAccelPipeline": "wan",
     "WanAccelVACEPipeline": "wan",

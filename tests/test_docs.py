@@ -133,6 +133,8 @@ def test_commands_run(page, place, monkeypatch, capsys):
             assert words[1] in targets, words
         elif words[0] == "pip":
             assert words[1] == "install", words
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file(), words
         else:
             assert run(words, monkeypatch) == 0, (words, capsys.readouterr().err)
 

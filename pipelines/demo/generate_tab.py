@@ -70,12 +70,12 @@ def generate_tab(studio: Studio, example: str, report: gr.HTML) -> None:
         show_progress="hidden",
     )
     # Not queued behind the job that it stops.
-    stop.click(lambda: cancel(studio), None, status, queue=False, api_name=False)
+    stop.click(lambda: cancel(studio), None, None, queue=False, api_name=False)
 
 
-def cancel(studio: Studio) -> str:
-    """Stop the running job, and say so."""
-    return "Stopping after this step." if studio.cancel() else "Nothing is running."
+def cancel(studio: Studio) -> None:
+    """Stop the running job, and say so in a note: the status line is the job's own."""
+    gr.Info("Stopping after this step." if studio.cancel() else "Nothing is running.")
 
 
 def _generate(

@@ -75,7 +75,7 @@ def stream_tab(studio: Studio, example: str) -> None:
         show_progress="hidden",
     )
     say.click(change, [prompt, mode], status, queue=False, api_name=False)
-    stop.click(lambda: cancel(studio), None, status, queue=False, api_name=False)
+    stop.click(lambda: cancel(studio), None, None, queue=False, api_name=False)
 
 
 def _stream(
