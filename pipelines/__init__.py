@@ -51,6 +51,7 @@ __all__ = [
     "HunyuanVideo15AccelPipeline",
     "HunyuanVideoAccelImageToVideoPipeline",
     "HunyuanVideoAccelPipeline",
+    "StreamingWanPipeline",
     "WanAccelImageToVideoPipeline",
     "WanAccelPipeline",
     "WanAccelVACEPipeline",
