@@ -6,6 +6,7 @@ Axis legend: `[...]` leading axes (batch, heads, rows), L candidates of one rank
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,7 +45,7 @@ class Ranked:
 
 
 @dataclass(frozen=True, eq=False)
-class Budget:
+class Budget(ABC):
     """Base of all budgets, with the limits they share.
 
     Args:
@@ -64,9 +65,9 @@ class Budget:
         kept = self.wanted(ranked).clamp(min=low).clamp(max=high)
         return kept.clamp(min=ranked.forced).clamp(max=ranked.available)
 
+    @abstractmethod
     def wanted(self, ranked: Ranked) -> Tensor:
         """How many leading candidates the rule itself asks for, int64 `[...]`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
