@@ -48,8 +48,9 @@ DIRECTIONS = {
 }
 VERBS = ("moving", "sliding", "gliding", "going")
 DEFAULT_BACKGROUND = "black"
-RADIUS = (8.0, 12.0)
-SPEED = (0.7, 1.4)  # pixels per frame
+RADIUS = (10.0, 14.0)
+SPEED = (0.8, 1.2)  # pixels per frame
+JITTER = 7.0  # pixels between the middle of a path and the middle of the canvas, at most, along each axis
 _SUBPIXEL = 4  # fractional bits of OpenCV's drawing coordinates
 
 
@@ -61,7 +62,7 @@ class Scene:
         color, shape, direction, background: keys of the tables above.
         radius: pixels.
         speed: pixels per frame.
-        place: two numbers in [0, 1], where the path lies on the canvas.
+        place: two numbers in [-1, 1], where the middle of the path lies, in units of `JITTER` from the canvas's middle.
     """
 
     color: str
@@ -86,7 +87,7 @@ def draw_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
         if is_held_out(color, shape, direction) == held_out:
             break
     background = DEFAULT_BACKGROUND if rng.random() < 0.3 else str(rng.choice(list(BACKGROUNDS)))
-    place = (float(rng.random()), float(rng.random()))
+    place = (float(rng.uniform(-1, 1)), float(rng.uniform(-1, 1)))
     return Scene(color, shape, direction, background, rng.uniform(*RADIUS), rng.uniform(*SPEED), place)
 
 
@@ -101,18 +102,34 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 def render(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
     """Draw the clip: uint8 `[frames, height, width, 3]`, RGB. The object stays on the canvas where its path fits."""
+    clip = np.empty((frames, height, width, 3), dtype=np.uint8)
+    clip[:] = BACKGROUNDS[scene.background]
+    for image, center in zip(clip, _path(scene, frames, height, width), strict=True):
+        _draw_shape(image, scene.shape, center, scene.radius, COLORS[scene.color])
+    return clip
+
+
+def render_mask(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
+    """Where the object of the clip is: bool `[frames, height, width]`."""
+    mask = np.zeros((frames, height, width, 3), dtype=np.uint8)
+    for image, center in zip(mask, _path(scene, frames, height, width), strict=True):
+        _draw_shape(image, scene.shape, center, scene.radius, (255, 255, 255))
+    return np.asarray(mask[..., 0] > 0)
+
+
+def _path(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
+    """Centres (x, y) of the object, `[frames, 2]`: a straight way through the middle of the canvas, more or less.
+
+    A direction thus tells where a clip begins and where it ends, which makes it as easy to learn as a colour.
+    """
     (dx, dy), _ = DIRECTIONS[scene.direction]
     step = np.array([dx, dy]) / np.hypot(dx, dy) * scene.speed
     travel = step * (frames - 1)
-    far = np.array([width, height]) - scene.radius
-    low, high = np.maximum(scene.radius, scene.radius - travel), np.minimum(far, far - travel)
-    # A path longer than the canvas starts as far back as fits half of it.
-    start = np.where(high > low, low + np.array(scene.place) * (high - low), (low + high) / 2)
-    clip = np.empty((frames, height, width, 3), dtype=np.uint8)
-    clip[:] = BACKGROUNDS[scene.background]
-    for t in range(frames):
-        _draw_shape(clip[t], scene.shape, start + t * step, scene.radius, COLORS[scene.color])
-    return clip
+    canvas = np.array([width, height])
+    wanted = canvas / 2 + JITTER * np.array(scene.place) - travel / 2
+    low, high = np.maximum(scene.radius, scene.radius - travel), np.minimum(canvas, canvas - travel) - scene.radius
+    start = np.where(high > low, np.clip(wanted, low, high), (low + high) / 2)
+    return np.asarray(start + np.arange(frames)[:, None] * step)
 
 
 def _draw_shape(image: np.ndarray, shape: str, center: np.ndarray, radius: float, color: tuple[int, int, int]) -> None:
@@ -141,12 +158,12 @@ def _outline(shape: str) -> np.ndarray:
 
 def captioned_clips(
     seed: int, frames: int, height: int, width: int, held_out: bool = False
-) -> Iterator[tuple[np.ndarray, str]]:
-    """Endless (clip uint8 `[frames, height, width, 3]`, caption) pairs, the same for the same seed."""
+) -> Iterator[tuple[np.ndarray, str, np.ndarray]]:
+    """Endless (clip uint8 `[frames, height, width, 3]`, caption, object mask), the same for the same seed."""
     rng = np.random.default_rng(seed)
     while True:
         scene = draw_scene(rng, held_out)
-        yield render(scene, frames, height, width), caption(scene, rng)
+        yield render(scene, frames, height, width), caption(scene, rng), render_mask(scene, frames, height, width)
 
 
 def vocabulary() -> list[str]:

@@ -48,7 +48,7 @@ class Capture(DenseContext):
 
 def capture(pipe: StreamingWanPipeline, seed: int, frames: int, size: int, timestep: float) -> Capture:
     """Run a drawn clip through the model chunk by chunk, clean but for the last chunk, with everything visible."""
-    clip, words = next(captioned_clips(seed, 1 + 2 * (frames - 1), size, size))
+    clip, words, _ = next(captioned_clips(seed, 1 + 2 * (frames - 1), size, size))
     video = torch.from_numpy(clip).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     with torch.no_grad():
         latents = LatentScale(pipe.vae).from_vae(pipe.vae.encode(video).latent_dist.mode())

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _TEXT = 24  # text tokens in training; the last is always padding
 _PIPELINE_TEXT = 512  # text tokens that WanPipeline attends
 _DROP_CAPTION = 0.12
+_OBJECT_WEIGHT = 4.0  # of the loss where the object is; it covers a tenth of the picture
 _EXPORT_EVERY = 400
 _EMA = 0.998
 _PHASES = (0.3, 0.75)  # shares of the steps at which the second and the third phase begin
@@ -78,10 +79,44 @@ class Captioner(nn.Module):
         return hidden * mask.unsqueeze(-1)
 
 
+class FrameRope(nn.Module):
+    """Rotary embedding of chosen frames of a longer clip, at their true places in time.
+
+    Args:
+        stock: the transformer's own embedding.
+        frames: how many latent frames the whole clip has.
+    """
+
+    def __init__(self, stock: nn.Module, frames: int) -> None:
+        super().__init__()
+        self.stock, self.frames = stock, frames
+        self.chosen = torch.arange(frames)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, `[1, T * H * W, 1, D]` each, for the chosen frames `[B, C, T, H, W]`."""
+        whole = hidden_states.new_empty(1, 1, self.frames, *hidden_states.shape[-2:])
+        cos, sin = (table.unflatten(1, (self.frames, -1))[:, self.chosen].flatten(1, 2) for table in self.stock(whole))
+        return cos, sin
+
+
+def choose_frames(frames: int, count: int) -> Tensor:
+    """Sorted places of `count` of `frames` latent frames: the first, the last, and others at random."""
+    inner = 1 + torch.randperm(frames - 2)[: count - 2]
+    return torch.cat([torch.tensor([0]), inner.sort().values, torch.tensor([frames - 1])])
+
+
 def flow_loss(
-    model: WanTransformer3DModel, text: Captioner, latents: Tensor, captions: list[str], shift: float
+    model: WanTransformer3DModel,
+    text: Captioner,
+    latents: Tensor,
+    objects: Tensor,
+    captions: list[str],
+    shift: float,
 ) -> Tensor:
-    """Flow-matching loss on clean `latents` `[B, C, T, H, W]`: predict noise - latents at a random noise level."""
+    """Flow-matching loss on clean `latents` `[B, C, T, H, W]`: predict noise - latents at a random noise level.
+
+    `objects` (bool `[B, T, H, W]`) says where errors weigh more.
+    """
     captions = ["" if torch.rand(()) < _DROP_CAPTION else caption for caption in captions]
     level = torch.sigmoid(torch.randn(len(captions)))
     level = shift * level / (1 + (shift - 1) * level)
@@ -93,14 +128,15 @@ def flow_loss(
         encoder_hidden_states=text(captions),
         return_dict=False,
     )[0]
-    return F.mse_loss(predicted, noise - latents)
+    weight = 1 + (_OBJECT_WEIGHT - 1) * objects.unsqueeze(1)
+    return ((predicted - (noise - latents)).square() * weight).mean() / weight.mean()
 
 
 def train_transformer(
     work: Path,
     output: Path,
     sizes: TinyWanSizes,
-    banks: list[Bank],
+    bank: Bank,
     draws: Sequence[Draw],
     steps: int,
 ) -> None:
@@ -111,6 +147,8 @@ def train_transformer(
     stock = model.attn_processors
     cross = PaddedCrossAttention()
     model.set_attn_processor({name: cross if "attn2" in name else p for name, p in stock.items()})
+    total = bank.latents.shape[2]
+    model.rope = rope = FrameRope(model.rope, total)
     hidden, rest = split_parameters(both, skip=("patch_embedding", "proj_out", "shared", "relative", "scale_shift"))
     optimizers = [(Muon(hidden), 0.02), (torch.optim.AdamW(rest, betas=(0.9, 0.97), weight_decay=0.0), 2e-3)]
     average = {name: value.detach().clone() for name, value in both.state_dict().items()}
@@ -125,11 +163,10 @@ def train_transformer(
     for step in range(first, steps):
         phase = sum(step >= share * steps for share in _PHASES)
         draw = draws[int(torch.multinomial(torch.tensor([d.shares[phase] for d in draws]), 1))]
-        bank = banks[draw.bank]
         rows = torch.randint(len(bank.captions), (draw.batch,))
-        captions = [bank.captions[i] for i in rows]
-        latents = bank.latents[rows, :, : draw.latent_frames]
-        loss = flow_loss(model, text, latents, captions, sizes.flow_shift)
+        rope.chosen = choose_frames(total, draw.latent_frames)
+        latents, objects = bank.latents[rows][:, :, rope.chosen].float(), bank.objects[rows][:, rope.chosen]
+        loss = flow_loss(model, text, latents, objects, [bank.captions[i] for i in rows], sizes.flow_shift)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         rate = min(1.0, (step + 1) / 50) * min(1.0, 0.02 + 1.6 * (1 - step / steps))

@@ -34,11 +34,13 @@ class Bank:
     """Encoded clips of one size.
 
     Args:
-        latents: normalised, `[clips, channels, frames, height, width]`.
+        latents: normalised, fp16, `[clips, channels, frames, height, width]`.
+        objects: which latent pixels show some of the object, bool `[clips, frames, height, width]`.
         captions: one per clip.
     """
 
     latents: Tensor
+    objects: Tensor
     captions: list[str]
 
 
@@ -80,7 +82,7 @@ def _fit_vae(vae: AutoencoderKLWan, work: Path, steps: int, seed: int) -> None:
     for step in range(first, steps):
         rate = min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 0.005
         crop = step % len(_CROPS)
-        pixels = to_pixels([clip for clip, _ in islice(streams[crop], _CROPS[crop][2])])
+        pixels = to_pixels([clip for clip, *_ in islice(streams[crop], _CROPS[crop][2])])
         mean = vae.encode(pixels).latent_dist.mean
         decoded = vae.decode(mean + 0.02 * torch.randn_like(mean)).sample
         error = decoded - pixels
@@ -106,7 +108,7 @@ def _save(path: Path, state: dict[str, object]) -> None:
 
 @torch.no_grad()
 def _latent_statistics(vae: AutoencoderKLWan, seed: int) -> tuple[list[float], list[float]]:
-    clips = [clip for clip, _ in islice(captioned_clips(seed + 1, 9, 48, 48), 64)]
+    clips = [clip for clip, *_ in islice(captioned_clips(seed + 1, 9, 48, 48), 64)]
     latents = torch.cat([vae.encode(to_pixels(clips[i : i + 8])).latent_dist.mean for i in range(0, 64, 8)])
     channels = latents.transpose(0, 1).flatten(1)
     return channels.mean(1).tolist(), channels.std(1).tolist()
@@ -116,7 +118,7 @@ def _latent_statistics(vae: AutoencoderKLWan, seed: int) -> tuple[list[float], l
 def reconstruction_psnr(vae: AutoencoderKLWan, clips: int = 16) -> float:
     """Mean PSNR in dB over clips of held-out combinations, 9 frames of 48 x 48."""
     values = []
-    for clip, _ in islice(captioned_clips(_HELD_OUT_SEED, 9, 48, 48, held_out=True), clips):
+    for clip, *_ in islice(captioned_clips(_HELD_OUT_SEED, 9, 48, 48, held_out=True), clips):
         pixels = to_pixels([clip])
         decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
         values.append(-10 * math.log10(((decoded - pixels) / 2).square().mean().item()))
@@ -133,12 +135,22 @@ def encode_bank(work: Path, vae: AutoencoderKLWan, canvas: Canvas, seed: int) ->
         mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
         std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
         stream = captioned_clips(seed + 7919 * canvas.frames, canvas.frames, canvas.height, canvas.width)
-        latents, captions = [], []
-        for first in range(0, canvas.clips, 16):
-            clips, words = zip(*islice(stream, min(16, canvas.clips - first)), strict=True)
-            latents.append((vae.encode(to_pixels(list(clips))).latent_dist.mean - mean) / std)
+        latents, objects, captions = [], [], []
+        for first in range(0, canvas.clips, 8):
+            clips, words, masks = zip(*islice(stream, min(8, canvas.clips - first)), strict=True)
+            latents.append(((vae.encode(to_pixels(list(clips))).latent_dist.mean - mean) / std).half())
+            objects.append(_to_latent_grid(torch.from_numpy(np.stack(masks)), vae))
             captions += words
-        save_file({"latents": torch.cat(latents)}, tensors)
+        save_file({"latents": torch.cat(latents), "objects": torch.cat(objects)}, tensors)
         texts.write_text(json.dumps(captions))
         print(f"bank {name}: {time.time() - begun:.0f} s", flush=True)
-    return Bank(load_file(tensors)["latents"], json.loads(texts.read_text()))
+    stored = load_file(tensors)
+    return Bank(stored["latents"], stored["objects"], json.loads(texts.read_text()))
+
+
+def _to_latent_grid(masks: Tensor, vae: AutoencoderKLWan) -> Tensor:
+    """Pixel masks `[B, T, H, W]` to the autoencoder's grid: the first frame has a latent frame of its own."""
+    space, time_factor = vae.config.scale_factor_spatial, vae.config.scale_factor_temporal
+    pooled = torch.nn.functional.max_pool2d(masks.float(), space)
+    later = pooled[:, 1:].unflatten(1, (-1, time_factor)).amax(2)
+    return torch.cat([pooled[:, :1], later], dim=1).bool()

@@ -10,19 +10,51 @@ import torch
 from diffusers import WanPipeline
 
 from dit_accel.models import shipped_model
-from dit_accel.samples.clips import caption, captioned_clips, draw_scene, is_held_out, render, vocabulary
+from dit_accel.samples.clips import (
+    BACKGROUNDS,
+    caption,
+    captioned_clips,
+    draw_scene,
+    is_held_out,
+    render,
+    render_mask,
+    vocabulary,
+)
 from dit_accel.samples.evaluate_tiny_wan import judge
 from dit_accel.samples.muon import orthogonalize
 from dit_accel.samples.tiny_random import random_wan_pipeline
-from dit_accel.samples.tiny_wan_flow import Captioner, PaddedCrossAttention
+from dit_accel.samples.tiny_wan_flow import Captioner, FrameRope, PaddedCrossAttention, choose_frames
 from dit_accel.samples.tiny_wan_model import make_tokenizer
 
 
 def test_clips_are_the_same_for_a_seed():
     first, second = (list(islice(captioned_clips(3, 5, 32, 40), 4)) for _ in range(2))
-    assert [words for _, words in first] == [words for _, words in second]
-    assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(first, second, strict=True))
+    for (clip, words, mask), (other_clip, other_words, other_mask) in zip(first, second, strict=True):
+        assert words == other_words
+        assert np.array_equal(clip, other_clip)
+        assert np.array_equal(mask, other_mask)
     assert first[0][0].shape == (5, 32, 40, 3)
+    assert first[0][2].shape == (5, 32, 40)
+
+
+def test_the_mask_covers_the_object_and_nothing_else():
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        scene = draw_scene(rng)
+        clip, mask = render(scene, 5, 64, 64), render_mask(scene, 5, 64, 64)
+        assert (clip[~mask] == BACKGROUNDS[scene.background]).all()
+        assert (clip[mask] != BACKGROUNDS[scene.background]).any(-1).mean() > 0.9
+
+
+@torch.no_grad()
+def test_chosen_frames_keep_their_places_in_time():
+    stock = random_wan_pipeline().transformer.rope
+    rope, whole, few = FrameRope(stock, 9), torch.zeros(1, 4, 9, 4, 6), torch.zeros(1, 4, 4, 4, 6)
+    rope.chosen = choose_frames(9, 4)
+    assert rope.chosen.tolist() == sorted(set(rope.chosen.tolist()) | {0, 8})
+    assert len(rope.chosen) == 4
+    for table, full in zip(rope(few), stock(whole), strict=True):
+        assert torch.equal(table.unflatten(1, (4, -1)), full.unflatten(1, (9, -1))[:, rope.chosen])
 
 
 def test_held_out_combinations_never_appear_in_training():
