@@ -12,8 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dit_accel.acceleration import Acceleration, accelerate
+    from dit_accel.acceleration import accelerate
     from dit_accel.errors import ConfigError, DitAccelError, PlanError, UnsupportedError
+    from dit_accel.handle import Acceleration
     from dit_accel.head_table import HeadTable
     from dit_accel.layout import TokenLayout
     from dit_accel.methods.registry import get_method, list_methods
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 # Name -> module. Imported at first use, so that the command line starts without loading torch.
 _PUBLIC = {
-    "Acceleration": "dit_accel.acceleration",
+    "Acceleration": "dit_accel.handle",
     "accelerate": "dit_accel.acceleration",
     "ConfigError": "dit_accel.errors",
     "DitAccelError": "dit_accel.errors",

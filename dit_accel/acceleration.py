@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch import nn
@@ -17,111 +14,14 @@ from dit_accel.extras_cache import Guidance
 from dit_accel.extras_install import install_extras
 from dit_accel.families.base import Family
 from dit_accel.families.registry import family_of
-from dit_accel.families.tracking import RunStateHook, track, untrack
+from dit_accel.families.tracking import track
+from dit_accel.handle import ACTIVE, Acceleration, Installed
 from dit_accel.methods.base import Method
-from dit_accel.methods.registry import get_method
 from dit_accel.presets import Preset, load_preset
-from dit_accel.report import Report
+from dit_accel.resolve import resolve_policy, second_schedule
 from dit_accel.schedule import Schedule
 
 _COMPONENTS = ("transformer", "transformer_2")
-_ACTIVE: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True, eq=False)
-class _Installed:
-    """One accelerated transformer, its tracker, and what is needed to put it back."""
-
-    model: nn.Module
-    engine: Engine
-    originals: tuple[tuple[Any, Any], ...]
-    hook: RunStateHook
-
-
-class Acceleration:
-    """What `accelerate()` returns: a handle, and a context manager that removes itself at the end of its block.
-
-    Args:
-        settings: method, parameters, schedule, preset and backend, for summary and report.
-        installed: the transformers taken over, by component name.
-        undo_extras: switches the preset's extras off.
-    """
-
-    def __init__(
-        self, settings: dict[str, Any], installed: dict[str, _Installed], undo_extras: Callable[[], None]
-    ) -> None:
-        self.settings = settings
-        self._installed = installed
-        self._undo_extras = undo_extras
-        self._last = Report([], settings)
-        for part in installed.values():
-            _ACTIVE[part.model] = self
-
-    @property
-    def is_active(self) -> bool:
-        """Whether the processors are still installed."""
-        return bool(self._installed)
-
-    @property
-    def engines(self) -> dict[str, Engine]:
-        """The engine of each accelerated transformer, by component name."""
-        return {name: part.engine for name, part in self._installed.items()}
-
-    def summary(self) -> str:
-        """What is switched on and, after a generation, what was computed."""
-        what = [
-            f"method {self.settings['method']} {self.settings['parameters']}",
-            f"schedule {self.settings['schedule']}",
-        ]
-        if not self._installed:
-            return "removed: " + "; ".join(what)
-        if self.settings["schedule_2"] is not None:
-            what.append(f"schedule of transformer_2 {self.settings['schedule_2']}")
-        if self.settings["extras"]:
-            what.append(f"extras {self.settings['extras']}")
-        where = [f"{name}: {len(part.originals)} attention layers" for name, part in self._installed.items()]
-        where += self.settings.get("notes", [])
-        calls = self.report()
-        return "\n".join(what + where + ([calls.summary()] if calls.calls else ["no generation yet"]))
-
-    def report(self) -> Report:
-        """The attention calls of the latest generation, over all transformers."""
-        if not self._installed:
-            return self._last
-        calls = [call for part in self._installed.values() for call in part.engine.calls]
-        pictures = [
-            shot for part in self._installed.values() for shots in part.engine.pictures.values() for shot in shots
-        ]
-        return Report(calls, self.settings, pictures)
-
-    def reset(self) -> None:
-        """Forget all state kept between calls; the next forward pass behaves like the first of a new process."""
-        for part in self._installed.values():
-            part.engine.reset()
-
-    def remove(self) -> None:
-        """Put the original processors back, the very same objects; the report stays. A second call does nothing.
-
-        Of a preset's extras, step cache and compilation go; offload and casting, which store the weights, stay.
-        """
-        if not self._installed:
-            return
-        self._last = self.report()
-        for part in self._installed.values():
-            for module, processor in part.originals:
-                module.set_processor(processor)
-            untrack(part.model)
-            _ACTIVE.pop(part.model, None)
-        self._installed = {}
-        self._undo_extras()
-
-    def __enter__(self) -> Acceleration:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 def accelerate(
@@ -171,12 +71,12 @@ def accelerate(
     timing = {key: value for key, value in parameters.items() if key in Schedule.model_fields}
     policy, timetable = resolve_policy(resolved, method, schedule, parameters)
     models = _transformers(pipe)
-    second = _second_schedule(resolved, schedule, schedule_2, timing, models) or timetable
+    second = second_schedule(resolved, schedule, schedule_2, timing, models) or timetable
     families = {name: (family or family_of(model)).for_model(model) for name, model in models.items()}
     _check_family(resolved, families)
     for model in models.values():
-        if model in _ACTIVE:
-            _ACTIVE[model].remove()
+        if model in ACTIVE:
+            ACTIVE[model].remove()
     settings: dict[str, Any] = {
         "preset": None if resolved is None else resolved.name,
         "method": policy.name,
@@ -211,24 +111,6 @@ def _install_extras(preset: Preset | None, pipe: Any, models: dict[str, nn.Modul
     return install_extras(preset.extras, pipe, models, guidance)
 
 
-def _second_schedule(
-    preset: Preset | None,
-    schedule: Schedule | Mapping[str, Any] | None,
-    schedule_2: Schedule | Mapping[str, Any] | None,
-    timing: dict[str, Any],
-    models: dict[str, nn.Module],
-) -> Schedule | None:
-    """The schedule of `transformer_2` where it differs; a `schedule` given in the call replaces both of a preset."""
-    if schedule_2 is None and schedule is None and preset is not None:
-        schedule_2 = preset.schedule_2
-    if schedule_2 is None:
-        return None
-    if "transformer_2" not in models:
-        raise ConfigError("schedule_2", "is for the second of two experts, and this pipeline has no transformer_2")
-    fields = schedule_2.model_dump(exclude_unset=True) if isinstance(schedule_2, Schedule) else dict(schedule_2)
-    return Schedule.make("schedule_2", **{**fields, **timing})
-
-
 def _install(
     component: str,
     model: nn.Module,
@@ -238,7 +120,7 @@ def _install(
     backend: str,
     break_even: float | None,
     seed: int,
-) -> _Installed:
+) -> Installed:
     layers = family.layers(model)
     for layer in layers:
         family.check_processor(layer)
@@ -252,34 +134,7 @@ def _install(
     originals = tuple((layer.module, layer.module.processor) for layer in layers)
     for layer in layers:
         layer.module.set_processor(processors[layer.role])
-    return _Installed(model, engine, originals, track(model, family, engine.begin))
-
-
-def resolve_policy(
-    preset: Preset | None,
-    method: str | Method | None,
-    schedule: Schedule | Mapping[str, Any] | None,
-    parameters: dict[str, Any],
-) -> tuple[Method, Schedule]:
-    """Merge preset, method, schedule and keyword arguments; what stands later wins."""
-    timing = {key: parameters.pop(key) for key in list(parameters) if key in Schedule.model_fields}
-    base = {} if preset is None else preset.schedule.model_dump(exclude_unset=True)
-    if isinstance(schedule, Schedule):
-        base = schedule.model_dump(exclude_unset=True)
-    elif schedule is not None:
-        base = dict(schedule)
-    timetable = Schedule.make(**{**base, **timing})
-    if isinstance(method, Method):
-        if parameters:
-            method = get_method(method.name, **{**method.model_dump(exclude_unset=True), **parameters})
-        return method, timetable
-    chosen: dict[str, Any] = {}
-    if preset is not None and method in (None, preset.method.name):
-        method, chosen = preset.method.name, dict(preset.method.parameters)
-    policy = get_method(str(method or "dense"), **{**chosen, **parameters})
-    for layer in {start for override in timetable.overrides for start, _ in override.layers}:
-        get_method(policy.name, **{**policy.model_dump(exclude_unset=True), **timetable.parameters_for(layer)})
-    return policy, timetable
+    return Installed(model, engine, originals, track(model, family, engine.begin))
 
 
 def _transformers(pipe: Any) -> dict[str, nn.Module]:

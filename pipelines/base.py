@@ -6,8 +6,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from dit_accel.acceleration import Acceleration, accelerate
+from dit_accel.acceleration import accelerate
 from dit_accel.errors import ConfigError
+from dit_accel.handle import Acceleration
 from dit_accel.models import call_arguments, load_for_preset
 from dit_accel.presets import Preset, load_preset
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel.acceleration import Acceleration, accelerate
+from dit_accel.acceleration import accelerate
 from dit_accel.bench.timing import Spread, available_bytes, interleaved, ratios, seconds
 from dit_accel.errors import UnsupportedError
 from dit_accel.estimate import token_grid
+from dit_accel.handle import Acceleration
 from dit_accel.methods.base import Method
 from dit_accel.presets import Preset
 

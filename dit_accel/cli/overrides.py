@@ -6,12 +6,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dit_accel.acceleration import resolve_policy
 from dit_accel.errors import ConfigError
 from dit_accel.methods.registry import config_error
 from dit_accel.models import TINY, call_parameters, stock_pipeline
 from dit_accel.presets import Generation, MethodSpec, Preset, load_preset
 from dit_accel.presets.schema import check_size, check_task
+from dit_accel.resolve import resolve_policy
 
 _BY_GUIDER = "guidance_scale"
 

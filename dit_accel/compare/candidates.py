@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from dit_accel.acceleration import resolve_policy
 from dit_accel.errors import ConfigError, near_matches
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import list_methods
 from dit_accel.presets import Preset, list_presets, load_preset
+from dit_accel.resolve import resolve_policy
 from dit_accel.schedule import Schedule
 
 DENSE = "dense"
