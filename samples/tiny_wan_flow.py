@@ -43,8 +43,8 @@ _PHASES = (0.3, 0.75)  # shares of the steps at which the second and the third p
 class PaddedCrossAttention:
     """Cross-attention of training: one padding key stands for the many that WanPipeline attends.
 
-    WanPipeline pads text embeddings with zeros to 512 tokens and masks nothing. All padding keys are equal, so one
-    of them with the bias ln(their number) gives the same output for a twentieth of the work.
+    WanPipeline pads text embeddings with zeros (to 512 tokens unless told otherwise) and masks nothing. All padding
+    keys are equal, so one of them with the bias ln(their number) gives the same output for a twentieth of the work.
     """
 
     _attention_backend = None
@@ -52,7 +52,11 @@ class PaddedCrossAttention:
 
     def __init__(self) -> None:
         self.bias = torch.zeros(1, 1, 1, _TEXT)
-        self.bias[..., -1] = math.log(_PIPELINE_TEXT - _TEXT + 1)
+        self.pad_to(_PIPELINE_TEXT)
+
+    def pad_to(self, tokens: int) -> None:
+        """Act as if texts were padded to `tokens`, at least 24."""
+        self.bias[..., -1] = math.log(tokens - _TEXT + 1)
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """Attend `hidden_states` `[B, N, C]` to `encoder_hidden_states` `[B, 24, C]`."""
@@ -97,6 +101,17 @@ class FrameRope(nn.Module):
         whole = hidden_states.new_empty(1, 1, self.frames, *hidden_states.shape[-2:])
         cos, sin = (table.unflatten(1, (self.frames, -1))[:, self.chosen].flatten(1, 2) for table in self.stock(whole))
         return cos, sin
+
+
+def choose_padding(progress: float) -> int:
+    """How far texts are padded in a step: hardly at first, up to what WanPipeline pads in the last phase.
+
+    Hundreds of padding keys leave a few words one per cent of the attention, from which a model learns nothing of the
+    text; keys that are few at first teach it the words, and their growing number teaches it to look past them.
+    """
+    reach = min(1.0, max(0.0, progress - _PHASES[0]) / (_PHASES[1] - _PHASES[0]))
+    share = reach * max(torch.rand(2)).item()
+    return round(_TEXT * (_PIPELINE_TEXT / _TEXT) ** share)
 
 
 def choose_frames(frames: int, count: int) -> Tensor:
@@ -166,6 +181,7 @@ def train_transformer(
         rows = torch.randint(len(bank.captions), (draw.batch,))
         rope.chosen = choose_frames(total, draw.latent_frames)
         latents, objects = bank.latents[rows][:, :, rope.chosen].float(), bank.objects[rows][:, rope.chosen]
+        cross.pad_to(choose_padding(step / steps))
         loss = flow_loss(model, text, latents, objects, [bank.captions[i] for i in rows], sizes.flow_shift)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
