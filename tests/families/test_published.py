@@ -44,6 +44,14 @@ TOKENS = {
 }
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_config_says_where_it_was_read(name):
+    files = re.findall(r"[\w/.-]+\.(?:py|yaml)\b", MODELS[name]["source"])
+    commits = re.findall(r" of [\w-]+/\w+ at [0-9a-f]{12}\b", MODELS[name]["source"])
+    assert files
+    assert len(commits) == MODELS[name]["source"].count("; ") + 1 - ("task_type:" in MODELS[name]["source"])
+
+
 @cache
 def make(name):
     model = MODELS[name]
