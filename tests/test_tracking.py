@@ -71,6 +71,17 @@ def test_a_named_context_without_a_step_counts_steps_from_timesteps():
     assert [(s.step, s.branch) for s in states] == [(0, "cond"), (0, "uncond"), (1, "cond"), (1, "uncond")]
 
 
+def test_named_branches_of_different_batch_share_their_steps():
+    """LTX-2 runs both kinds of guidance as one batch, and then further branches of half that size."""
+    model, states = tracked()
+    for timestep in (900.0, 400.0):
+        for branch, batch in (("cond_uncond", 2), ("uncond_stg", 1), ("uncond_modality", 1)):
+            with model.cache_context(branch):
+                run(model, **at(timestep, batch))
+    assert [(s.step, s.batch) for s in states] == [(0, 2), (0, 1), (0, 1), (1, 2), (1, 1), (1, 1)]
+    assert {s.generation for s in states} == {0}
+
+
 def test_another_shape_or_batch_is_a_new_generation():
     model, states = tracked()
     run(model, **at(900))

@@ -162,7 +162,18 @@ class AccelProcessor:
     _attention_backend: ClassVar[Any] = None
     _parallel_config: ClassVar[Any] = None
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | None = None) -> None:
+        """`engine`: the engine to call.
+
+        Raises:
+            UnsupportedError: there is none. Diffusers makes a processor anew from its class, without arguments, when
+                adapters with processors of their own are loaded or unloaded.
+        """
+        if engine is None:
+            raise UnsupportedError(
+                "the attention processors of an accelerated model cannot be made anew: call remove() before "
+                "load_ip_adapter() or unload_ip_adapter(), and accelerate() after it"
+            )
         self.engine = engine
 
     def dense(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -110,14 +110,18 @@ class FluxIPAdapterAttention(_FluxAttention, FluxIPAdapterAttnProcessor):
         ip_hidden_states: list[Tensor] | None = None,
         ip_adapter_masks: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """As `FluxJointAttention`; `ip_hidden_states`, one `[B, M, C]` per adapter, give a third output `[B, N, C]`."""
+        """As `FluxJointAttention`, with a third output `[B, N, C]`.
+
+        It comes from `ip_hidden_states`, one `[B, M, C]` or `[B, images, M, C]` per adapter.
+        """
         out, query = self._attend(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         if encoder_hidden_states is None:
             return out
         hidden, text = self._project_out(attn, out, encoder_hidden_states.shape[1])
         added = torch.zeros_like(hidden)
         for i, tokens in enumerate(ip_hidden_states or []):
-            key, value = (to[i](tokens).unflatten(-1, (attn.heads, -1)) for to in (self.to_k_ip, self.to_v_ip))
+            kv = (to[i](tokens).flatten(1, -2) for to in (self.to_k_ip, self.to_v_ip))
+            key, value = (x.unflatten(-1, (attn.heads, -1)) for x in kv)
             added += self.scale[i] * self.dense(query, key, value).flatten(2, 3).type_as(query)
         return hidden, text, added
 

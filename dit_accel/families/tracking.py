@@ -38,6 +38,7 @@ class RunStateHook(ModelHook):
         self.siblings: list[RunStateHook] = []
         self.generation = -1
         self._seen: set[str] = set()
+        self._batches: dict[str, int] = {}
         self._timestep: float | None = None
 
     @torch.compiler.disable
@@ -64,6 +65,7 @@ class RunStateHook(ModelHook):
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Called by Diffusers when a generation ends: the next pass begins a new one."""
         self._seen.clear()
+        self._batches.clear()
         self._timestep = None
         self.contexts.reset()
         self.last = None
@@ -73,7 +75,7 @@ class RunStateHook(ModelHook):
         step, branch, last = int(context.step_index), str(context.name), self.last
         if last is not None and step != last.step:
             self._seen.clear()
-        is_new = last is None or step < last.step or branch in self._seen or self._shape_changed(geometry)
+        is_new = last is None or step < last.step or branch in self._seen or self._shape_changed(branch, geometry)
         if is_new:
             self._seen.clear()
         self._seen.add(branch)
@@ -93,7 +95,7 @@ class RunStateHook(ModelHook):
             or self._timestep is None
             or noise > self._timestep
             or (same_step and branch in self._seen)
-            or self._shape_changed(geometry)
+            or self._shape_changed(branch, geometry)
         )
         if is_new or not same_step:
             self._seen.clear()
@@ -113,6 +115,9 @@ class RunStateHook(ModelHook):
         self, geometry: ForwardGeometry, step: int, noise: float, branch: str, steps: int | None, is_new: bool
     ) -> RunState:
         self.generation += int(is_new)
+        if is_new:
+            self._batches.clear()
+        self._batches[branch] = geometry.batch
         return RunState(
             geometry.grid,
             step,
@@ -125,8 +130,10 @@ class RunStateHook(ModelHook):
             geometry.prefix_frames,
         )
 
-    def _shape_changed(self, geometry: ForwardGeometry) -> bool:
-        return self.last is not None and (self.last.grid != geometry.grid or self.last.batch != geometry.batch)
+    def _shape_changed(self, branch: str, geometry: ForwardGeometry) -> bool:
+        """Whether the grid is another, or the batch of this branch: one branch may hold both kinds of guidance."""
+        known = self._batches.get(branch, geometry.batch)
+        return self.last is not None and (self.last.grid != geometry.grid or known != geometry.batch)
 
     @staticmethod
     def _read_noise(geometry: ForwardGeometry) -> float:

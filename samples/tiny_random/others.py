@@ -1,4 +1,4 @@
-"""Pipelines with random weights of models that have no family of their own: LTX-Video, Qwen-Image, Z-Image."""
+"""Image pipelines with random weights of models that have no family of their own: Qwen-Image, Z-Image."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from typing import Any
 
 from diffusers import (
     AutoencoderKL,
-    AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
-    LTXPipeline,
-    LTXVideoTransformer3DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     ZImagePipeline,
@@ -24,35 +21,13 @@ from transformers import (
 )
 
 from dit_accel.samples.tiny_random.flux import IMAGE_VAE
-from dit_accel.samples.tiny_random.text import CHAT, WIDTH, byte_tokenizer, decoder_sizes, mrope_sizes, t5
+from dit_accel.samples.tiny_random.text import CHAT, WIDTH, byte_tokenizer, decoder_sizes, mrope_sizes
 
 _CHANNELS = 4
 _QWEN_TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
 )
-
-
-def ltx_video() -> LTXPipeline:
-    """LTX-Video (4x in space and time): text in a cross-attention, latents that come to the model as tokens."""
-    tokenizer = byte_tokenizer("t5", 128)
-    halves = (True, True, False, False)
-    vae = AutoencoderKLLTXVideo(
-        latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, layers_per_block=(1,) * 5,
-        decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=halves, decoder_spatio_temporal_scaling=halves,
-        patch_size=1,
-    )  # fmt: skip
-    model = LTXVideoTransformer3DModel(
-        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
-        num_layers=2, caption_channels=WIDTH,
-    )  # fmt: skip
-    return LTXPipeline(
-        tokenizer=tokenizer,
-        text_encoder=t5(tokenizer),
-        vae=vae,
-        transformer=model,
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05),
-    )
 
 
 def qwen_image() -> QwenImagePipeline:

@@ -77,7 +77,8 @@ TINY: dict[str, TinyModel] = {
     "cogvideox1.5-5b-i2v": TinyModel(
         "cogvideox", "i2v", "CogVideoXImageToVideoPipeline", "cogvideox.cogvideox15_5b_i2v"
     ),
-    "ltx-video": TinyModel("generic", "t2v", "LTXPipeline", "others.ltx_video"),
+    "ltx-video": TinyModel("generic", "t2v", "LTXPipeline", "ltx.ltx_video"),
+    "ltx-2": TinyModel("generic", "t2v", "LTX2Pipeline", "ltx.ltx2"),
     "qwen-image": TinyModel("generic", "t2i", "QwenImagePipeline", "others.qwen_image"),
     "z-image": TinyModel("generic", "t2i", "ZImagePipeline", "others.z_image"),
 }
@@ -134,8 +135,10 @@ def tiny_arguments(name: str, steps: int = 2, seed: int = 0) -> dict[str, Any]:
         values["num_frames"] = 9 if model.family != "wan" else 5
     if model.pipeline == "FluxKontextPipeline":
         values |= {"max_area": 32 * 48, "_auto_resize": False}
-    if model.pipeline == "LTXPipeline":
+    if model.pipeline in ("LTXPipeline", "LTX2Pipeline"):
         values |= {"height": 32, "width": 64}
+    if model.pipeline == "LTX2Pipeline":
+        values |= {"spatio_temporal_guidance_blocks": [1]}
     if model.family == "flux2":
         values["max_sequence_length"] = 64  # its language models are some 30 layers deep
     return values | _images(model)

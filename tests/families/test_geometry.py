@@ -96,38 +96,3 @@ def test_flux2_with_a_cache_of_reference_keys_is_refused():
     model, values = captured("flux2-dev")
     with dit_accel.accelerate(model, **SPARSE), pytest.raises(UnsupportedError, match="kv_cache_mode"):
         run(model, values | {"kv_cache_mode": "extract", "num_ref_tokens": 4})
-
-
-def with_adapters(scale):
-    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-
-    model, values = captured("flux1-dev")
-    torch.manual_seed(0)
-    for block in model.transformer_blocks:
-        block.attn.set_processor(FluxIPAdapterAttnProcessor(32, 8, num_tokens=(4, 3), scale=[scale, 0.5 * scale]))
-    tokens = [torch.randn(1, 4, 8), torch.randn(1, 3, 8)]
-    return model, values | {"joint_attention_kwargs": {"ip_hidden_states": tokens}}
-
-
-def test_ip_adapters_of_flux_are_kept():
-    model, values = with_adapters(0.7)
-    other, other_values = with_adapters(0.2)
-    stock, weaker = run(model, values), run(other, other_values)
-    assert not torch.allclose(stock, weaker, atol=1e-4)
-    names, processors = list(model.state_dict()), dict(model.attn_processors)
-    with dit_accel.accelerate(model, method="dense") as acc:
-        torch.testing.assert_close(run(model, values), stock, atol=1e-6, rtol=0)
-        assert list(model.state_dict()) == names
-        assert len(acc.report().calls) == 4
-        # What pipe.set_ip_adapter_scale does.
-        from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-
-        for processor in model.attn_processors.values():
-            if isinstance(processor, FluxIPAdapterAttnProcessor):
-                processor.scale = [0.2, 0.1]
-        torch.testing.assert_close(run(model, values), weaker, atol=1e-6, rtol=0)
-    assert all(model.attn_processors[key] is processor for key, processor in processors.items())
-    torch.testing.assert_close(run(model, values), weaker, atol=1e-6, rtol=0)
-    with dit_accel.accelerate(model, method="composed", density=1.0, break_even=1.0) as acc:
-        torch.testing.assert_close(run(model, values), weaker, atol=2e-5, rtol=1e-4)
-        assert acc.report().dense_reasons == {}
