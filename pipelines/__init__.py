@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dit_accel.pipelines.cogvideox import CogVideoXAccelImageToVideoPipeline, CogVideoXAccelPipeline
     from dit_accel.pipelines.flux import (
+        Flux2AccelKleinPipeline,
         Flux2AccelPipeline,
         FluxAccelFillPipeline,
         FluxAccelKontextPipeline,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _WRAPPERS = {
     "CogVideoXAccelImageToVideoPipeline": "cogvideox",
     "CogVideoXAccelPipeline": "cogvideox",
+    "Flux2AccelKleinPipeline": "flux",
     "Flux2AccelPipeline": "flux",
     "FluxAccelFillPipeline": "flux",
     "FluxAccelKontextPipeline": "flux",
@@ -43,6 +45,7 @@ _WRAPPERS = {
 __all__ = [
     "CogVideoXAccelImageToVideoPipeline",
     "CogVideoXAccelPipeline",
+    "Flux2AccelKleinPipeline",
     "Flux2AccelPipeline",
     "FluxAccelFillPipeline",
     "FluxAccelKontextPipeline",

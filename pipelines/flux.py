@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffusers import Flux2Pipeline, FluxFillPipeline, FluxKontextPipeline, FluxPipeline
+from diffusers import Flux2KleinPipeline, Flux2Pipeline, FluxFillPipeline, FluxKontextPipeline, FluxPipeline
 
 from dit_accel.pipelines.base import FromPreset
 
@@ -17,6 +17,10 @@ class FluxAccelKontextPipeline(FromPreset, FluxKontextPipeline):
 
 class FluxAccelFillPipeline(FromPreset, FluxFillPipeline):
     """`diffusers.FluxFillPipeline` (inpainting), accelerated by a preset."""
+
+
+class Flux2AccelKleinPipeline(FromPreset, Flux2KleinPipeline):
+    """`diffusers.Flux2KleinPipeline` (text to image in a few steps), accelerated by a preset."""
 
 
 class Flux2AccelPipeline(FromPreset, Flux2Pipeline):

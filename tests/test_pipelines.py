@@ -109,6 +109,7 @@ WRAPPERS = [
     ("FluxAccelKontextPipeline", "flux1-kontext-dev"),
     ("FluxAccelFillPipeline", "flux1-fill-dev"),
     ("Flux2AccelPipeline", "flux2-dev"),
+    ("Flux2AccelKleinPipeline", "flux2-klein-4b"),
     ("CogVideoXAccelPipeline", "cogvideox-5b"),
     ("CogVideoXAccelImageToVideoPipeline", "cogvideox1.5-5b-i2v"),
 ]

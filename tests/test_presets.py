@@ -22,6 +22,7 @@ from dit_accel.estimate import (
     token_layout,
 )
 from dit_accel.families.registry import family_names
+from dit_accel.methods.registry import list_methods
 from dit_accel.presets import compose, list_presets, load_preset
 from dit_accel.presets.files import merge, read_yaml
 from dit_accel.samples.tiny_random import TINY
@@ -54,6 +55,13 @@ def test_every_model_names_what_exists_and_has_the_four_profiles(name):
     assert variants[0].method.name == "dense"
     assert sorted(shares, key=lambda e: e.gain) == shares
     assert all(variant.generation == preset.generation for variant in variants)
+
+
+def test_every_method_has_a_preset_or_a_reason_why_not():
+    page = (Path(__file__).parent.parent / "docs" / "presets.md").read_text()
+    rows = page.split("| method | why |")[1].split("\n\n")[0].splitlines()[2:]
+    without = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert without == set(list_methods()) - {load_preset(name).method.name for name in list_presets()}
 
 
 def test_families_filter():
