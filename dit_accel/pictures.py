@@ -117,19 +117,8 @@ def _seen(layout: TokenLayout, order: TokenOrder | None, plan: BlockPlan, head: 
     raster = torch.arange(layout.tokens)
     queries = raster if order is None else _of_head(order.query, head)
     keys = raster if order is None else _of_head(order.key_index, head)
-    place = int((queries == token).nonzero())
-    row = int(plan.q_blocks.block_of_token()[place])
-    member = min(head, plan.indices.shape[1] - 1)
-    count = int(plan.counts[0, member, row])
-    whole = count if plan.full_counts is None else int(plan.full_counts[0, member, row])
-    selected = plan.indices[0, member, row, :count].long()
-    owner = plan.k_blocks.block_of_token()
-    kept = torch.isin(owner, selected[:whole])
-    if plan.predicate is not None:
-        partial = torch.isin(owner, selected[whole:]).nonzero().flatten()
-        kept[partial] = plan.predicate.keeps(torch.tensor([place]), partial)[0]
     seen = torch.zeros(layout.tokens, dtype=torch.bool)
-    seen[keys] = kept
+    seen[keys] = plan.of_head(0, head).token_rows((queries == token).nonzero().flatten())[0, 0, 0]
     return seen[layout.video_slice()].view(layout.grid)
 
 

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import PlanError
+from dit_accel.predicate import BoxPredicate
+
+__all__ = ["BlockPlan", "Blocking", "BoxPredicate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,49 +105,6 @@ class Blocking:
 
 
 @dataclass(frozen=True, eq=False)
-class BoxPredicate:
-    """Which tokens of a partial block count: those whose coordinates lie in a box given per query token.
-
-    Key `j` is kept for query `i` iff for every axis c ``lower[i, c] <= coordinates[j, c] < upper[i, c]`` and
-    ``(coordinates[j, c] - lower[i, c]) % stride[c] == 0`` (stride > 1 is a dilated window).
-
-    Args:
-        lower: int32 `[Nq, A]`, first kept coordinate.
-        upper: int32 `[Nq, A]`, one past the last kept coordinate.
-        coordinates: int32 `[Nk, A]`.
-        stride: one step per axis, default 1 everywhere.
-    """
-
-    lower: Tensor
-    upper: Tensor
-    coordinates: Tensor
-    stride: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        axes = self.coordinates.shape[-1]
-        if not self.stride:
-            object.__setattr__(self, "stride", (1,) * axes)
-        if self.lower.shape != self.upper.shape or self.lower.shape[-1] != axes or len(self.stride) != axes:
-            raise PlanError(
-                f"BoxPredicate: lower {tuple(self.lower.shape)}, upper {tuple(self.upper.shape)}, coordinates "
-                f"{tuple(self.coordinates.shape)} and stride {self.stride} must agree in their axes"
-            )
-
-    def keeps(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Bool `[..., len(queries), len(keys)]` for token indices `queries` `[..., Q]` and `keys` `[..., K]`."""
-        lower, upper = self.lower[queries].unsqueeze(-2), self.upper[queries].unsqueeze(-2)
-        at = self.coordinates[keys].unsqueeze(-3)
-        stride = torch.tensor(self.stride, dtype=at.dtype, device=at.device)
-        return ((at >= lower) & (at < upper) & ((at - lower) % stride == 0)).all(-1)
-
-    def to(self, device: torch.device | str) -> BoxPredicate:
-        """The same predicate with its tensors on `device`."""
-        return replace(
-            self, lower=self.lower.to(device), upper=self.upper.to(device), coordinates=self.coordinates.to(device)
-        )
-
-
-@dataclass(frozen=True, eq=False)
 class BlockPlan:
     """The key blocks that each (batch, head, query block) attends exactly.
 
@@ -198,7 +158,7 @@ class BlockPlan:
             mask: the selected blocks.
             q_blocks, k_blocks: the partitions.
             whole: bool like `mask`, the selected blocks that are attended whole; needs `predicate` for the others.
-            predicate: decides token by token in the partial blocks.
+            predicate: decides token by token in the partial blocks; left out when there are none.
 
         Raises:
             PlanError: the mask does not fit the blocks, or a row selects nothing.
@@ -214,12 +174,12 @@ class BlockPlan:
         # A stable sort puts whole blocks first, then partial ones, then what is not selected; each group ascends.
         rank = (~mask).to(torch.uint8) * 2
         full_counts = None
-        if whole is not None:
-            whole = _four_axes(whole) & mask
+        whole = None if whole is None else _four_axes(whole) & mask
+        if whole is not None and not torch.equal(whole, mask):
             rank += mask.to(torch.uint8) - whole.to(torch.uint8)
             full_counts = whole.sum(-1, dtype=torch.int32)
         indices = rank.argsort(dim=-1, stable=True)[..., : int(counts.max())].to(torch.int32).contiguous()
-        return cls(q_blocks, k_blocks, indices, counts, full_counts, predicate)
+        return cls(q_blocks, k_blocks, indices, counts, full_counts, None if full_counts is None else predicate)
 
     @classmethod
     def full(cls, q_blocks: Blocking, k_blocks: Blocking, device: torch.device | str = "cpu") -> BlockPlan:
@@ -242,15 +202,30 @@ class BlockPlan:
 
     def to_token_mask(self) -> Tensor:
         """Bool token mask `[B', H', Nq, Nk]`, O(N²): for the reference, tests and pictures only."""
-        rows, columns = self.q_blocks.block_of_token(), self.k_blocks.block_of_token()
+        return self.token_rows(torch.arange(self.q_blocks.tokens))
+
+    def token_rows(self, queries: Tensor) -> Tensor:
+        """The rows of the token mask of some query tokens, int64 `[r]`: bool `[B', H', r, Nk]`."""
         device = self.indices.device
-        mask = self.to_mask()[..., rows.to(device), :][..., columns.to(device)]
+        rows, columns = self.q_blocks.block_of_token()[queries.cpu()].to(device), self.k_blocks.block_of_token()
+        mask = self.to_mask()[..., rows, :][..., columns.to(device)]
         if self.predicate is None or self.full_counts is None:
             return mask
         whole = replace(self, counts=self.full_counts, full_counts=None, predicate=None).to_mask()
-        whole = whole[..., rows.to(device), :][..., columns.to(device)]
-        queries, keys = torch.arange(len(rows)), torch.arange(len(columns))
-        return whole | (mask & self.predicate.to("cpu").keeps(queries, keys).to(device))
+        inside = self.predicate.to(device).keeps(queries.to(device), torch.arange(len(columns), device=device))
+        return whole[..., rows, :][..., columns.to(device)] | (mask & inside)
+
+    def of_head(self, item: int, head: int) -> BlockPlan:
+        """The plan of one head of one batch item, `[1, 1, nq, C]`; shared axes hold for any."""
+        item, head = min(item, self.indices.shape[0] - 1), min(head, self.indices.shape[1] - 1)
+        here = (slice(item, item + 1), slice(head, head + 1))
+        return replace(
+            self,
+            indices=self.indices[here],
+            counts=self.counts[here],
+            full_counts=None if self.full_counts is None else self.full_counts[here],
+            predicate=None if self.predicate is None else self.predicate.of_head(item, head),
+        )
 
     @property
     def density(self) -> float:

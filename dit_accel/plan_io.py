@@ -27,7 +27,7 @@ def save_plan(plan: BlockPlan, path: str | Path) -> None:
     if plan.predicate is not None and plan.full_counts is not None:
         box = plan.predicate
         tensors |= {"full_counts": plan.full_counts, "lower": box.lower, "upper": box.upper}
-        tensors["coordinates"] = box.coordinates
+        tensors |= {"coordinates": box.coordinates} | ({} if box.ball is None else {"ball": box.ball})
         meta["stride"] = json.dumps(box.stride)
     temporary = f"{path}.tmp"
     save_file({name: t.cpu().clone().contiguous() for name, t in tensors.items()}, temporary, metadata=meta)
@@ -49,7 +49,9 @@ def load_plan(path: str | Path) -> BlockPlan:
     predicate = None
     if "stride" in meta:
         stride = tuple(json.loads(meta["stride"]))
-        predicate = BoxPredicate(tensors["lower"], tensors["upper"], tensors["coordinates"], stride)
+        predicate = BoxPredicate(
+            tensors["lower"], tensors["upper"], tensors["coordinates"], stride, tensors.get("ball")
+        )
     return BlockPlan(
         Blocking(tensors["q_starts"], q_size),
         Blocking(tensors["k_starts"], k_size),

@@ -5,6 +5,8 @@ Axis legend: B batch, H heads, g representatives, N tokens, D head size, nq / nk
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,11 @@ def for_all_heads(order: TokenOrder | None, plan: BlockPlan, heads: int) -> tupl
         order = TokenOrder(query, None if order.key is None else key)
     full = None if plan.full_counts is None else spread(plan.full_counts, 1)
     indices, counts = spread(plan.indices, 1), spread(plan.counts, 1)
-    return order, BlockPlan(plan.q_blocks, plan.k_blocks, indices, counts, full, plan.predicate)
+    box = plan.predicate
+    if box is not None and not box.is_shared:
+        lower, upper, coordinates = (spread(x, 1) for x in (box.lower, box.upper, box.coordinates))
+        box = replace(box, lower=lower, upper=upper, coordinates=coordinates)
+    return order, BlockPlan(plan.q_blocks, plan.k_blocks, indices, counts, full, box)
 
 
 def whole_blocks(plan: BlockPlan) -> BlockPlan:
@@ -51,11 +57,16 @@ def whole_blocks(plan: BlockPlan) -> BlockPlan:
 
 
 def union_of_heads(plan: BlockPlan) -> BlockPlan:
-    """The plan, shared by all heads, that keeps what any head keeps (arXiv 2510.09883 takes the maximum over heads)."""
+    """The plan, shared by all heads, that keeps what any head keeps (arXiv 2510.09883 takes the maximum over heads).
+
+    Where heads differ inside a block, it is computed whole.
+    """
     if plan.indices.shape[1] == 1:
         return plan
     mask = plan.to_mask().any(1, keepdim=True)
-    whole = None if plan.predicate is None else whole_blocks(plan).to_mask().any(1, keepdim=True)
+    if plan.predicate is None or not plan.predicate.is_shared:
+        return BlockPlan.from_mask(mask, plan.q_blocks, plan.k_blocks)
+    whole = whole_blocks(plan).to_mask().any(1, keepdim=True)
     return BlockPlan.from_mask(mask, plan.q_blocks, plan.k_blocks, whole, plan.predicate)
 
 

@@ -39,6 +39,27 @@ def with_text(layout: TokenLayout, blocks: Blocking, video: Tensor, k_blocks: Bl
     return mask
 
 
+def with_prefix(
+    layout: TokenLayout, blocks: Blocking, video: Tensor, k_blocks: Blocking | None = None, causal: bool = False
+) -> Tensor:
+    """The block mask of the video in which all see the conditioning frames, which stand first in it.
+
+    Args:
+        layout: token geometry.
+        blocks: partition of the queries.
+        video: bool `[nq_video, nk_video]`.
+        k_blocks: partition of the keys. Default: that of the queries. A block that begins in these frames counts.
+        causal: the conditioning frames themselves see no more than `video` says.
+
+    Returns:
+        Bool `[nq_video, nk_video]`.
+    """
+    end = layout.prefix_frames * layout.frame_tokens
+    seen = spans(blocks if k_blocks is None else k_blocks, layout)[0] < end
+    sees = spans(blocks, layout)[0] >= (end if causal else 0)
+    return video | (sees.unsqueeze(-1) & seen)
+
+
 def band(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], width: int) -> Tensor:
     """Bool `[nq, nk]`: block pairs that hold some coordinates i, j with |i - j| <= `width`.
 
@@ -49,6 +70,13 @@ def band(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], width: int
     first_q, last_q = (x.unsqueeze(-1) for x in queries)
     first_k, last_k = keys
     return (first_k - last_q <= width) & (first_q - last_k <= width)
+
+
+def inside_band(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], width: int) -> Tensor:
+    """Bool `[nq, nk]`: block pairs of which all coordinates i, j have |i - j| <= `width`; arguments as in `band`."""
+    first_q, last_q = (x.unsqueeze(-1) for x in queries)
+    first_k, last_k = keys
+    return (last_k - first_q <= width) & (last_q - first_k <= width)
 
 
 def spans(blocks: Blocking, layout: TokenLayout) -> tuple[Tensor, Tensor]:
@@ -95,3 +123,9 @@ def token_major(layout: TokenLayout, leading: int = 0) -> TokenOrder:
     start = leading * layout.frame_tokens
     rest = torch.arange(start, layout.video).view(-1, layout.frame_tokens).T.flatten()
     return video_order(layout, torch.cat([torch.arange(start), rest]))
+
+
+def token_major_places(layout: TokenLayout, leading: int = 0) -> Tensor:
+    """place * frames + frame of the video tokens as they stand in `token_major`, int64 `[video]`, leading ones too."""
+    token = token_major(layout, leading).query[layout.video_slice()] - layout.video_start
+    return token % layout.frame_tokens * layout.frames + token // layout.frame_tokens

@@ -40,7 +40,7 @@ class Case:
         f = self.features
         words = [_TYPES[f.dtype], f"D{f.head_dim}"]
         words += ["ragged"] * (not f.uniform) + ["lengths"] * f.has_length + ["int8"] * f.int8
-        words += ["window"] * bool(f.stride) + [["", "summary", "diagonal"][f.rest]] * bool(f.rest)
+        words += ["window"] * bool(f.stride) + ["ball"] * f.ball + [["", "summary", "diagonal"][f.rest]] * bool(f.rest)
         words += [["", "global", "grouped"][f.first_order]] * bool(f.first_order)
         return " ".join(words)
 
@@ -106,6 +106,7 @@ def features_shipped(head_dim: int) -> list[Features]:
         {"rest": 1},
         {"rest": 1, "first_order": 1},
         {"stride": (1, 1, 1)},
+        {"stride": (1, 1, 1), "ball": True},
         {"rest": 2, "first_order": 2},
     ]
     half = [Features(head_dim, torch.bfloat16, **extra) for extra in sets]
@@ -178,10 +179,11 @@ def _signature(kernel: Any, features: Features, constants: dict[str, Any]) -> tu
 
     scalar, qk = _TYPES[features.dtype], "i8" if features.int8 else _TYPES[features.dtype]
     pointers = dict.fromkeys(("v", "out", "mean_k", "mean_v", "variance", "moments"), scalar)
-    pointers |= dict.fromkeys(("q", "k"), qk) | dict.fromkeys(("lse", "q_step", "k_step", "log_tokens"), "fp32")
+    pointers |= dict.fromkeys(("q", "k"), qk) | dict.fromkeys(("lse", "q_step", "k_step", "log_tokens", "ball"), "fp32")
     pointers |= {"chosen": "u8"}
     unread = set() if features.has_length else {"kv_len"}
     unread |= set() if features.stride else {"full_counts", "lower", "upper", "coordinates"}
+    unread |= set() if features.ball else {"ball"}
     unread |= set() if features.int8 else {"q_step", "k_step"}
     unread |= set() if features.rest else {"chosen", "log_tokens", "mean_k", "mean_v"}
     unread |= set() if features.rest == 2 else {"variance"}

@@ -107,6 +107,7 @@ def request_of(
         dtype=q.dtype,
         head_dim=q.shape[-1],
         has_predicate=plan.predicate is not None,
+        has_ball=plan.predicate is not None and plan.predicate.ball is not None,
         remainder=remainder,
         return_lse=return_lse,
         precision=precision,

@@ -17,7 +17,7 @@ from dit_accel.plan import Blocking, BlockPlan, BoxPredicate
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, Tensor? full_counts, "
-    "Tensor? lower, Tensor? upper, Tensor? coordinates, int[] stride, "
+    "Tensor? lower, Tensor? upper, Tensor? coordinates, int[] stride, Tensor? ball, "
     "Tensor q_starts, int q_size, Tensor k_starts, int k_size, Tensor? kv_len, float scale, "
     "str mass, str first_order, int group, str about, str qk, bool smooth_k, str backend) -> (Tensor, Tensor)"
 )
@@ -48,6 +48,7 @@ def call(
         None if box is None else box.upper,
         None if box is None else box.coordinates,
         [] if box is None else list(box.stride),
+        None if box is None else box.ball,
         plan.q_blocks.starts,
         plan.q_blocks.size,
         plan.k_blocks.starts,
@@ -76,6 +77,7 @@ def _block_attention(
     upper: Tensor | None,
     coordinates: Tensor | None,
     stride: list[int],
+    ball: Tensor | None,
     q_starts: Tensor,
     q_size: int,
     k_starts: Tensor,
@@ -94,7 +96,7 @@ def _block_attention(
 
     box = None
     if lower is not None and upper is not None and coordinates is not None:
-        box = BoxPredicate(lower, upper, coordinates, tuple(stride))
+        box = BoxPredicate(lower, upper, coordinates, tuple(stride), ball)
     q_blocks, k_blocks = _blocking(q_starts, q_size), _blocking(k_starts, k_size)
     out, lse = block_attention(
         q,

@@ -23,6 +23,7 @@ class Request:
         dtype: their dtype.
         head_dim: D.
         has_predicate: the plan has partial blocks.
+        has_ball: they are cut by a ball.
         remainder: see `Remainder`; None drops.
         return_lse: the log-sum-exp is wanted too.
         precision: see `Precision`; None is that of the inputs.
@@ -41,6 +42,7 @@ class Request:
     is_uniform: bool = True
     q_size: int = 64
     k_size: int = 64
+    has_ball: bool = False
 
 
 class BackendFunction(Protocol):
@@ -107,7 +109,16 @@ def _kind(name: str, request: Request) -> tuple[Hashable, ...]:
     """What a self-test stands for: the calls that run the same compiled kernel."""
     sizes = tuple(min(1 << (size - 1).bit_length(), _LARGEST_TILE) for size in (request.q_size, request.k_size))
     device = (request.device.type, request.dtype, request.head_dim)
-    return (name, *device, request.remainder, request.precision, request.has_predicate, request.is_uniform, *sizes)
+    return (
+        name,
+        *device,
+        request.remainder,
+        request.precision,
+        request.has_predicate,
+        request.has_ball,
+        request.is_uniform,
+        *sizes,
+    )
 
 
 def why_not(backend: Backend, request: Request) -> str | None:

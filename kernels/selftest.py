@@ -49,7 +49,7 @@ def _case(request: Request) -> tuple[Tensor, Tensor, Tensor, BlockPlan, Tensor]:
     )
     plan = BlockPlan.from_mask(mask, q_blocks, k_blocks)
     if request.has_predicate:
-        plan = _with_window(plan)
+        plan = _with_window(plan, request.has_ball)
     kv_len = torch.tensor([k_blocks.tokens, k_blocks.tokens - request.k_size], device=request.device)
     return q, k, v, plan.to(request.device), kv_len
 
@@ -62,12 +62,13 @@ def _blocks(size: int, request: Request, count: int) -> Blocking:
     return Blocking.from_lengths([size, short, *[size] * (count - 1), short])
 
 
-def _with_window(plan: BlockPlan) -> BlockPlan:
-    """The same blocks, half of each row whole, the others cut by a box of three axes."""
+def _with_window(plan: BlockPlan, has_ball: bool) -> BlockPlan:
+    """The same blocks, half of each row whole, the others cut by a box of three axes, or the ball inside it."""
     keys, queries = (torch.arange(n, dtype=torch.int32) for n in (plan.k_blocks.tokens, plan.q_blocks.tokens))
     coordinates, centre = (torch.stack([x // 12, x // 4 % 3, x % 4], -1) for x in (keys, queries))
     reach = torch.tensor([plan.k_blocks.size // 12 + 1, 1, 2], dtype=torch.int32)
-    box = BoxPredicate(centre - reach, centre + reach + 1, coordinates)
+    ball = torch.tensor([1.0, 1.0, 1.0, 4 * 2.5**2]) if has_ball else None
+    box = BoxPredicate(centre - reach, centre + reach + 1, coordinates, ball=ball)
     return replace(plan, full_counts=(plan.counts // 2).clamp(min=1), predicate=box)
 
 

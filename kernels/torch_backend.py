@@ -44,13 +44,15 @@ class _Operands:
 class _Rows:
     """The lists of key blocks: columns int64 `[R, C]` into the G * nk blocks, and their kinds `[R, C]`.
 
-    `counts` and `whole` `[R]` say how many leading entries have a key to attend, and how many need no mask.
+    `counts` and `whole` `[R]` say how many leading entries have a key to attend, and how many need no mask;
+    `items` `[R]` which boxes of the predicate a row has, None: all the same.
     """
 
     columns: Tensor
     kinds: Tensor
     counts: Tensor
     whole: Tensor
+    items: Tensor | None
 
 
 def run(
@@ -121,7 +123,10 @@ def _lists(plan: BlockPlan, batch: int, heads: int, operands: _Operands) -> _Row
     if operands.real is not None or plan.full_counts is not None:
         kinds, order = kinds.sort(stable=True, dim=-1)
         columns = columns.gather(-1, order)
-    return _Rows(columns, kinds, (kinds < _VOID).sum(-1), (kinds == _WHOLE).sum(-1))
+    items = None
+    if plan.predicate is not None and not plan.predicate.is_shared:
+        items = plan.predicate.items(batch, heads).repeat_interleave(nq)
+    return _Rows(columns, kinds, (kinds < _VOID).sum(-1), (kinds == _WHOLE).sum(-1), items)
 
 
 def _attend_exact(operands: _Operands, rows: _Rows, plan: BlockPlan) -> tuple[Tensor, Tensor]:
@@ -159,7 +164,7 @@ def _attend_chunk(
     whole = int(rows.whole[chunk].min())
     bias = None
     if whole < wide:
-        keep = _keep(operands, plan, chunk, index[:, whole:], rows.kinds[chunk, whole:wide])
+        keep = _keep(operands, rows, plan, chunk, index[:, whole:], rows.kinds[chunk, whole:wide])
         bias = k.new_zeros(len(chunk), keep.shape[1], k.shape[1])
         bias[..., -keep.shape[2] :].masked_fill_(~keep, -torch.inf)
     out, lse = _attend(operands.q[chunk], k, v, bias, operands.scale)
@@ -170,7 +175,7 @@ def _attend_chunk(
     return out, lse
 
 
-def _keep(operands: _Operands, plan: BlockPlan, chunk: Tensor, index: Tensor, kinds: Tensor) -> Tensor:
+def _keep(operands: _Operands, rows: _Rows, plan: BlockPlan, chunk: Tensor, index: Tensor, kinds: Tensor) -> Tensor:
     """Which keys of the entries `index` `[r, c]` count: bool `[r, 1 or Tq, c * Tk]`."""
     size = plan.k_blocks.size
     keep = torch.ones(1, 1, 1, dtype=torch.bool, device=index.device).expand(len(chunk), 1, index.shape[1] * size)
@@ -183,7 +188,11 @@ def _keep(operands: _Operands, plan: BlockPlan, chunk: Tensor, index: Tensor, ki
     # Slots of padding repeat the last token of their block; they are masked by `real`, or cut off afterwards.
     queries = q_start + torch.arange(plan.q_blocks.size, device=index.device).minimum(q_length - 1)
     keys = k_start + torch.arange(size, device=index.device).minimum(k_length - 1)
-    inside = plan.predicate.keeps(queries.long(), keys.flatten(1).long())
+    queries, keys = queries.long(), keys.flatten(1).long()
+    if rows.items is None:
+        inside = plan.predicate.keeps(queries, keys)
+    else:
+        inside = plan.predicate.keeps_of(rows.items[chunk], queries, keys)
     return keep & (inside | (kinds < _PARTIAL).repeat_interleave(size, dim=-1).unsqueeze(1))
 
 

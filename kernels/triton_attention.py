@@ -35,6 +35,10 @@ VARYING = (
     "chosen_b",
     "chosen_h",
     "padded_keys",
+    "box_b",
+    "box_h",
+    "place_b",
+    "place_h",
 )
 
 
@@ -100,14 +104,17 @@ def _box(
     lower: tl.tensor,
     upper: tl.tensor,
     coordinates: tl.tensor,
+    ball: tl.tensor,
     query: tl.tensor,
     key: tl.tensor,
     is_query: tl.tensor,
     is_key: tl.tensor,
     AXES: tl.constexpr,
     STRIDE: tl.constexpr,
+    BALL: tl.constexpr,
 ) -> tl.tensor:
-    """Narrow `keep` `[M, N]` to the keys inside the box of each query; query `[M]` and key `[N]` are tokens."""
+    """Narrow `keep` `[M, N]` to the keys in the box, or ball, of each query; query `[M]` and key `[N]` are tokens."""
+    squared = 0.0
     for axis in tl.static_range(AXES):
         low = tl.load(lower + query * AXES + axis, mask=is_query, other=0)[:, None]
         high = tl.load(upper + query * AXES + axis, mask=is_query, other=0)[:, None]
@@ -115,6 +122,11 @@ def _box(
         keep = keep & (place >= low) & (place < high)
         if STRIDE[axis] != 1:
             keep = keep & ((place - low) % STRIDE[axis] == 0)
+        if BALL:
+            offset = (2 * place - low - high + 1).to(tl.float32)
+            squared += tl.load(ball + axis) * offset * offset
+    if BALL:
+        keep = keep & (squared < tl.load(ball + AXES))
     return keep
 
 
@@ -192,7 +204,7 @@ def attention(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, lse: tl.tensor,
     indices: tl.tensor, counts: tl.tensor, full_counts: tl.tensor,
     q_starts: tl.tensor, q_lengths: tl.tensor, k_starts: tl.tensor, k_lengths: tl.tensor, kv_len: tl.tensor,
-    lower: tl.tensor, upper: tl.tensor, coordinates: tl.tensor,
+    lower: tl.tensor, upper: tl.tensor, coordinates: tl.tensor, ball: tl.tensor,
     q_step: tl.tensor, k_step: tl.tensor,
     chosen: tl.tensor, log_tokens: tl.tensor, mean_k: tl.tensor, mean_v: tl.tensor,
     variance: tl.tensor, moments: tl.tensor,
@@ -204,11 +216,12 @@ def attention(
     index_b: tl.int64, index_h: tl.int64, index_n: tl.int64,
     count_b: tl.int64, count_h: tl.int64,
     chosen_b: tl.int64, chosen_h: tl.int64,
+    box_b: tl.int64, box_h: tl.int64, place_b: tl.int64, place_h: tl.int64,
     q_tiles: tl.int32, k_tiles: tl.int32, k_size: tl.int32,
     queries: tl.int32, keys: tl.int32, blocks: tl.int32, group: tl.int32, padded_keys: tl.int32,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     UNIFORM: tl.constexpr, ONE_TILE: tl.constexpr, NESTED: tl.constexpr, HAS_LENGTH: tl.constexpr,
-    AXES: tl.constexpr, STRIDE: tl.constexpr,
+    AXES: tl.constexpr, STRIDE: tl.constexpr, BALL: tl.constexpr,
     INT8: tl.constexpr, REST: tl.constexpr, FIRST_ORDER: tl.constexpr,
     TMA: tl.constexpr, SPECIALIZE: tl.constexpr, DOT: tl.constexpr,
 
@@ -243,6 +256,9 @@ def attention(
     full = count
     if AXES:
         full = tl.minimum(tl.load(full_counts + count_at), count)
+        lower += item * box_b + head * box_h
+        upper += item * box_b + head * box_h
+        coordinates += item * place_b + head * place_h
     # A tile beyond the end of a short block has nothing to do, nor has an item without real keys.
     count = tl.where((length > 0) & (tokens > 0), count, 0)
     full = tl.minimum(full, count)
@@ -360,7 +376,9 @@ def attention(
                 keep = is_query[:, None] & is_key[None, :]
                 if AXES:
                     key = at + tl.arange(0, PART_N)
-                    inside = _box(keep, lower, upper, coordinates, query, key, is_query, is_key, AXES, STRIDE)
+                    inside = _box(
+                        keep, lower, upper, coordinates, ball, query, key, is_query, is_key, AXES, STRIDE, BALL
+                    )
                     keep = inside | (keep & (entry < full))
                 logits = tl.where(keep, _logits(q_tile, k_tile, block_factor, INT8, DOT), float("-inf"))
                 acc, top, total, fade, weights = _softmax_step(acc, top, total, logits, v_tile, DOT)

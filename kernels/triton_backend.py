@@ -14,7 +14,7 @@ from dit_accel.kernels.registry import Backend, Request
 from dit_accel.kernels.spec import Precision, Remainder
 from dit_accel.kernels.triton_configs import MAX_HEAD_DIM, Features, Tile, architecture, choose_tile, constants_of
 from dit_accel.kernels.triton_operands import Int8Operands, Rest
-from dit_accel.plan import BlockPlan
+from dit_accel.plan import BlockPlan, BoxPredicate
 
 # The interpreter has no architecture of its own; it takes the tiles of this one.
 _INTERPRETED_AS = 90
@@ -117,6 +117,7 @@ def _features(
         uniform=plan.k_blocks.is_uniform,
         has_length=kv_len is not None,
         stride=() if plan.predicate is None else plan.predicate.stride,
+        ball=plan.predicate is not None and plan.predicate.ball is not None,
         int8=q.dtype == torch.int8,
         rest=0 if remainder is None else _REST[remainder.mass],
         first_order=0 if remainder is None else _FIRST_ORDER[remainder.first_order],
@@ -165,6 +166,7 @@ def _tensors(
         "lower": None if box is None else box.lower.contiguous(),
         "upper": None if box is None else box.upper.contiguous(),
         "coordinates": None if box is None else box.coordinates.contiguous(),
+        "ball": None if box is None else box.ball,
     }
 
 
@@ -184,7 +186,17 @@ def _strides(q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: BlockPlan) -> d
     }
     shared = {"b": batch == 1, "h": heads == 1}
     strides |= {name: 0 if shared[name[-1]] else step for name, step in steps.items()}
-    return strides | {"index_n": wide}
+    return strides | {"index_n": wide} | _box_strides(plan.predicate)
+
+
+def _box_strides(box: BoxPredicate | None) -> dict[str, int]:
+    """Strides of the boxes of queries and of the places of keys over batch and heads; 0 where they are shared."""
+    strides: dict[str, int] = {}
+    for name, x in (("box", None if box is None else box.lower), ("place", None if box is None else box.coordinates)):
+        batch, heads = (1, 1) if x is None or x.ndim == 2 else x.shape[:2]
+        size = 0 if x is None else x.shape[-2] * x.shape[-1]
+        strides |= {f"{name}_b": size * heads if batch > 1 else 0, f"{name}_h": size if heads > 1 else 0}
+    return strides
 
 
 def _numbers(q: Tensor, plan: BlockPlan, tile: Tile, rest: Rest | None) -> dict[str, int]:

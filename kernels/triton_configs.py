@@ -55,6 +55,7 @@ class Features:
         rest: 0: the rest is dropped; 1: summary tiles; 2: summary tiles with second-order mass.
         first_order: 0: none; 1: one product at the end, for the whole head; 2: one per group of blocks.
         aligned: rows of k and v begin at multiples of 16 bytes.
+        ball: partial blocks are cut by a ball inside the box.
     """
 
     head_dim: int
@@ -66,6 +67,7 @@ class Features:
     rest: int = 0
     first_order: int = 0
     aligned: bool = True
+    ball: bool = False
 
     @property
     def padded_dim(self) -> int:
@@ -179,6 +181,7 @@ def constants_of(features: Features, tile: Tile, k_size: int) -> dict[str, Any]:
         "HAS_LENGTH": features.has_length,
         "AXES": len(features.stride),
         "STRIDE": features.stride,
+        "BALL": features.ball,
         "INT8": features.int8,
         "REST": features.rest,
         "FIRST_ORDER": features.first_order,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -134,16 +133,12 @@ def take_query_blocks(plan: BlockPlan, blocks: Tensor) -> tuple[BlockPlan, Tenso
     chosen[blocks] = True
     tokens = torch.repeat_interleave(chosen, plan.q_blocks.lengths).nonzero().flatten()
     index = blocks.to(plan.indices.device)
-    predicate = plan.predicate
-    if predicate is not None:
-        rows = tokens.to(predicate.lower.device)
-        predicate = replace(predicate, lower=predicate.lower[rows], upper=predicate.upper[rows])
     part = BlockPlan(
         Blocking.from_lengths(plan.q_blocks.lengths[blocks], plan.q_blocks.size),
         plan.k_blocks,
         plan.indices[:, :, index].contiguous(),
         plan.counts[:, :, index].contiguous(),
         None if plan.full_counts is None else plan.full_counts[:, :, index].contiguous(),
-        predicate,
+        None if plan.predicate is None else plan.predicate.of_queries(tokens),
     )
     return part, tokens

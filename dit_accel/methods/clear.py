@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -16,10 +17,10 @@ from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Density, Method, Size, SizeTriple
 from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder
-from dit_accel.plan import Blocking, BlockPlan
+from dit_accel.plan import Blocking, BlockPlan, BoxPredicate
 from dit_accel.state import CallContext
-from dit_accel.static_masks import with_text
-from dit_accel.tiling import tile_blocks, tile_order
+from dit_accel.static_masks import with_prefix, with_text
+from dit_accel.tiling import tile_axes, tile_blocks, tile_order
 
 _TRAINED_TOKENS = 64 * 64 + 512  # FLUX at 1024 x 1024, with its text
 
@@ -28,14 +29,17 @@ _TRAINED_TOKENS = 64 * 64 + 512  # FLUX at 1024 x 1024, with its text
 class Clear(Method):
     """CLEAR (arXiv 2412.16112): a disc around each query, cut at the borders; made for FLUX with fine-tuned weights.
 
-    A disc in raster order touches whole rows of keys; in tiles it is compact. Tiles that the disc of one of their
-    queries touches are computed whole (our choice: rim keys cost nothing more). Without the published weights it holds
-    up in upscaling and at radius 32 or more. Published radii: 8, 16, 32, tiles of FLUX.1-dev, no dense steps.
+    A disc in raster order touches whole rows of keys; in tiles it is compact, and only the tiles at its rim are decided
+    token by token. Without the published weights it holds up in upscaling and at radius 32 or more. Published radii: 8,
+    16, 32, tiles of FLUX.1-dev, no dense steps. Conditioning frames are seen by all.
 
     Args:
         radius: a key is seen when its distance is below `radius`, in tokens.
         density: the largest radius that keeps no more than this share of the tile pairs; every tile keeps itself.
             Default None: `radius` decides.
+        rim: tiles that a disc only touches: "exact": its tokens alone, as published; "whole": all of them, which
+            attends more and is cheaper, since no token is masked. Default: "exact"; "whole" with `density`, which
+            counts tiles, and with remainder "mean", which has no place for the rest of a tile.
         frame_step: distance of neighbouring frames, in tokens. 1 gives the published densities of balls in video; 0 is
             a disc through all frames.
         remainder: "drop"; "mean": tiles outside the disc enter as one mean key and value each, with their log-count
@@ -52,6 +56,7 @@ class Clear(Method):
 
     radius: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
     density: Density | None = None
+    rim: Literal["exact", "whole"] | None = None
     frame_step: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     remainder_: Literal["drop", "mean", "pooled"] = Field(default="drop", alias="remainder")
     pool: Size = 4
@@ -64,22 +69,58 @@ class Clear(Method):
 
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
         """The tiles that a disc touches. q, k `[B, H, N, D]` are not looked at; text attends all, all attend it."""
-        blocks = tile_blocks(call.layout, self.tile)
-        return BlockPlan.from_mask(with_text(call.layout, blocks, self.tiles_seen(call.layout)), blocks, blocks)
+        layout = call.layout
+        blocks = tile_blocks(layout, self.tile)
+        near = self._squared_distances(layout, _nearest)
+        limit = self._squared_radius(near)
+        touched = with_text(layout, blocks, with_prefix(layout, blocks, near < limit))
+        if self._rim == "whole":
+            return BlockPlan.from_mask(touched, blocks, blocks)
+        inside = with_prefix(layout, blocks, self._squared_distances(layout, _farthest) < limit)
+        return BlockPlan.from_mask(
+            touched, blocks, blocks, with_text(layout, blocks, inside), self._predicate(layout, limit)
+        )
 
     def tiles_seen(self, layout: TokenLayout) -> Tensor:
-        """Bool `[n, n]` over the tiles of the video."""
-        steps = (self.frame_step, 1.0, 1.0)
-        t, h, w = (_squared_gaps(*axis) for axis in zip(layout.grid, self.tile, steps, strict=True))
-        plane = h[:, None, :, None] + w[None, :, None, :]
-        squared = t[:, None, None, :, None, None] + plane[None, :, :, None]
-        squared = squared.flatten(3).flatten(0, 2)
+        """The tiles that a disc touches, bool `[n, n]` over the tiles of the video."""
+        near = self._squared_distances(layout, _nearest)
+        return near < self._squared_radius(near)
+
+    @property
+    def _rim(self) -> str:
+        counts_tiles = self.density is not None or self.remainder_ == "mean"
+        return self.rim or ("whole" if counts_tiles else "exact")
+
+    def _squared_distances(self, layout: TokenLayout, gap: Callable[[Tensor], Tensor]) -> Tensor:
+        """Squared distance of tiles, fp32 `[n, n]`, where `gap` gives that of each two tiles of an axis."""
+        t, h, w = (gap(axis).square().float() for axis in tile_axes(layout, self.tile))
+        plane = (self._weight * t)[:, None, :, None] + h[None, :, None, :]
+        squared = plane[:, :, None, :, :, None] + w[None, None, :, None, None, :]
+        return squared.flatten(3).flatten(0, 2)
+
+    @property
+    def _weight(self) -> float:
+        """Squared distance of neighbouring frames."""
+        return self.frame_step**2
+
+    def _squared_radius(self, near: Tensor) -> Tensor:
+        """The square of the radius, 0-d fp32; `near` `[n, n]` are the squared distances of tiles."""
         if self.density is None:
-            return squared < self.radius**2
+            return near.new_tensor(self.radius**2)
         if self.density == 1:
-            return torch.ones_like(squared, dtype=torch.bool)
-        first_left_out = squared.flatten().kthvalue(int(self.density * squared.numel()) + 1).values
-        return squared < first_left_out.clamp(min=0.5)
+            return near.new_tensor(torch.inf)
+        first_left_out = near.flatten().kthvalue(int(self.density * near.numel()) + 1).values
+        return first_left_out.clamp(min=0.5)
+
+    def _predicate(self, layout: TokenLayout, limit: Tensor) -> BoxPredicate:
+        """The disc of every token, in tile order; text tokens only meet whole blocks."""
+        at = torch.zeros(layout.tokens, 3, dtype=torch.int32)
+        at[layout.video_slice()] = layout.coordinates
+        at = at[tile_order(layout, self.tile).query]
+        reach = torch.tensor(layout.grid, dtype=torch.int32)  # the box holds all: the disc decides
+        # Coordinates count twice in the rule of the predicate, which knows the middle of a box by its borders.
+        ball = torch.tensor([self._weight, 1.0, 1.0, 4 * float(limit)])
+        return BoxPredicate(at - reach, at + reach + 1, at, ball=ball)
 
     def logit_scale(self, head_dim: int, layout: TokenLayout) -> float | None:
         """1 / sqrt(head_dim), larger for more tokens than the model was trained with when `proportional`."""
@@ -139,9 +180,19 @@ class Clear(Method):
         return cell[tile_order(layout, self.tile).query[layout.video_slice()] - layout.video_start]
 
 
-def _squared_gaps(length: int, size: int, step: float) -> Tensor:
-    """Squared distance of the nearest coordinates of each two tiles of an axis, fp32 `[n, n]`."""
-    first = torch.arange(0, length, size)
-    last = (first + size).clamp(max=length) - 1
-    gap = torch.maximum(first - last.unsqueeze(-1), first.unsqueeze(-1) - last).clamp(min=0)
-    return (gap * step).square().float()
+def _ends(tile_of: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last coordinate of every tile of an axis, int64 `[n]` each."""
+    end = tile_of.bincount().cumsum(0)
+    return torch.cat([end.new_zeros(1), end[:-1]]), end - 1
+
+
+def _nearest(tile_of: Tensor) -> Tensor:
+    """Distance of the nearest coordinates of each two tiles of an axis, int64 `[n, n]`."""
+    first, last = _ends(tile_of)
+    return torch.maximum(first - last.unsqueeze(-1), first.unsqueeze(-1) - last).clamp(min=0)
+
+
+def _farthest(tile_of: Tensor) -> Tensor:
+    """Distance of the farthest coordinates of each two tiles of an axis, int64 `[n, n]`."""
+    first, last = _ends(tile_of)
+    return torch.maximum(last - first.unsqueeze(-1), last.unsqueeze(-1) - first)

@@ -17,8 +17,8 @@ from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder
 from dit_accel.plan import BlockPlan, BoxPredicate
 from dit_accel.state import CallContext
-from dit_accel.static_masks import outer, with_text
-from dit_accel.tiling import axis_tiles, tile_blocks, tile_order
+from dit_accel.static_masks import outer, with_prefix, with_text
+from dit_accel.tiling import tile_axes, tile_blocks, tile_order
 
 _Tiling = tuple[tuple[int, int, int], tuple[int, int, int]]
 
@@ -66,7 +66,7 @@ class Neighborhood(Method):
 
     Published, without training: HunyuanVideo at 30 x 48 x 80 tokens window [18, 24, 24], stride [16, 8, 8], tile
     [2, 8, 8]; FLUX at 256 x 256 window [1, 80, 80], stride [1, 16, 16], tile [1, 16, 8]. Cosmos-Predict2 is trained
-    with such windows, given for the base grid [0, 44, 80].
+    with such windows, given for the base grid [0, 44, 80]. Conditioning frames are seen by all, on top of the window.
 
     Args:
         window: keys per axis (frames, height, width); 0 means the whole axis. Longer than the axis: the whole axis.
@@ -106,10 +106,10 @@ class Neighborhood(Method):
         q_blocks, k_blocks = tile_blocks(layout, *queries), tile_blocks(layout, *keys)
         masks = []
         for rule in ("any", "all"):
-            video = outer([_tile_pairs(*axis, rule) for axis in zip(axes, queries[0], keys[0], strict=True)])
+            tiles = zip(axes, tile_axes(layout, *queries), tile_axes(layout, *keys), strict=True)
+            video = outer([_tile_pairs(*axis, rule) for axis in tiles])
+            video = with_prefix(layout, q_blocks, video, k_blocks, self.causal_frames)
             masks.append(with_text(layout, q_blocks, video, k_blocks))
-        if torch.equal(*masks):
-            return BlockPlan.from_mask(masks[0], q_blocks, k_blocks)
         return BlockPlan.from_mask(masks[0], q_blocks, k_blocks, masks[1], self._predicate(layout, axes))
 
     def axes(self, layout: TokenLayout) -> tuple[Axis, Axis, Axis]:
@@ -161,9 +161,14 @@ def _fit(length: int, window: int, stride: int, dilation: int, base: int, causal
     return Axis(length, window, min(stride, window), dilation, causal)
 
 
-def _tile_pairs(axis: Axis, q_size: int, k_size: int, rule: str) -> Tensor:
-    """Bool `[nq, nk]`: tiles of an axis between which "any" or "all" pairs of coordinates are kept."""
-    q_tile, k_tile = (axis_tiles(axis.length, size, axis.dilation) for size in (q_size, k_size))
+def _tile_pairs(axis: Axis, q_tile: Tensor, k_tile: Tensor, rule: str) -> Tensor:
+    """Bool `[nq, nk]`: tiles of an axis between which "any" or "all" pairs of coordinates are kept.
+
+    Args:
+        axis: the window.
+        q_tile, k_tile: tile of every coordinate, int64 `[L]`.
+        rule: "any" or "all".
+    """
     q_lengths, k_lengths = q_tile.bincount(), k_tile.bincount()
     pairs = torch.zeros(len(q_lengths), axis.length, dtype=torch.int64).index_add_(0, q_tile, axis.kept().long())
     pairs = torch.zeros(len(q_lengths), len(k_lengths), dtype=torch.int64).index_add_(1, k_tile, pairs)

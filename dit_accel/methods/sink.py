@@ -71,7 +71,7 @@ class AShape(Method):
     128 and n_local 3968; tri-shape has n_last 100; streaming caches 4 + 2000 and 64 + 256.
 
     Args:
-        n_init: leading video tokens that every query sees.
+        n_init: leading video tokens that every query sees; conditioning frames always count as such.
         n_local: query i sees the keys with |i - j| < n_local.
         n_last: trailing video tokens that see everything (tri-shape). Default 0.
         causal: queries see no later video token, as published. Default False: both directions, as in the models here.
@@ -93,7 +93,7 @@ class AShape(Method):
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
         """Sink blocks and blocks inside the band whole, those at its rim in part. q, k are not looked at."""
         layout = call.layout
-        init = min(self.n_init, layout.video)
+        init = min(max(self.n_init, layout.prefix_frames * layout.frame_tokens), layout.video)
         last = max(init, layout.video - self.n_last)
         cuts = [n for n in (init, last - init, layout.video - last) if n]
         blocks = layout.blocks(self.block, video=Blocking.segments(cuts, self.block))

@@ -13,8 +13,8 @@ from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder
 from dit_accel.plan import BlockPlan
 from dit_accel.state import CallContext
-from dit_accel.static_masks import outer, with_text
-from dit_accel.tiling import tile_blocks, tile_order
+from dit_accel.static_masks import outer, with_prefix, with_text
+from dit_accel.tiling import tile_blocks, tile_counts, tile_order
 
 
 @register("sliding_tile")
@@ -22,7 +22,8 @@ class SlidingTile(Method):
     """Sliding tile attention (arXiv 2502.04507): every query of a tile sees the same box of whole tiles.
 
     For odd windows on grids that divide by the tile it equals neighborhood attention with the tile as stride. Tiles at
-    the end of an axis may be smaller, so any grid works. Windows per head: a head table with one mode per window.
+    the end of an axis may be smaller, so any grid works. Conditioning frames are tiles of their own, seen by all.
+    Windows per head: a head table with one mode per window.
 
     Published, without training: HunyuanVideo at 30 x 48 x 80 tokens and Wan2.1-14B at 18 x 48 x 80, tile [6, 8, 8],
     12 of 50 steps dense, a searched window per head ([5, 3, 3], [1, 6, 10], [3, 3, 5], [5, 1, 10], [5, 6, 1] in the
@@ -50,13 +51,14 @@ class SlidingTile(Method):
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
         """The box of tiles around each tile, shifted inward at borders. q, k `[B, H, N, D]` are not looked at."""
         layout = call.layout
-        counts = [-(-length // tile) for length, tile in zip(layout.grid, self.tile, strict=True)]
+        counts = tile_counts(layout, self.tile)
         axes = []
         for count, window in zip(counts, self._windows(counts), strict=True):
             width = count if window == 0 else min(count, 2 * (window // 2) + 1)
             axes.append(Axis(count, width, 1, 1, False).kept())
         blocks = tile_blocks(layout, self.tile)
-        return BlockPlan.from_mask(with_text(layout, blocks, outer(axes)), blocks, blocks)
+        mask = with_prefix(layout, blocks, outer(axes))
+        return BlockPlan.from_mask(with_text(layout, blocks, mask), blocks, blocks)
 
     def _windows(self, counts: Sequence[int]) -> Sequence[int]:
         """Window per axis of `counts` tiles."""

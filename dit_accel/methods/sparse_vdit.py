@@ -12,10 +12,10 @@ from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import FROM_LIST, BlockSize, Count, Density, Method
 from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder
-from dit_accel.plan import BlockPlan
+from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.sampling import sample_rows, sampled_logits
 from dit_accel.state import CallContext
-from dit_accel.static_masks import band, half_width, spans, token_major, with_text
+from dit_accel.static_masks import band, half_width, spans, token_major, token_major_places, with_prefix, with_text
 
 
 @register("sparse_vdit")
@@ -26,7 +26,8 @@ class SparseVDiT(Method):
     method, "dense" or "skip"; without a table all heads have the pattern named here.
 
     Published: 10 dense steps on HunyuanVideo and Wan2.1, none on CogVideoX1.5. The band's width and the columns are
-    not printed in the paper: we take the width rule of Sparse VideoGen, and blocks of 128.
+    not printed in the paper: we take the width rule of Sparse VideoGen, and blocks of 128. Conditioning frames are
+    seen by all.
 
     Args:
         mode: "diagonal": a band around the diagonal; "multi_diagonal": the same band after the tokens of one place
@@ -47,7 +48,7 @@ class SparseVDiT(Method):
 
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
         """Token-major for "multi_diagonal", else the raster."""
-        return token_major(call.layout) if self.mode == "multi_diagonal" else None
+        return token_major(call.layout, call.layout.prefix_frames) if self.mode == "multi_diagonal" else None
 
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
         """The blocks that the pattern touches. q, k `[B, H, N, D]` are not looked at; text is kept whole.
@@ -56,16 +57,25 @@ class SparseVDiT(Method):
             ConfigError: a column beyond the video.
         """
         layout = call.layout
-        blocks = layout.blocks(self.block)
+        blocks = self.blocks(layout)
         if self.mode == "full":
             return BlockPlan.full(blocks, blocks)
-        at = spans(blocks, layout)
+        first, last = spans(blocks, layout)
         if self.mode == "stripe":
-            mask = torch.zeros(len(at[0]), len(at[0]), dtype=torch.bool)
+            mask = torch.zeros(len(first), len(first), dtype=torch.bool)
             mask[:, self._columns(len(mask))] = True
         else:
-            mask = band(at, at, half_width(layout, self.density))
-        return BlockPlan.from_mask(with_text(layout, blocks, mask), blocks, blocks)
+            is_raster = self.mode == "diagonal"
+            at = torch.arange(layout.video) if is_raster else token_major_places(layout, layout.prefix_frames)
+            ends = (at[first], at[last])
+            mask = band(ends, ends, half_width(layout, self.density))
+        return BlockPlan.from_mask(with_text(layout, blocks, with_prefix(layout, blocks, mask)), blocks, blocks)
+
+    def blocks(self, layout: TokenLayout) -> Blocking:
+        """The partition of the sequence; conditioning frames share no block with other frames."""
+        frames = [layout.frame_tokens] * layout.prefix_frames
+        cuts = [n for n in (*frames, layout.video - sum(frames)) if n]
+        return layout.blocks(self.block, video=Blocking.segments(cuts, self.block))
 
     def _columns(self, count: int) -> Tensor:
         """The key blocks of a stripe, of `count` in the video."""
@@ -94,7 +104,7 @@ def stripe_columns(
         rows: sampled queries.
         seed: of the sample.
     """
-    blocks = layout.blocks(method.block)
+    blocks = method.blocks(layout)
     owner = blocks.block_of_token().to(q.device)
     video = ~layout.text_blocks(blocks).to(q.device)
     found = []

@@ -14,10 +14,10 @@ from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import BlockSize, Density, Method, Size
 from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder
-from dit_accel.plan import Blocking, BlockPlan
+from dit_accel.plan import Blocking, BlockPlan, BoxPredicate
 from dit_accel.sampling import sample_rows, sampled_logits
 from dit_accel.state import CallContext
-from dit_accel.static_masks import band, half_width, spans, token_major, with_text
+from dit_accel.static_masks import band, half_width, inside_band, spans, token_major, token_major_places, with_text
 
 _KIND = "svg.kind"
 _PROFILE_BLOCK = 128
@@ -28,7 +28,7 @@ class SVG(Method):
     """Sparse VideoGen (arXiv 2502.01776): a band, in raster order for spatial heads and token-major for temporal ones.
 
     A few sampled queries are attended in full and under both masks; the smaller squared error names the head, the
-    spatial kind first. Blocks that the band touches are computed whole.
+    spatial kind first. The band is exact, token by token, in the blocks at its rim.
 
     Published (density, dense steps, dense layers): Wan2.1-14B text to video 720p 0.30, 10 of 50, 1; image to video
     720p 0.30, 14 of 40, 1; 480p 0.30, 8 of 40, 1; HunyuanVideo 720p 0.25, 5 of 50, 1; 480p 0.20, 2 of 50, 0;
@@ -44,6 +44,8 @@ class SVG(Method):
         rounding: of the band's width: "none", "up" (released for Wan), "down" (for HunyuanVideo and CogVideoX).
         profile_frames: None: heads are judged under the masks that are computed; c: under |I - J| < floor(c * s / 128)
             in blocks of 128, whatever the density (released code: 2 for Wan, 1.5 for HunyuanVideo and CogVideoX).
+        rim: blocks that the band only touches: "exact": its tokens alone, as published; "whole": all of them, which
+            attends more and is cheaper, since no token is masked. Default "exact".
         block: block size in tokens.
     """
 
@@ -54,6 +56,7 @@ class SVG(Method):
     sink: Literal["frame", "reordered", "none"] = "frame"
     rounding: Literal["none", "up", "down"] = "none"
     profile_frames: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    rim: Literal["exact", "whole"] = "exact"
     block: BlockSize = 64
 
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
@@ -69,7 +72,12 @@ class SVG(Method):
         if both.indices.shape[1] == 1:
             return both
         kind = call.memory[_KIND].long()
-        return BlockPlan(both.q_blocks, both.k_blocks, both.indices[0, kind], both.counts[0, kind])
+        full = None if both.full_counts is None else both.full_counts[0, kind]
+        box = both.predicate
+        if box is not None and not box.is_shared:
+            lower, upper, coordinates = (x[0, kind] for x in (box.lower, box.upper, box.coordinates))
+            box = BoxPredicate(lower, upper, coordinates)
+        return BlockPlan(both.q_blocks, both.k_blocks, both.indices[0, kind], both.counts[0, kind], full, box)
 
     def classify(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> Tensor:
         """Which heads are temporal, bool `[B, H]`."""
@@ -98,8 +106,8 @@ class SVG(Method):
         if self.profile_frames is not None:
             return self._released_profile(layout, rows)
         plan = plans_of_kinds(self, layout, torch.device("cpu"))
-        block, masks = plan.k_blocks.block_of_token()[place], plan.to_mask()[0].expand(2, -1, -1)
-        return torch.stack([mask[at[rows]][:, at] for mask, at in zip(masks, block, strict=True)])
+        kinds = (plan.of_head(0, kind).token_rows(at[rows])[0, 0][:, at] for kind, at in enumerate(place))
+        return torch.stack(list(kinds))
 
     def _released_profile(self, layout: TokenLayout, rows: Tensor) -> Tensor:
         index = torch.arange(layout.video)
@@ -125,28 +133,32 @@ class SVG(Method):
             return 0
         return max(1, layout.prefix_frames)
 
-    def block_masks(self, layout: TokenLayout) -> tuple[Blocking, Tensor]:
-        """The partition and the block mask of spatial and temporal heads, bool `[2, nq, nk]`; `[1, ...]` if they agree.
-
-        Coordinates of a temporal head are place * frames + frame, also where the sink frames have been put first.
-        """
-        size, sink = layout.frame_tokens, self._sink_frames(layout)
-        leading = [size] * (sink or (self.sink == "reordered"))
-        cuts = [n for n in (*leading, layout.video - sum(leading)) if n]
+    def plan_of_kinds(self, layout: TokenLayout) -> BlockPlan:
+        """The plan of spatial and of temporal heads, `[1, 2, nq, C]`; `[1, 1, nq, C]` if they agree."""
+        sink = self._sink_frames(layout)
+        leading = layout.frame_tokens * (sink or (self.sink == "reordered"))
+        # Coordinates of a temporal head ascend within a sink frame, and from there on.
+        frames = [layout.frame_tokens] * (leading // layout.frame_tokens)
+        cuts = [n for n in (*frames, layout.video - leading) if n]
         blocks = layout.blocks(self.block, video=Blocking.segments(cuts, self.block))
         first, last = spans(blocks, layout)
         width = half_width(layout, self.density, self.rounding)
-        kinds = [(first, last)]
-        if sink:
-            token = self.temporal_order(layout)[layout.video_slice()] - layout.video_start
-            at = token % size * layout.frames + token // size
-            kinds.append((at[first], at[last]))
-        kept = [band(kind, kind, width) | (first < sum(leading)) for kind in kinds]
-        return blocks, torch.stack([with_text(layout, blocks, mask) for mask in kept])
+        places = [torch.arange(layout.video)] + [token_major_places(layout, sink)] * (sink > 0)
+        ends = [(at[first], at[last]) for at in places]
+        masks = []
+        for rule in (band, inside_band):
+            kept = [rule(kind, kind, width) | (first < leading) for kind in ends]
+            masks.append(torch.stack([with_text(layout, blocks, mask) for mask in kept]))
+        if self.rim == "whole":
+            return BlockPlan.from_mask(masks[0], blocks, blocks)
+        at = torch.zeros(1, len(places), layout.tokens, 1, dtype=torch.int32)
+        at[:, :, layout.video_slice(), 0] = torch.stack(places).to(torch.int32)
+        at = at if sink else at[0, 0]
+        box = BoxPredicate(at - width, at + width + 1, at)
+        return BlockPlan.from_mask(masks[0], blocks, blocks, masks[1], box)
 
 
 @lru_cache(maxsize=16)
 def plans_of_kinds(method: SVG, layout: TokenLayout, device: torch.device) -> BlockPlan:
     """The plan of spatial and of temporal heads on `device`, `[1, 2, nq, C]`; `[1, 1, nq, C]` when they agree."""
-    blocks, masks = method.block_masks(layout)
-    return BlockPlan.from_mask(masks, blocks, blocks).to(device)
+    return method.plan_of_kinds(layout).to(device)

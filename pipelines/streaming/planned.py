@@ -5,7 +5,6 @@ Axis legend: B batch, N queries, M keys, H heads, D head size.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,10 +106,8 @@ def _rows_of(
         plan.indices[:, :, rows],
         plan.counts[:, :, rows],
         None if plan.full_counts is None else plan.full_counts[:, :, rows],
-        None if plan.predicate is None else replace(
-            plan.predicate, lower=plan.predicate.lower[tokens], upper=plan.predicate.upper[tokens]
-        ),
-    )  # fmt: skip
+        None if plan.predicate is None else plan.predicate.of_queries(tokens),
+    )
     out = block_attention(
         q[:, :, tokens.to(q.device)], k, v, some, remainder=method.remainder, precision=method.precision
     )

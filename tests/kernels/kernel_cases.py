@@ -32,12 +32,39 @@ def window_plan(q_blocks, k_blocks, reach, stride=1, all_partial=False):
     centre = torch.arange(q_blocks.tokens, dtype=torch.int32).unsqueeze(-1)
     box = BoxPredicate(centre - reach * stride, centre + reach * stride + 1, at, (stride,))
     tokens = box.keeps(torch.arange(q_blocks.tokens), torch.arange(k_blocks.tokens))
-    inside = torch.zeros(q_blocks.count, k_blocks.count, dtype=torch.bool)
+    return plan_of_box(box, q_blocks, k_blocks, all_partial), tokens
+
+
+def plan_of_box(box, q_blocks, k_blocks, all_partial=False):
+    """The blocks that a predicate touches; those wholly inside are full unless `all_partial`."""
+    tokens = box.keeps(torch.arange(q_blocks.tokens), torch.arange(k_blocks.tokens))
+    tokens = tokens.expand(*tokens.shape[:-2], q_blocks.tokens, k_blocks.tokens)
+    inside = torch.zeros(*tokens.shape[:-2], q_blocks.count, k_blocks.count, dtype=torch.bool)
     whole = torch.zeros_like(inside)
-    for i, rows in enumerate(tokens.split(q_blocks.lengths.tolist(), 0)):
-        for j, part in enumerate(rows.split(k_blocks.lengths.tolist(), 1)):
-            inside[i, j], whole[i, j] = part.any(), part.all() and not all_partial
-    return BlockPlan.from_mask(inside, q_blocks, k_blocks, whole, box).validate(), tokens
+    for i, rows in enumerate(tokens.split(q_blocks.lengths.tolist(), -2)):
+        for j, part in enumerate(rows.split(k_blocks.lengths.tolist(), -1)):
+            inside[..., i, j] = part.flatten(-2).any(-1)
+            whole[..., i, j] = part.flatten(-2).all(-1) & (not all_partial)
+    return BlockPlan.from_mask(inside, q_blocks, k_blocks, whole, box).validate()
+
+
+def ball(limit=25.0, weights=(4.0, 1.0, 1.0)):
+    """A ball predicate on a grid of 4 x 5 x 6 tokens, and its token mask `[120, 120]` from the definition."""
+    index = torch.arange(120)
+    at = torch.stack([index // 30, index // 6 % 5, index % 6], -1).int()
+    scale = torch.tensor([*weights, 4 * limit])
+    box = BoxPredicate(at - 9, at + 10, at, ball=scale)
+    gap = (at.unsqueeze(1) - at).double()
+    return box, (gap.square() * torch.tensor(weights) * 4).sum(-1) < 4 * limit
+
+
+def boxes_of_heads(tokens, reaches=((3, 9), (12, 5))):
+    """A band per batch item and head, over places of its own: `[2, 2, N, 1]`; its token mask `[2, 2, N, N]`."""
+    generator = torch.Generator().manual_seed(3)
+    at = torch.stack([torch.stack([torch.randperm(tokens, generator=generator) for _ in row]) for row in reaches])
+    reach = torch.tensor(reaches).view(2, 2, 1)
+    box = BoxPredicate(*(x.int().unsqueeze(-1) for x in (at - reach, at + reach + 1, at)))
+    return box, (at.unsqueeze(-1) - at.unsqueeze(-2)).abs() <= reach.unsqueeze(-1)
 
 
 def agree(q, k, v, plan, **options):

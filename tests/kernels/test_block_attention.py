@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import agree, both, random_plan, tensors, uniform, window_plan
+from kernel_cases import agree, ball, both, boxes_of_heads, plan_of_box, random_plan, tensors, uniform, window_plan
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -198,6 +198,30 @@ def test_windows_of_full_and_partial_blocks(stride, all_partial, queries, keys):
     assert all_partial or stride > 1 or int(plan.full_counts.max()) > 0
     both(q, k, v, plan)
     agree(q, k, v, plan, kv_len=torch.tensor([keys, keys - 9]))
+
+
+@pytest.mark.parametrize("limit", [1.0, 9.0, 25.0])
+def test_balls_are_cut_token_by_token(limit):
+    q, k, v = tensors(batch=2, queries=120)
+    box, tokens = ball(limit)
+    plan = plan_of_box(box, *uniform(120, 8))
+    assert torch.equal(plan.to_token_mask()[0, 0], tokens)
+    both(q, k, v, plan)
+    agree(q, k, v, plan, kv_len=torch.tensor([120, 113]))
+
+
+@pytest.mark.parametrize("tokens", [64, 61])
+def test_each_head_may_have_boxes_of_its_own(tokens):
+    q, k, v = tensors(batch=2, queries=tokens)
+    box, expected = boxes_of_heads(tokens)
+    plan = plan_of_box(box, *uniform(tokens, 16))
+    assert torch.equal(plan.to_token_mask(), expected)
+    both(q, k, v, plan)
+    agree(q, k, v, plan, kv_len=torch.tensor([tokens, tokens - 9]))
+    for item in range(2):
+        for head in range(2):
+            own = box.of_head(item, head).keeps(torch.arange(tokens), torch.arange(tokens))
+            assert torch.equal(own, expected[item, head])
 
 
 @pytest.mark.parametrize("valid", [32, 33, 47, 100])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from method_cases import attend, tensors, video_mask
+from method_cases import attend, masked, tensors, token_mask, video_mask
 from torch import nn
 from torch.nn import functional as F
 
@@ -29,6 +29,28 @@ def test_tiles_of_one_token_are_the_disc(layout, radius, step):
     mask = video_mask(method, layout)
     assert torch.equal(mask, disc(layout, radius, step))
     assert torch.equal(mask, mask.T)
+
+
+@pytest.mark.parametrize("tile", [(1, 2, 3), (2, 4, 4), (9, 9, 9)])
+@pytest.mark.parametrize(("radius", "step"), [(3.0, 1.0), (2.5, 2.0), (4.0, 0.0), (5.0, 1.0)])
+def test_discs_are_exact_whatever_the_tile(tile, radius, step):
+    layout = TokenLayout((3, 9, 10), 4, "after")
+    method = Clear(radius=radius, frame_step=step, tile=tile)
+    assert torch.equal(video_mask(method, layout), disc(layout, radius, step))
+    q, k, v = (x.double() for x in tensors(layout))
+    expected = masked(layout, q, k, v, token_mask(method, layout))
+    torch.testing.assert_close(attend(method, layout, q, k, v), expected)
+
+
+def test_a_whole_rim_attends_the_same_tiles_and_masks_nothing():
+    layout = TokenLayout((3, 9, 10))
+    call = CallContext(layout)
+    exact, whole = (Clear(radius=3.0, tile=(1, 3, 4), rim=rim).select(None, None, call) for rim in ("exact", "whole"))
+    assert torch.equal(exact.to_mask(), whole.to_mask())
+    assert whole.predicate is None
+    assert exact.full_counts.sum() < exact.counts.sum()
+    for other in ({"density": 0.4}, {"radius": 3.0, "remainder": "mean"}):
+        assert Clear(tile=(1, 3, 4), **other).select(None, None, call).predicate is None
 
 
 @pytest.mark.parametrize("tile", [(1, 2, 3), (2, 4, 4)])

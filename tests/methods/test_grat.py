@@ -10,6 +10,7 @@ from method_cases import plan_of, video_mask
 
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
+from dit_accel.state import CallContext
 
 COUNTS = [(1, 32, 32), (1, 4, 4), (1, 8, 8), (8, 6, 10)]
 
@@ -83,3 +84,22 @@ def test_a_ring_adds_the_neighbours():
         for change in ({"ring": True}, {}, {"pattern": "B"})
     )
     assert torch.equal(with_ring, cross | box)
+
+
+@pytest.mark.parametrize("grid", [(12, 20, 24), (1, 64, 48)])
+@pytest.mark.parametrize("parameters", [{}, {"cross": "lines"}, {"ring": True}, {"pattern": "B", "tile": (2, 4, 4)}])
+def test_density_is_kept_as_far_as_the_pattern_goes(grid, parameters):
+    layout = TokenLayout(grid)
+    found = []
+    for density in (0.01, 0.1, 0.25, 0.5):
+        method = get_method("grat", density=density, **parameters)
+        plan = method.select(None, None, CallContext(layout))
+        share = float((plan.counts.double() / plan.k_blocks.count).mean())
+        fitted = method._fitted(layout)
+        assert share == pytest.approx(fitted.share(layout))
+        least = min(option.share(layout) for option in method._options(layout))
+        assert share <= density + 1e-9 or share == pytest.approx(least)
+        found.append(share)
+    assert found == sorted(found)
+    assert found[-1] > 0.1
+    assert get_method("grat", density=1.0).select(None, None, CallContext(layout)).density == 1

@@ -39,6 +39,7 @@ LAYOUTS = [
     TokenLayout((4, 5, 7), 9, "before"),
     TokenLayout((4, 5, 7), 9, "after", valid=(143, 149)),
     TokenLayout((1, 9, 16), 5, "before"),
+    TokenLayout((5, 4, 7), 5, "before", prefix_frames=2),
 ]
 
 
@@ -67,6 +68,30 @@ def test_attention_is_that_of_the_token_mask(name, layout):
     assert mask[layout.text_slice()].all()
     assert mask[:, layout.text_slice()].all()
     torch.testing.assert_close(attend(method, layout, q, k, v), masked(layout, q, k, v, mask))
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize("name", [*sorted(SMALL), "svg", "vertical_slash"])
+def test_conditioning_frames_are_seen_by_all_and_change_nothing_else(name, frames):
+    grid, leading = (5, 4, 7), frames * 28
+    sampled = {"svg": {"block": 8}, "vertical_slash": {"vertical": 1, "slash": 1, "near": 0, "block": 8}}
+    method = get_method(name, **{**SMALL, **sampled}[name])
+    layout = TokenLayout(grid, prefix_frames=frames)
+    order, plan = method.plan(layout, *tensors(layout)[:2])
+    mask = plan.validate().to_token_mask()
+    if order is not None:
+        place = order.validate().inverse.expand(1, mask.shape[1], -1)
+        mask = torch.stack([m[at][:, at] for m, at in zip(mask[0], place[0], strict=True)])[None]
+    assert mask[..., :leading].all()
+    if name in ("neighborhood", "clear", "sink_recent"):  # exact rules, of which the prefix is no part
+        assert torch.equal(mask[0, 0][:, leading:], token_mask(method, TokenLayout(grid))[:, leading:])
+
+
+def test_causal_windows_let_conditioning_frames_see_no_more():
+    method = get_method("neighborhood", window=(1, 1, 1), causal_frames=True, tile=(2, 2, 2))
+    mask = token_mask(method, TokenLayout((4, 2, 3), prefix_frames=2))
+    assert torch.equal(mask[:12, :12], torch.eye(12, dtype=torch.bool))
+    assert mask[12:, :12].all()
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))

@@ -68,8 +68,9 @@ def definition(method, layout):
 @pytest.mark.parametrize("layout", [PLAIN, WORDS, PADDED, TokenLayout((1, 6, 7), 3, "before"),
                                     TokenLayout((5, 2, 4), prefix_frames=2)])  # fmt: skip
 @pytest.mark.parametrize("sink", ["frame", "reordered", "none"])
-def test_every_head_attends_by_the_definition_of_its_kind(layout, sink):
-    method, call = SVG(density=0.45, block=1, sink=sink, rows=layout.video), CallContext(layout)
+@pytest.mark.parametrize("block", [1, 7, 16])
+def test_every_head_attends_by_the_definition_of_its_kind(layout, sink, block):
+    method, call = SVG(density=0.45, block=block, sink=sink, rows=layout.video), CallContext(layout)
     q, k, v = tensors(layout, batch=2, heads=5)
     out = attend(method, layout, q, k, v, call=call)
     kinds = definition(method, layout)
@@ -79,8 +80,11 @@ def test_every_head_attends_by_the_definition_of_its_kind(layout, sink):
 
 
 def test_blocks_that_the_definition_touches_are_computed():
-    method = SVG(density=0.3, block=8)
-    blocks, masks = method.block_masks(WORDS)
+    method = SVG(density=0.3, block=8, rim="whole")
+    plan = method.plan_of_kinds(WORDS)
+    blocks, masks = plan.q_blocks, plan.to_mask()[0]
+    assert plan.predicate is None
+    assert torch.equal(SVG(density=0.3, block=8).plan_of_kinds(WORDS).to_mask()[0], masks)
     for kind, order in enumerate((torch.arange(WORDS.tokens), method.temporal_order(WORDS))):
         token = definition(method, WORDS)[kind][order][:, order]
         owner = blocks.block_of_token()
@@ -132,12 +136,9 @@ def test_errors_of_all_rows_are_the_exact_errors(layout):
     method = SVG(density=0.3, block=4, rows=10**6)
     q, k, v = tensors(layout, batch=2)
     got = method.errors(q, k, v, CallContext(layout))
-    blocks, masks = method.block_masks(layout)
-    owner, video = blocks.block_of_token(), layout.video_slice()
+    video = layout.video_slice()
     dense = masked(layout, q, k, v, torch.ones(layout.tokens, layout.tokens, dtype=torch.bool))
-    for kind, order in enumerate((torch.arange(layout.tokens), method.temporal_order(layout))):
-        mask = torch.empty(layout.tokens, layout.tokens, dtype=torch.bool)
-        mask[order.unsqueeze(-1), order] = masks[kind][owner.unsqueeze(-1), owner]
+    for kind, mask in enumerate(definition(method, layout)):
         exact = (masked(layout, q, k, v, mask) - dense)[:, :, video].square().mean((-1, -2))
         torch.testing.assert_close(got[..., kind], exact)
 

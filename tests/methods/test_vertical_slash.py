@@ -8,7 +8,7 @@ from method_cases import attend, masked, tensors
 
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
-from dit_accel.methods.vertical_slash import VerticalSlash, line_scores
+from dit_accel.methods.vertical_slash import VerticalSlash, _share, line_scores
 from dit_accel.sampling import sample_rows
 from dit_accel.state import CallContext
 
@@ -127,3 +127,26 @@ def test_rows_are_a_set_and_never_padding():
     assert torch.equal(method.select(q, k, call).indices, plan.indices)
     v[:, :, 75:] = torch.nan
     assert attend(method, layout, q, k, v)[:, :, :75].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("density", [0.2, 0.5, 0.8, 1.0])
+def test_density_scales_both_budgets_as_far_as_the_forced_lines_go(layout, density):
+    q, k, _ = tensors(layout, batch=2, heads=3)
+    method = VerticalSlash(density=density, vertical=8, slash=16, near=0, block=4, rows=20)
+    plan = method.select(q, k, CallContext(layout))
+    video = ~layout.text_blocks(plan.k_blocks)
+    share = plan.to_mask()[..., video, :][..., video].double().mean((-1, -2))
+    real = 1.0 if layout.valid is None else None
+    assert (share <= density).all()
+    if real is not None:
+        assert (share > density - 0.15).all()
+
+
+def test_the_share_of_columns_and_diagonals_is_counted_without_a_mask():
+    generator = torch.Generator().manual_seed(0)
+    column = torch.rand(2, 3, 9, generator=generator) < 0.3
+    touched = torch.rand(2, 3, 17, generator=generator) < 0.3
+    i = torch.arange(9)
+    mask = touched[..., i.unsqueeze(-1) - i + 8] | column.unsqueeze(-2)
+    torch.testing.assert_close(_share(column, touched)[..., 0], mask.double().mean((-1, -2)))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from interpreter_cases import close_to_reference
-from kernel_cases import random_plan, tensors, uniform, window_plan
+from kernel_cases import ball, boxes_of_heads, plan_of_box, random_plan, tensors, uniform, window_plan
 from torch.nn import functional as F
 
 from dit_accel.errors import UnsupportedError
@@ -180,3 +180,11 @@ def test_the_reason_names_what_is_missing():
     q, k, v = tensors(queries=40)
     with pytest.raises(UnsupportedError, match="backend 'triton' cannot run this call: dtype"):
         block_attention(q, k, v, random_plan(*uniform(40, 16)), backend="triton")
+
+
+def test_balls_and_boxes_of_heads():
+    box, _ = ball()
+    close_to_reference(*tensors(batch=2, queries=120), plan_of_box(box, *uniform(120, 16)))
+    box, _ = boxes_of_heads(61)
+    q, k, v = tensors(batch=2, queries=61)
+    close_to_reference(q, k, v, plan_of_box(box, *uniform(61, 16)), kv_len=torch.tensor([61, 50]))
