@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.errors import ConfigError
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.order import TokenOrder
 from dit_accel.plan import BlockPlan
 from dit_accel.report import CallRecord
-from dit_accel.reuse import for_all_heads, overlap, representative_heads, union_of_heads
+from dit_accel.reuse import for_all_heads, for_other_layers, overlap, representative_heads
 from dit_accel.schedule import Schedule
 from dit_accel.state import CallContext, RunState
 
@@ -148,15 +147,10 @@ class Planner:
         self._made[slot] = _Made(state.step, layer, key, planned, others)
 
     def _for_others(self, planned: Planned) -> Planned:
-        """What the other layers of a group use: heads of different layers have nothing in common but their number."""
-        if self.schedule.layer_heads == "index":
+        order, plan = for_other_layers(planned.order, planned.plan, self.schedule.layer_heads)
+        if plan is planned.plan:
             return planned
-        if planned.order is not None and planned.order.query.ndim == 3 and planned.order.query.shape[1] > 1:
-            raise ConfigError(
-                "schedule.layer_heads", "'union' needs one order for all heads; this method orders each: use 'index'"
-            )
-        plan = union_of_heads(planned.plan)
-        return Planned(planned.order, plan, _density(plan, plan.indices.device, static=False))
+        return Planned(order, plan, _density(plan, plan.indices.device, static=False))
 
     def _slot(self, method: Method, layer: int, state: RunState) -> tuple[Any, ...]:
         """Where a plan is kept: per layer or group of layers, branch, and group of heads."""

@@ -75,3 +75,24 @@ def overlap(plan: BlockPlan, other: BlockPlan) -> Tensor:
     first, second = plan.to_mask(), other.to_mask()
     both, either = (x.sum((-1, -2), dtype=torch.float64) for x in (first & second, first | second))
     return (both / either).mean()
+
+
+def for_other_layers(
+    order: TokenOrder | None, plan: BlockPlan, layer_heads: str
+) -> tuple[TokenOrder | None, BlockPlan]:
+    """Order and plan of a layer as others of its group use them: heads of different layers share only a number.
+
+    Args:
+        order, plan: what the first layer of the group made.
+        layer_heads: "union" for what any of its heads keeps, "index" for the head of the same number.
+
+    Raises:
+        ConfigError: "union" where every head has an order of its own.
+    """
+    if layer_heads == "index":
+        return order, plan
+    if order is not None and order.query.ndim == 3 and order.query.shape[1] > 1:
+        raise ConfigError(
+            "schedule.layer_heads", "'union' needs one order for all heads; this method orders each: use 'index'"
+        )
+    return order, union_of_heads(plan)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from dit_accel.bench.attention import stamp
 from dit_accel.bench.table import stream_csv
-from dit_accel.calibrate.run import DEFAULT_CANDIDATES, Plan, assign, measure, write_preset
+from dit_accel.calibrate.run import DEFAULT_CANDIDATES, Plan, assign, measure
 from dit_accel.calibrate.tasks import calibration_prompts
+from dit_accel.calibrate.write import write_preset
 from dit_accel.compare.candidates import CEILING, DENSE, all_candidates, parse_candidate
 from dit_accel.compare.runner import run_all
 from dit_accel.compare.tables import Line, plot_pareto, summarise, to_markdown

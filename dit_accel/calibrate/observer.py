@@ -19,7 +19,8 @@ from dit_accel.schedule import Schedule
 from dit_accel.state import CallContext
 
 _STATIC_KEPT = 64
-_Planned = tuple[TokenOrder | None, BlockPlan]
+Planned = tuple[TokenOrder | None, BlockPlan]
+"""Order (None: raster) and plan of a call."""
 
 
 class Observer:
@@ -48,7 +49,7 @@ class Observer:
         self._generator = torch.Generator().manual_seed(seed)
         self._memory: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._generation = -1
-        self._static: OrderedDict[tuple[int, TokenLayout], _Planned] = OrderedDict()
+        self._static: OrderedDict[tuple[int, TokenLayout], Planned] = OrderedDict()
 
     @torch.no_grad()
     def __call__(self, seen: DenseCall) -> None:
@@ -64,20 +65,30 @@ class Observer:
         real = torch.arange(layout.tokens) < torch.tensor(lengths).unsqueeze(-1)
         real = real.to(seen.out.device)[:, None, :]
         whole = seen.out.float().square().sum(-1).masked_fill(~real, 0).sum().clamp(min=1e-30)
-        errors, densities = [], []
-        for index, method in enumerate(self.candidates):
-            wrong, density = self._measure(index, method, seen, real)
-            errors.append(wrong / whole)
-            densities.append(density.expand(wrong.shape))
+        wrong, density = self._measure(seen, real)
         sums, layer = self.statistics, seen.layer
-        sums.error[layer] += torch.stack(errors, -1).double().cpu()
-        sums.density[layer] += torch.stack(densities, -1).double().cpu()
+        sums.error[layer] += (wrong / whole).double().cpu()
+        sums.density[layer] += density.double().cpu()
         sums.calls[layer] += 1
 
-    def _measure(self, index: int, method: Method, seen: DenseCall, real: Tensor) -> tuple[Tensor, Tensor]:
+    def _measure(self, seen: DenseCall, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared errors and densities of one call, `[H, candidates]` each.
+
+        `real`: which rows count, bool `[B, 1, N]`.
+        """
+        errors, densities = [], []
+        for index, method in enumerate(self.candidates):
+            call = self._call(index, seen)
+            wrong, density = self._compare(method, seen, real, call, self._plan(index, method, seen, call))
+            errors.append(wrong)
+            densities.append(density.expand(wrong.shape))
+        return torch.stack(errors, -1), torch.stack(densities, -1)
+
+    def _compare(
+        self, method: Method, seen: DenseCall, real: Tensor, call: CallContext, planned: Planned
+    ) -> tuple[Tensor, Tensor]:
         """Squared error of every head, from the blocks drawn to all rows, `[H]`; density of every head `[H or 1]`."""
-        call = self._call(index, seen)
-        order, plan = self._plan(index, method, seen, call)
+        order, plan = planned
         q, k, v = (seen.q, seen.k, seen.v) if order is None else order.apply(seen.q, seen.k, seen.v)
         # What happens to the rows in order happens to the dense output, and to the flag that says which rows count.
         out = seen.out if order is None else permute(seen.out, order.query)
@@ -100,7 +111,7 @@ class Observer:
         shared = self._memory.setdefault(key, {})
         return CallContext(seen.layout, seen.layer, state.step, state.noise, state.branch, memory, shared)
 
-    def _plan(self, index: int, method: Method, seen: DenseCall, call: CallContext) -> _Planned:
+    def _plan(self, index: int, method: Method, seen: DenseCall, call: CallContext) -> Planned:
         """Order and plan on the device; those of a static method are kept."""
         kept = self._static.get((index, seen.layout)) if method.is_static else None
         if kept is not None:

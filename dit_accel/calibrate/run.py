@@ -1,9 +1,8 @@
-"""Run the prompts dense, measure, resume, and write the preset."""
+"""Run the prompts dense, measure, resume, and solve."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from dit_accel.acceleration import accelerate
+from dit_accel.calibrate.layers import LayerGroups, LayerObserver, solve_groups
 from dit_accel.calibrate.observer import Observer
 from dit_accel.calibrate.solve import Assignment, solve
 from dit_accel.calibrate.statistics import Statistics
 from dit_accel.cli.running import call_pipeline
 from dit_accel.errors import ConfigError
 from dit_accel.families.registry import family_of
-from dit_accel.head_table import HeadTable
 from dit_accel.methods.base import Method
-from dit_accel.presets import Generation, MethodSpec, Preset
+from dit_accel.presets import Generation, Preset
+from dit_accel.schedule import Schedule
 
 DEFAULT_CANDIDATES = (
     "composed:density=0.1",
@@ -49,6 +48,8 @@ class Plan:
         seed: of the first prompt, and of the blocks drawn.
         share: share of the query blocks that is computed per candidate and call.
         every: only every n-th step is measured.
+        layer_reuse: instead of candidates per head, how many layers back the plan of the one candidate is tried.
+            Default 0: candidates per head.
     """
 
     preset: Preset
@@ -58,6 +59,7 @@ class Plan:
     seed: int = 0
     share: float = 0.25
     every: int = 1
+    layer_reuse: int = 0
 
     def settings(self) -> dict[str, Any]:
         """Plain values that say whether statistics belong to this plan."""
@@ -70,7 +72,16 @@ class Plan:
             "seed": self.seed,
             "share": self.share,
             "every": self.every,
+            "layer_reuse": self.layer_reuse,
         }
+
+    def observer(self, schedule: Schedule, sums: Statistics, number: int) -> Observer:
+        """What measures prompt `number` under a schedule, adding to `sums`."""
+        methods = list(self.candidates.values())
+        common = (schedule, sums, self.share, self.every, self.seed + number)
+        if not self.layer_reuse:
+            return Observer(methods, *common)
+        return LayerObserver(methods[0], self.layer_reuse, schedule.layer_heads, *common)
 
 
 def measure(
@@ -101,14 +112,8 @@ def measure(
         sums = _empty(pipe, plan) if held is None else held.copy()
         with accelerate(pipe, method="dense") as acceleration:
             for name, engine in acceleration.engines.items():
-                engine.observer = Observer(
-                    list(plan.candidates.values()),
-                    (plan.preset.schedule_2 if name == "transformer_2" else None) or plan.preset.schedule,
-                    sums,
-                    plan.share,
-                    plan.every,
-                    plan.seed + number,
-                )
+                second = plan.preset.schedule_2 if name == "transformer_2" else None
+                engine.observer = plan.observer(second or plan.preset.schedule, sums, number)
             call_pipeline(pipe, plan.generation, prompt, plan.seed + number, inputs)
         sums.done.append(number)
         sums.seconds += time.perf_counter() - begun
@@ -123,6 +128,8 @@ def measure(
 def _empty(pipe: Any, plan: Plan) -> Statistics:
     """Empty sums of the size of the model."""
     layers = family_of(pipe.transformer).layers(pipe.transformer)
+    if plan.layer_reuse:
+        return Statistics.empty(len(layers), 1, plan.layer_reuse + 1)
     return Statistics.empty(len(layers), layers[0].module.heads, len(plan.candidates))
 
 
@@ -135,6 +142,25 @@ def _progress(number: int, prompt: str, plan: Plan, held: Statistics | None) -> 
     return f"{line} (about {left / 60:.1f} min left)" if left >= 60 else f"{line} (about {left:.0f} s left)"
 
 
+def group_layers(held: Statistics, max_error: float) -> LayerGroups:
+    """Solve for the layers that were seen; the others stand alone.
+
+    Args:
+        held: what was measured with `layer_reuse`.
+        max_error: the budget; see `solve_groups`.
+
+    Raises:
+        ConfigError: nothing was measured; or see `solve_groups`.
+    """
+    _check_seen(held)
+    return solve_groups(held.mean_error()[:, 0], (held.calls > 0).tolist(), max_error)
+
+
+def _check_seen(held: Statistics) -> None:
+    if not bool((held.calls > 0).any()):
+        raise ConfigError("schedule", "nothing was measured: it keeps every layer or step dense; ask for more steps")
+
+
 def assign(held: Statistics, max_error: float | None = None, max_density: float | None = None) -> Assignment:
     """Solve for the layers that were seen; layers that always run dense take the first candidate, which never runs.
 
@@ -145,61 +171,9 @@ def assign(held: Statistics, max_error: float | None = None, max_density: float 
     Raises:
         ConfigError: nothing was measured, because the schedule keeps every call dense; or see `solve`.
     """
+    _check_seen(held)
     seen = held.calls > 0
-    if not bool(seen.any()):
-        raise ConfigError("schedule", "nothing was measured: it keeps every layer or step dense; ask for more steps")
     found = solve(held.mean_error()[seen], held.mean_density()[seen], max_error=max_error, max_cost=max_density)
     choice = torch.zeros(held.error.shape[:2], dtype=torch.int64)
     choice[seen] = found.choice
     return replace(found, choice=choice)
-
-
-def head_table(assignment: Assignment, candidates: dict[str, Method]) -> HeadTable:
-    """The assignment as a table; its palette holds the candidates that were chosen."""
-    names = list(candidates)
-    used = sorted({int(index) for index in assignment.choice.flatten()})
-    modes = {
-        f"m{index}": {"method": candidates[names[index]].name, "parameters": _plain(candidates[names[index]])}
-        for index in used
-    }
-    return HeadTable.make({"modes": modes, "heads": [[f"m{i}" for i in row] for row in assignment.choice.tolist()]})
-
-
-def write_preset(path: Path, plan: Plan, assignment: Assignment, held: Statistics) -> None:
-    """Write the preset calibrated for, with the head table in place of its method; it stands on its own.
-
-    Args:
-        path: file to write, `.yaml`; its stem is the preset's name.
-        plan: what was measured.
-        assignment: the solution.
-        held: the statistics it rests on.
-    """
-    table, preset, made = head_table(assignment, plan.candidates), plan.preset, plan.generation
-    most = table.modes[next(iter(table.shares()))]
-    told = (
-        f"dit-accel calibrate, {time.strftime('%Y-%m-%d')}: {len(held.done)} prompts at {made.height} x {made.width} x "
-        f"{made.num_frames}, {made.num_inference_steps} steps; predicted error {assignment.error:.4f} at density "
-        f"{assignment.cost:.3f}"
-    )
-    # A table says what every head does, which leaves no room for other rules about layers and heads.
-    ruled = {"overrides": (), "layer_groups": (), "head_groups": None, "head_table": table}
-    second = preset.schedule_2
-    changes = {
-        "name": path.stem,
-        "description": f"{preset.description}, calibrated per head",
-        "method": MethodSpec(name=str(most.method), parameters=dict(most.parameters)),
-        "schedule": preset.schedule.model_copy(update=ruled),
-        "schedule_2": None if second is None else second.model_copy(update=ruled),
-        "generation": made,
-        "source": told,
-    }
-    data = preset.model_copy(update=changes).model_dump(mode="json", exclude_defaults=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=10**6)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _plain(method: Method) -> dict[str, Any]:
-    return method.model_dump(mode="json", exclude_unset=True)

@@ -23,6 +23,9 @@ def calibrate(
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     share: Annotated[float, typer.Option(help="Share of the query blocks that is measured.", min=0.001, max=1)] = 0.25,
     every: Annotated[int, typer.Option(help="Measure every n-th step.", min=1)] = 1,
+    layer_reuse: Annotated[
+        int, typer.Option(help="Instead: which layers can use the plan of one up to so many layers before.", min=0)
+    ] = 0,
     output: Annotated[Path, typer.Option(help="Preset to write.")] = Path("outputs/calibrated.yaml"),
     image: Annotated[Path | None, typer.Option(help="Image, for presets that need one.")] = None,
     last_image: Annotated[Path | None, typer.Option(help="Last frame, for presets that need one.")] = None,
@@ -34,11 +37,16 @@ def calibrate(
 ) -> None:
     """Run a few prompts dense, measure which method each head can bear, and write the best preset within a budget.
 
+    With --layer-reuse the preset's method (or the one of --candidates) stays, and layers are grouped that can share
+    a plan within --max-error.
+
     The statistics stand beside the preset (.safetensors); a run that was killed goes on from them, and another budget
     is solved from them without running the model again.
     """
-    from dit_accel.calibrate.run import DEFAULT_CANDIDATES, Plan, assign, head_table, measure, write_preset
+    from dit_accel.calibrate.layers import check_method
+    from dit_accel.calibrate.run import DEFAULT_CANDIDATES, Plan, assign, group_layers, measure
     from dit_accel.calibrate.tasks import calibration_prompts
+    from dit_accel.calibrate.write import head_table, write_layer_preset, write_preset
     from dit_accel.cli.inputs import check_inputs, read_inputs
     from dit_accel.cli.running import quiet_loading
     from dit_accel.compare.candidates import parse_candidate
@@ -48,6 +56,8 @@ def calibrate(
 
     if (max_error is None) == (density is None):
         raise ConfigError("--max-error, --density", "expected exactly one of them")
+    if layer_reuse and max_error is None:
+        raise ConfigError("--layer-reuse", "is solved for an error: give --max-error instead of --density")
     if output.suffix not in (".yaml", ".yml"):
         raise ConfigError("--output", f"expected a name that ends in .yaml, got {str(output)!r}")
     base = load_preset(preset)
@@ -56,14 +66,28 @@ def calibrate(
     generation = base.generation
     if num_inference_steps is not None:
         generation = generation.model_copy(update={"num_inference_steps": num_inference_steps})
-    methods = {text: parse_candidate(text, base).method for text in candidates or DEFAULT_CANDIDATES}
+    palette = candidates or ([base.method.name] if layer_reuse else DEFAULT_CANDIDATES)
+    methods = {text: parse_candidate(text, base).method for text in palette}
+    if layer_reuse:
+        if len(methods) > 1:
+            raise ConfigError("--candidates", f"expected one method with --layer-reuse, got {len(methods)}")
+        check_method(next(iter(methods.values())))
     texts = calibration_prompts(base, prompts or [], num_prompts, seed)
-    plan = Plan(base, methods, texts, generation, seed, share, every)
+    plan = Plan(base, methods, texts, generation, seed, share, every, layer_reuse)
     quiet_loading()
     pipe = load_pipeline(model or base.repository, device, dtype)
     inputs = read_inputs(base, given)
     path = output.with_suffix(".safetensors")
     held = measure(pipe, plan, path, lambda line: errors.print(line, markup=False), inputs)
+    if layer_reuse:
+        found = group_layers(held, max_error or 0.0)
+        write_layer_preset(output, plan, found, held)
+        console.print(f"layers that share a plan: {[list(group) for group in found.groups]}", markup=False)
+        console.print(
+            f"predicted error {found.error:.4f}, {found.plans} plans per step for {found.layers} layers", markup=False
+        )
+        console.print(f"preset: {output}", markup=False)
+        return
     assignment = assign(held, max_error, density)
     write_preset(output, plan, assignment, held)
     console.print(head_table(assignment, methods).render(), markup=False)

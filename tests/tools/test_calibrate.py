@@ -11,9 +11,10 @@ import torch
 import dit_accel
 from dit_accel.calibrate import run as calibration
 from dit_accel.calibrate.observer import Observer, take_query_blocks
-from dit_accel.calibrate.run import Plan, assign, head_table, measure, write_preset
+from dit_accel.calibrate.run import Plan, assign, measure
 from dit_accel.calibrate.solve import solve
 from dit_accel.calibrate.statistics import Statistics
+from dit_accel.calibrate.write import head_table, write_preset
 from dit_accel.cli import main
 from dit_accel.engine import DenseCall
 from dit_accel.errors import ConfigError
