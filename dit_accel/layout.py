@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dit_accel.errors import PlanError
+from dit_accel.errors import ConfigError, PlanError
 from dit_accel.plan import Blocking
 
 TextPosition = Literal["none", "before", "after"]
@@ -127,3 +127,16 @@ class TokenLayout:
         _, height, width = self.grid
         index = torch.arange(self.video, dtype=torch.int32)
         return torch.stack([index // (height * width), index // width % height, index % width], dim=-1)
+
+
+def parse_grid(text: str) -> tuple[int, int, int]:
+    """`21x30x52` as (frames, height, width); an image may leave out the frames.
+
+    Raises:
+        ConfigError: another form, or a size of 0.
+    """
+    parts = text.lower().split("x")
+    if len(parts) not in (2, 3) or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError("grid", f"expected FRAMESxHEIGHTxWIDTH in tokens, for example 21x30x52, got {text!r}")
+    sizes = [int(part) for part in parts]
+    return (1, sizes[0], sizes[1]) if len(sizes) == 2 else (sizes[0], sizes[1], sizes[2])

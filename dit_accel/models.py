@@ -31,6 +31,15 @@ def shipped_model(name: str) -> Path:
     return folder
 
 
+def quiet_loading() -> None:
+    """Switch off the libraries' own bars for loading weights, for commands that say what they load."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def check_model(model: str) -> str:
     """Where to load `model` from: a local pipeline folder, or a hub id, unchanged.
 

@@ -11,7 +11,7 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 import dit_accel
-from dit_accel.cli.running import call_pipeline
+from dit_accel.generation import call_pipeline
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.order import TokenOrder

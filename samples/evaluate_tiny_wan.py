@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 import dit_accel
-from dit_accel.cli.running import call_pipeline
+from dit_accel.generation import call_pipeline
 from dit_accel.models import load_pipeline
 from dit_accel.report import environment
 from dit_accel.samples.clips import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, Scene, caption, draw_scene, render

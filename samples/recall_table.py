@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dit_accel
-from dit_accel.cli.running import call_pipeline
 from dit_accel.errors import DitAccelError
+from dit_accel.generation import call_pipeline
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method, list_methods, method_class

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dit_accel.cli import main
-from dit_accel.cli.methods import parse_grid, parse_parameters
+from dit_accel.cli.methods import parse_parameters
 from dit_accel.errors import ConfigError
 from dit_accel.head_table import HeadTable
-from dit_accel.layout import TokenLayout
+from dit_accel.layout import TokenLayout, parse_grid
 from dit_accel.methods.registry import get_method
 from dit_accel.pictures import draw, draw_table, picture_of
 
@@ -97,7 +97,7 @@ def test_grids_and_parameters():
         "window": [3, 3, 3], "density": 0.3, "mode": "stripe",
     }  # fmt: skip
     for wrong in ("0x3x3", "3", "axbxc"):
-        with pytest.raises(ConfigError, match="--grid"):
+        with pytest.raises(ConfigError, match="grid: expected"):
             parse_grid(wrong)
     for pair in ("density", "=3", "a=[3"):
         with pytest.raises(ConfigError, match="--parameter"):

@@ -16,9 +16,9 @@ from dit_accel.calibrate.layers import LayerGroups, LayerObserver, solve_groups
 from dit_accel.calibrate.observer import Observer
 from dit_accel.calibrate.solve import Assignment, solve
 from dit_accel.calibrate.statistics import Statistics
-from dit_accel.cli.running import call_pipeline
 from dit_accel.errors import ConfigError
 from dit_accel.families.registry import family_of
+from dit_accel.generation import call_pipeline
 from dit_accel.methods.base import Method
 from dit_accel.presets import Generation, Preset
 from dit_accel.schedule import Schedule

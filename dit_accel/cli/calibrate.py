@@ -48,10 +48,9 @@ def calibrate(
     from dit_accel.calibrate.tasks import calibration_prompts
     from dit_accel.calibrate.write import head_table, write_layer_preset, write_preset
     from dit_accel.cli.inputs import check_inputs, read_inputs
-    from dit_accel.cli.running import quiet_loading
     from dit_accel.compare.candidates import parse_candidate
     from dit_accel.errors import ConfigError
-    from dit_accel.models import load_pipeline
+    from dit_accel.models import load_pipeline, quiet_loading
     from dit_accel.presets import load_preset
 
     if (max_error is None) == (density is None):

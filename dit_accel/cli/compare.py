@@ -45,13 +45,12 @@ def compare(
     from dit_accel.bench.table import stream_csv
     from dit_accel.cli.bench import command_line
     from dit_accel.cli.inputs import check_inputs, read_inputs
-    from dit_accel.cli.running import quiet_loading
     from dit_accel.compare.candidates import all_candidates
     from dit_accel.compare.runner import run_all
     from dit_accel.compare.tables import plot_pareto, summarise, to_markdown
     from dit_accel.compare.tasks import make_tasks
     from dit_accel.metrics import why_no_lpips
-    from dit_accel.models import load_pipeline
+    from dit_accel.models import load_pipeline, quiet_loading
     from dit_accel.presets import load_preset
 
     base = load_preset(preset)

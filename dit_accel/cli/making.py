@@ -76,7 +76,8 @@ def make(run: Run, target: Path, report: Path | None, holder: PipelineHolder) ->
     with OutputFile(target) as file:
         from dit_accel.acceleration import accelerate
         from dit_accel.cli.inputs import read_inputs
-        from dit_accel.cli.running import call_pipeline, quiet_loading
+        from dit_accel.generation import call_pipeline
+        from dit_accel.models import quiet_loading
 
         quiet_loading()
         inputs = read_inputs(preset, run.inputs)

@@ -52,7 +52,7 @@ def show_method(
         for field, default in cls.parameters().items():
             console.print(f"  {field}: {default!r}", markup=False)
         return
-    from dit_accel.layout import TokenLayout
+    from dit_accel.layout import TokenLayout, parse_grid
     from dit_accel.pictures import draw, picture_of
 
     layout = TokenLayout(parse_grid(grid), text, "before" if text else "none")
@@ -76,15 +76,6 @@ def show_table(
 
         draw_table(table, output)
         console.print(f"written: {output}", markup=False)
-
-
-def parse_grid(text: str) -> tuple[int, int, int]:
-    """`21x30x52` as (frames, height, width); an image may leave out the frames."""
-    parts = text.lower().split("x")
-    if len(parts) not in (2, 3) or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ConfigError("--grid", f"expected FRAMESxHEIGHTxWIDTH in tokens, for example 21x30x52, got {text!r}")
-    sizes = [int(part) for part in parts]
-    return (1, sizes[0], sizes[1]) if len(sizes) == 2 else (sizes[0], sizes[1], sizes[2])
 
 
 def parse_parameters(pairs: list[str]) -> dict[str, Any]:

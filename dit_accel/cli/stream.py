@@ -143,7 +143,7 @@ def _chunks(options: Mapping[str, Any], preset: Preset, settings: StreamSettings
 
 def _stream(request: _Request, file: StreamingVideoFile) -> None:
     """Load, stream, write, report; an interrupt ends the video where it is."""
-    from dit_accel.cli.running import quiet_loading
+    from dit_accel.models import quiet_loading
     from dit_accel.pipelines.streaming import StreamingWanPipeline
 
     quiet_loading()

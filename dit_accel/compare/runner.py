@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from dit_accel.acceleration import accelerate
-from dit_accel.cli.running import call_pipeline
 from dit_accel.compare.candidates import DENSE, Candidate
+from dit_accel.generation import call_pipeline
 from dit_accel.metrics import closeness, flicker
 from dit_accel.presets import Generation
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dit_accel.acceleration import accelerate
-from dit_accel.cli.running import call_pipeline
+from dit_accel.generation import call_pipeline
 from dit_accel.models import load_pipeline
 from dit_accel.presets import Generation, Preset, list_presets, load_preset
 from dit_accel.presets.schema import check_size

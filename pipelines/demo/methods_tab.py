@@ -10,10 +10,9 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from dit_accel.cli.methods import parse_grid
 from dit_accel.errors import ConfigError, DitAccelError
 from dit_accel.estimate import token_grid
-from dit_accel.layout import TokenLayout
+from dit_accel.layout import TokenLayout, parse_grid
 from dit_accel.methods.registry import get_method, list_methods, method_class
 from dit_accel.pictures import draw, picture_of
 from dit_accel.pipelines.demo.jobs import Studio

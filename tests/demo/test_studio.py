@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from dit_accel.errors import ConfigError
+from dit_accel.metrics import closeness
 from dit_accel.pipelines.demo.jobs import Cancelled, Clip, Step, Studio
 from dit_accel.pipelines.demo.views import comparison, difference, report_table
 from dit_accel.presets import load_preset
@@ -35,7 +37,12 @@ def test_two_runs_side_by_side(studio, small):
     assert all(clip.path.parent == studio.output_dir and clip.path.stat().st_size > 0 for clip in clips)
     path, table = comparison(*clips, studio.output_dir, small.fps)
     assert path.is_file()
-    assert "PSNR against dense" in table
+    assert "| PSNR against dense | identical |" in table  # so short a sequence runs dense
+    darker = replace(clips[1], frames=clips[1].frames // 2)
+    near = closeness(darker.frames / 255, clips[0].frames / 255)
+    _, table = comparison(clips[0], darker, studio.output_dir, small.fps)
+    assert f"| PSNR against dense | {near.psnr:.1f} dB |" in table
+    assert f"| SSIM against dense | {near.ssim:.3f} |" in table
     assert "attention calls" in report_table(clips[1])
     assert not studio.is_busy
 

@@ -1,4 +1,4 @@
-"""Run a pipeline with a progress bar and take the times of its steps."""
+"""Call a pipeline once, with a progress bar, and take the times of its steps."""
 
 from __future__ import annotations
 
@@ -10,21 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dit_accel.cli.app import errors
 from dit_accel.errors import UnsupportedError
 from dit_accel.models import call_arguments, call_parameters
 from dit_accel.presets import Generation
-
-
-def quiet_loading() -> None:
-    """Switch off the libraries' own bars for loading weights; our line says what is loaded."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 class _Ticks:
@@ -45,6 +36,7 @@ def call_pipeline(
     seed: int,
     inputs: dict[str, Any] | None = None,
     on_step: Callable[[int, torch.Tensor], None] | None = None,
+    show: bool = True,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Generate once.
 
@@ -55,6 +47,7 @@ def call_pipeline(
         seed: seed of the noise.
         inputs: further arguments of the call, such as images. Default: none.
         on_step: called after each step with its number, from 0, and the latents; an exception it raises ends the run.
+        show: draw a progress bar on standard error. Default True.
 
     Returns:
         Frames (one, for an image), float `[T, H, W, 3]` in [0, 1], and the times in seconds: "steps" (each), "denoise",
@@ -69,7 +62,7 @@ def call_pipeline(
     begun = time.perf_counter()
     marks: list[float] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
         task = bar.add_task("denoising", total=generation.num_inference_steps)
 
         def tick() -> None:
