@@ -9,6 +9,7 @@ from importlib import metadata
 import typer
 from rich.console import Console
 
+from dit_accel.cli.parallel import processes_here
 from dit_accel.errors import ConfigError, DitAccelError
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -28,6 +29,7 @@ def dashes(arguments: Sequence[str]) -> list[str]:
 
 def run_app(app: typer.Typer, name: str) -> None:
     """Run a command and leave the process with 0, 1 (failure), 2 (usage) or 130 (interrupted)."""
+    console.quiet = not processes_here().is_first
     command = typer.main.get_command(app)
     try:
         code = command.main(args=dashes(sys.argv[1:]), prog_name=name, standalone_mode=True)
@@ -42,7 +44,8 @@ def run_app(app: typer.Typer, name: str) -> None:
 
 def _fail(error: Exception, code: int) -> int:
     text = str(error).strip() or type(error).__name__
-    errors.print(f"error: {' '.join(text.split())}", markup=False)
+    rank = processes_here().rank  # an error may be that of one process alone
+    errors.print(f"{f'process {rank}: ' if rank else ''}error: {' '.join(text.split())}", markup=False)
     return code
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dit_accel.cli.app import console, run_app, version_option
+from dit_accel.cli.parallel import Degrees, check_single, joined, processes_here
 from dit_accel.cli.stream import SETTINGS_HELP, is_stream, run_stream
 from dit_accel.errors import ConfigError
 from dit_accel.presets import list_presets
@@ -71,6 +72,10 @@ def generate(
         str | None, typer.Option(help="Spread --prompts over this Ray cluster; local: this machine.")
     ] = None,
     ray_workers: Annotated[int, typer.Option(help="Workers on the Ray cluster.", min=1)] = 1,
+    ulysses_degree: Annotated[
+        int, typer.Option(help="GPUs that share one video, as many as torchrun started; see docs/batches.md.", min=1)
+    ] = 1,
+    ring_degree: Annotated[int, typer.Option(help="The same by ring attention, for --method dense.", min=1)] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run; load no model.")] = False,
     show_presets: Annotated[bool, typer.Option("--list-presets", help="List the presets and leave.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=version_option, is_eager=True)] = False,
@@ -79,11 +84,15 @@ def generate(
     if show_presets:
         console.print("\n".join(list_presets()), markup=False)
         return
+    processes, degrees = processes_here(), Degrees(ulysses_degree, ring_degree)
+    if not dry_run:
+        check_single({"--stream": stream, "--prompts": prompts is not None}, processes)
+        degrees.check(processes)
     if is_stream(context):
         run_stream(context)
         return
     from dit_accel.cli.inputs import check_inputs
-    from dit_accel.cli.making import PipelineHolder, Run, default_output, make
+    from dit_accel.cli.making import PipelineHolder, Run, default_output, make, produce
     from dit_accel.cli.overrides import resolve
     from dit_accel.cli.showing import show_preset
 
@@ -113,14 +122,19 @@ def generate(
         if value is not None:
             raise ConfigError(name, "goes with --prompts")
     resolved = resolve(preset, options, model)
+    degrees.check_preset(resolved, resolved.model.heads if model is None else None)
     if dry_run:
         show_preset(resolved, model, device)
         return
     if not prompt:
         raise ConfigError(_NEEDED, "expected a text, for example --prompt 'a red ball moving right'")
     check_inputs(resolved, inputs)
-    run = Run(resolved, prompt, seed, inputs, model, device, dtype, backend)
-    make(run, output or default_output(resolved, seed), report, PipelineHolder())
+    with joined(processes, device) as where:
+        run = Run(resolved, prompt, seed, inputs, model, where, dtype, backend, degrees)
+        if processes.is_first:
+            make(run, output or default_output(resolved, seed), report, PipelineHolder())
+        else:
+            produce(run, PipelineHolder())
 
 
 def main() -> None:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dit_accel.cli.app import console
+from dit_accel.cli.parallel import ALONE, Degrees
 from dit_accel.errors import ConfigError
 from dit_accel.presets import Preset
-from dit_accel.report import environment
+from dit_accel.report import Report, environment
 from dit_accel.video_io import OutputFile
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that one generation needs to know."""
+    """Everything that one generation needs to know; see the options of `generate-video`."""
 
     preset: Preset
     prompt: str
@@ -28,6 +31,7 @@ class Run:
     device: str
     dtype: str
     backend: str
+    degrees: Degrees = ALONE
 
 
 def default_output(preset: Preset, seed: int) -> Path:
@@ -50,10 +54,12 @@ class PipelineHolder:
 
         preset = run.preset
         model = (preset.tiny if run.model == "tiny" else run.model) or preset.repository
-        key = (model, preset.pipeline, run.device, run.dtype, preset.extras)
+        key = (model, preset.pipeline, run.device, run.dtype, preset.extras, run.degrees)
         if key != self._key:
             self._key = self._pipe = None  # two large models do not fit side by side
             self._pipe = load_for_preset(preset, run.model, run.device, run.dtype)
+            if not run.degrees.is_alone:
+                run.degrees.enable(self._pipe, run.device)
             self._key = key
         return self._pipe
 
@@ -74,39 +80,68 @@ def make(run: Run, target: Path, report: Path | None, holder: PipelineHolder) ->
     if preset.makes_image and target.suffix.lower() != ".png":
         raise ConfigError("--output", f"preset {preset.name} makes an image: expected a name that ends in .png")
     with OutputFile(target) as file:
-        from dit_accel.acceleration import accelerate
-        from dit_accel.cli.inputs import read_inputs
-        from dit_accel.generation import call_pipeline
-        from dit_accel.models import quiet_loading
-
-        quiet_loading()
-        inputs = read_inputs(preset, run.inputs)
-        console.print(f"{preset.name}: loading {run.model or preset.repository}", markup=False)
-        begun = time.perf_counter()
-        pipe = holder.get(run)
-        loaded = time.perf_counter() - begun
-        console.print(f"loaded in {loaded:.1f} s, denoising {preset.generation.num_inference_steps} steps")
-        with accelerate(pipe, preset, backend=run.backend) as acceleration:
-            frames, times = call_pipeline(pipe, preset.generation, run.prompt, run.seed, inputs)
-            result = acceleration.report()
-        file.write(frames, preset.generation.fps)
-        _write_report(report, run, {"load": loaded, **times}, result.to_dict())
-        console.print(result.summary(), markup=False)
-        console.print(f"denoising {times['denoise']:.1f} s, total {time.perf_counter() - begun:.1f} s")
+        made = produce(run, holder)
+        file.write(made.frames, preset.generation.fps)
+        _write_report(report, run, made)
+        console.print(made.report.summary(), markup=False)
+        total = made.times["load"] + made.times["total"]
+        console.print(f"denoising {made.times['denoise']:.1f} s, total {total:.1f} s")
         kind = "image" if preset.makes_image else "video"
         console.print(f"{kind}: {target}\nreport: {report}", markup=False)
 
 
-def _write_report(path: Path, run: Run, times: dict[str, Any], calls: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Made:
+    """What one generation gave.
+
+    Args:
+        frames: float `[T, H, W, 3]` in [0, 1].
+        times: seconds: "load", "steps" (each), "denoise", "total" (without loading).
+        report: of the attention calls of this process.
+    """
+
+    frames: np.ndarray
+    times: dict[str, Any]
+    report: Report
+
+
+def produce(run: Run, holder: PipelineHolder) -> Made:
+    """Read the inputs, load, generate; nothing is written.
+
+    Raises:
+        ConfigError: inputs that cannot be read, a model that cannot be loaded.
+    """
+    from dit_accel.acceleration import accelerate
+    from dit_accel.cli.inputs import read_inputs
+    from dit_accel.generation import call_pipeline
+    from dit_accel.models import quiet_loading
+
+    quiet_loading()
+    preset = run.preset
+    inputs = read_inputs(preset, run.inputs)
+    console.print(f"{preset.name}: loading {run.model or preset.repository}", markup=False)
+    begun = time.perf_counter()
+    pipe = holder.get(run)
+    loaded = time.perf_counter() - begun
+    console.print(f"loaded in {loaded:.1f} s, denoising {preset.generation.num_inference_steps} steps")
+    with accelerate(pipe, preset, backend=run.backend) as acceleration:
+        frames, times = call_pipeline(pipe, preset.generation, run.prompt, run.seed, inputs, show=not console.quiet)
+        return Made(frames, {"load": loaded, **times}, acceleration.report())
+
+
+def _write_report(path: Path, run: Run, made: Made) -> None:
     head = {
         "prompt": run.prompt,
         "seed": run.seed,
         "model": run.model or run.preset.repository,
         "preset": run.preset.model_dump(mode="json"),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "times": times,
+        "times": made.times,
         "environment": environment(),
     }
+    if not run.degrees.is_alone:
+        # The calls below are those of the first process: all tokens of its share of the heads.
+        head["parallel"] = asdict(run.degrees)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({**head, **calls}, indent=1), encoding="utf-8")
+    temporary.write_text(json.dumps({**head, **made.report.to_dict()}, indent=1), encoding="utf-8")
     os.replace(temporary, path)

@@ -63,10 +63,33 @@ def test_bad_input_is_one_clear_line(page):
     expect_status(page, "Error: The prompt is empty")
 
 
-def test_usable_on_a_narrow_screen(page):
+def test_the_keyboard_alone_reaches_every_control_in_order(page):
+    small(page)
+    page.locator("#prompt textarea").focus()
+    reached = ["prompt"]
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.closest('[id]:not(input):not(textarea)')?.id ?? ''"))
+        if reached[-1] == "start":
+            break
+    wanted = ["prompt", "preset", "height", "width", "frames", "steps", "seed", "dense", "start"]
+    assert [name for name in reached if name in wanted] == wanted
+    page.keyboard.press("Enter")
+    expect_status(page, r"accelerated: done")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "cancel"
+
+
+@pytest.mark.parametrize("tab", ["Generate", "Report", "Methods", "Stream"])
+def test_a_narrow_screen_needs_no_scrolling_sideways(page, tab):
     page.set_viewport_size({"width": 390, "height": 844})
-    api.expect(page.locator("#start")).to_be_visible()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    page.get_by_role("tab", name=tab).click()
+    button = {"Generate": "#start", "Report": "#report", "Methods": "#draw", "Stream": "#stream-start"}[tab]
+    api.expect(page.locator(button)).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    box = page.locator(button).bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
 
 
 def test_files_outside_the_output_folder_are_not_served(page, address):
@@ -80,7 +103,6 @@ def test_methods_page_draws_any_grid(page):
     page.locator("#draw").click()
     api.expect(page.locator("#method-told")).to_contain_text("Density")
     api.expect(page.locator("#method-image img")).to_be_visible()
-    page.locator("#grid textarea, #grid input").first.fill("3x7")
     page.locator("#grid textarea, #grid input").first.fill("many")
     page.locator("#draw").click()
     api.expect(page.locator("#method-told")).to_contain_text("Error")

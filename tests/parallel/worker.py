@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
-from diffusers.hooks import context_parallel
 
 import dit_accel
+from dit_accel.cli.parallel import joined, processes_here
 from dit_accel.errors import UnsupportedError
 from dit_accel.samples.tiny_random import tiny_arguments, tiny_pipeline
 
@@ -59,13 +59,6 @@ def compare(name, anything, odd=False, **settings):
     return (forward(model, kwargs, **settings) - alone).abs().max().item() / alone.abs().max().item()
 
 
-def gather_uneven(tensor, dim, group):
-    """Parts of different length in a row; NCCL gathers them as Diffusers asks it to, gloo refuses."""
-    parts = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, tensor, group=group)
-    return torch.cat(parts, dim=dim)
-
-
 def refusals():
     """What cannot work is refused by name."""
     model, kwargs = captured("wan2.1-t2v")
@@ -88,11 +81,15 @@ def refusals():
 
 def main(target: Path) -> None:
     torch.set_num_threads(1)
-    # Diffusers divides the rank by the number of accelerators, of which this machine may have none.
-    torch.accelerator.device_count = lambda: 1
-    context_parallel._all_gather_anything = gather_uneven
-    dist.init_process_group("gloo")
-    results = {
+    with joined(processes_here(), "cpu"):
+        results, told = measure(), refusals()
+        if dist.get_rank() == 0:
+            target.write_text(json.dumps({"differences": results, "refusals": told}))
+
+
+def measure():
+    """The largest relative difference of each case."""
+    return {
         "wan dense": compare("wan2.1-t2v", True, method="dense"),
         "wan composed": compare("wan2.1-t2v", True, method="composed", **SMALL),
         "wan composed, odd": compare("wan2.1-t2v", True, odd=True, method="composed", **SMALL),
@@ -101,10 +98,6 @@ def main(target: Path) -> None:
         "flux composed": compare("flux1-dev", False, method="composed", **SMALL),
         "flux composed, any length": compare("flux1-dev", True, method="composed", **SMALL),
     }
-    told = refusals()
-    if dist.get_rank() == 0:
-        target.write_text(json.dumps({"differences": results, "refusals": told}))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
