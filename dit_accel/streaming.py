@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -49,6 +49,21 @@ class Frequencies(BaseModel):
         return self
 
 
+class StreamAttention(BaseModel):
+    """How a chunk attends to the frames that it sees.
+
+    Args:
+        name: "dense", "light_forcing", "flashblock", "compressed_memory", or a method of the library, which then runs
+            inside the window. Default "dense".
+        parameters: of the policy or method, by name. Default: its defaults.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Annotated[str, Field(min_length=1)] = "dense"
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
 class StreamSettings(BaseModel):
     """How a causal video model streams. Frames are latent frames; the defaults are Self-Forcing's (arXiv 2506.08009).
 
@@ -74,6 +89,7 @@ class StreamSettings(BaseModel):
         rolling: chunks denoised together at rising noise levels (Rolling Forcing), one per entry of `steps`.
         antiphase: correlation -rho between the initial noise of neighbouring frames. Default 0: independent.
         frequencies: change of the temporal rotary frequencies.
+        attention: to what a chunk sees. Default: dense.
 
     Raises:
         ValueError: steps that do not fall, or a window too small for the sink and a chunk.
@@ -98,6 +114,7 @@ class StreamSettings(BaseModel):
     rolling: bool = False
     antiphase: Share = 0.0
     frequencies: Frequencies = Frequencies()
+    attention: StreamAttention = StreamAttention()
 
     @model_validator(mode="after")
     def _check(self) -> StreamSettings:

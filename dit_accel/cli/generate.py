@@ -9,7 +9,7 @@ import typer
 
 from dit_accel.cli.app import console, run_app, version_option
 from dit_accel.cli.parallel import Degrees, check_single, joined, processes_here
-from dit_accel.cli.stream import SETTINGS_HELP, is_stream, run_stream
+from dit_accel.cli.stream import METHOD_HELP, SETTINGS_HELP, is_stream, run_stream
 from dit_accel.errors import ConfigError
 from dit_accel.presets import list_presets
 
@@ -51,7 +51,7 @@ def generate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    method: Annotated[str | None, typer.Option(help="Method instead of the preset's.")] = None,
+    method: Annotated[str | None, typer.Option(help=METHOD_HELP)] = None,
     density: Annotated[float | None, typer.Option(help="Density of the method, in (0, 1].")] = None,
     dense_steps: Annotated[int | None, typer.Option(help="First steps that run dense.")] = None,
     backend: Annotated[str, typer.Option(help="Backend of the sparse attention.")] = "auto",

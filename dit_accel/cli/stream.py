@@ -19,7 +19,7 @@ from dit_accel.cli.app import console
 from dit_accel.cli.prompts import LivePrompts, PromptChange, read_prompts
 from dit_accel.errors import ConfigError
 from dit_accel.presets import Preset, load_preset
-from dit_accel.streaming import STREAM_PRESETS, StreamSettings, stream_preset, stream_settings
+from dit_accel.streaming import STREAM_PRESETS, StreamAttention, StreamSettings, stream_preset, stream_settings
 from dit_accel.video_stream import StreamingVideoFile
 
 _SHARED = {
@@ -27,6 +27,7 @@ _SHARED = {
     *("seed", "image", "model", "device", "dtype", "method", "density", "report"),
 }
 _OWN = ["num_chunks", "prompts_file", "live", "stream_settings", "checkpoint", "lora"]
+METHOD_HELP = "Method instead of the preset's; of a stream also light_forcing, flashblock or compressed_memory."
 SETTINGS_HELP = f"Settings of a stream: {', '.join(STREAM_PRESETS)}, or a YAML file. Default: the preset's."
 
 
@@ -102,8 +103,6 @@ def _request(options: Mapping[str, Any]) -> _Request:
         changes.insert(0, PromptChange(prompt=options["prompt"]))
     if not changes or changes[0].chunk != 1:
         raise ConfigError("--prompt", "expected a text, or a prompts file with a prompt for chunk 1")
-    if options["density"] is not None and options["method"] is None:
-        raise ConfigError("--density", "a stream is dense unless --method names a method")
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{preset.name.replace('/', '-')}-stream-seed{options['seed']}.mp4"
     output = options["output"] or Path("outputs") / stamp
     report = options["report"] or output.with_suffix(".json")
@@ -127,6 +126,12 @@ def _settings(options: Mapping[str, Any], preset: Preset) -> StreamSettings:
         settings = stream_preset(chosen)
     if options["guidance_scale"] is not None:
         settings = stream_settings("stream", **{**settings.model_dump(), "guidance_scale": options["guidance_scale"]})
+    if options["density"] is not None and options["method"] is None:
+        raise ConfigError("--density", "a stream is dense unless --method names a method")
+    if options["method"] is not None:
+        parameters = {} if options["density"] is None else {"density": options["density"]}
+        attention = StreamAttention(name=options["method"], parameters=parameters)
+        settings = settings.model_copy(update={"attention": attention})
     return settings
 
 
@@ -145,7 +150,9 @@ def _stream(request: _Request, file: StreamingVideoFile) -> None:
     """Load, stream, write, report; an interrupt ends the video where it is."""
     from dit_accel.models import quiet_loading
     from dit_accel.pipelines.streaming import StreamingWanPipeline
+    from dit_accel.pipelines.streaming.policies import make_policy
 
+    policy = make_policy(request.settings)
     quiet_loading()
     options, first = request.options, request.changes[0]
     model = options["model"] or request.preset.repository
@@ -163,7 +170,7 @@ def _stream(request: _Request, file: StreamingVideoFile) -> None:
         width=request.width,
         settings=request.settings,
         start=_image(options["image"]),
-        **_policy(options),
+        policy=policy,
     )
     record = _Record(request, stream, file, begun)
     try:
@@ -182,18 +189,6 @@ def _image(path: Path | None) -> Any:
         return Image.open(path).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise ConfigError("--image", f"cannot read {path}: {error}") from None
-
-
-def _policy(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A sparse policy where --method names one."""
-    if options["method"] is None:
-        return {}
-    from dit_accel.methods.registry import get_method
-    from dit_accel.pipelines.streaming.planned import PlannedContext
-
-    parameters = {} if options["density"] is None else {"density": options["density"]}
-    method = get_method(options["method"], **parameters)
-    return {"policy": lambda: PlannedContext(method)}
 
 
 class _Record:

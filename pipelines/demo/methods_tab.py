@@ -35,14 +35,27 @@ def methods_tab(studio: Studio) -> None:
             about = gr.Markdown(_describe("radial"), elem_id="method-about")
         with gr.Column(scale=2, min_width=280):
             told = gr.Markdown("", elem_id="method-told")
-            image = gr.Image(label="What it computes", interactive=False, elem_id="method-image", buttons=[])
+            image = gr.Image(show_label=False, interactive=False, elem_id="method-image", buttons=[])
     name.change(_describe, name, about, api_name=False)
     gr.on([show.click, shape.submit], _draw, [name, shape, density], [told, image], api_name=False)
 
 
 def _describe(name: str) -> str:
     cls = method_class(name)
-    return f"{inspect.cleandoc(cls.__doc__ or '')}\n\nSource: {cls.source}"
+    return f"{_with_bullets(inspect.cleandoc(cls.__doc__ or ''))}\n\nSource: {cls.source}"
+
+
+def _with_bullets(text: str) -> str:
+    """A docstring as Markdown: one bullet per argument, of which continued lines are a part."""
+    before, _, arguments = text.partition("\nArgs:\n")
+    bullets: list[str] = []
+    for line in arguments.splitlines():
+        if line.startswith("    ") and not line.startswith("     "):
+            name, colon, said = line.strip().partition(":")
+            bullets.append(f"- `{name}`{colon}{said}" if colon else f"- {name}")
+        elif line.strip() and bullets:
+            bullets[-1] += f" {line.strip()}"
+    return before + "\n\n" + "\n".join(bullets)
 
 
 def _draw(name: str, shape: str, density: float) -> tuple[str, np.ndarray | None]:

@@ -7,7 +7,7 @@ from step to step, so measure before use. Axis legend: B batch, N queries, M key
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +47,8 @@ class FlashBlock(DenseContext):
 
     def __init__(
         self,
-        refresh_steps: Collection[int] = (0, 1),
-        dense_layers: Collection[int] = range(10, 18),
+        refresh_steps: Sequence[int] | Set[int] = (0, 1),
+        dense_layers: Sequence[int] | Set[int] = range(10, 18),
         fresh: float = 0.0,
     ) -> None:
         if not 0 <= fresh <= 1:

@@ -16,6 +16,7 @@ from dit_accel.pipelines.base import FromPreset
 from dit_accel.pipelines.streaming.attention import DenseContext
 from dit_accel.pipelines.streaming.checkpoints import load_causal_weights
 from dit_accel.pipelines.streaming.decoder import LatentDecoder, LatentScale, StreamingVaeDecoder
+from dit_accel.pipelines.streaming.policies import make_policy
 from dit_accel.pipelines.streaming.rolling import make_driver
 from dit_accel.pipelines.streaming.runtime import CausalWan
 from dit_accel.pipelines.streaming.stream import OutputType, VideoStream
@@ -96,7 +97,7 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
         width: int | None = None,
         settings: StreamSettings | Mapping[str, Any] | None = None,
         start: Any = None,
-        policy: Callable[[], DenseContext] = DenseContext,
+        policy: Callable[[], DenseContext] | None = None,
         decoder: LatentDecoder | None = None,
         overlap: bool = True,
         output_type: OutputType = "np",
@@ -113,7 +114,7 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
             settings: how to stream, or the values that differ from the pipeline's. Default: the pipeline's.
             start: frames that the video goes on from: a PIL image, a list of 1 + 4 n images, or normalised latents
                 `[1, C, F, h, w]`.
-            policy: makes the attention policy. Default: dense.
+            policy: makes the attention policy. Default: what the settings name.
             decoder: turns latents into frames. Default: the autoencoder, chunk by chunk without seams.
             overlap: decode beside the cache write on CUDA.
             output_type: "np", "pt" or "latent", see `StreamChunk`.
@@ -130,6 +131,7 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
         width = width or (832 if usual is None else usual.width)
         if negative_prompt is None:
             negative_prompt = "" if usual is None else usual.negative_prompt
+        policy = policy or make_policy(chosen)
         size = self._latent_size(height, width)
         if self._runtime is None or self._runtime.transformer is not self.transformer:
             self._runtime = CausalWan(self.transformer)

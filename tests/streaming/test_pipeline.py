@@ -9,9 +9,15 @@ from PIL import Image
 
 from dit_accel.errors import ConfigError
 from dit_accel.pipelines.streaming import StreamingWanPipeline
+from dit_accel.pipelines.streaming.attention import DenseContext
 from dit_accel.pipelines.streaming.decoder import LatentScale
+from dit_accel.pipelines.streaming.flashblock import FlashBlock
+from dit_accel.pipelines.streaming.light_forcing import LightForcing
+from dit_accel.pipelines.streaming.memory import CompressedMemory
+from dit_accel.pipelines.streaming.planned import PlannedContext
 from dit_accel.pipelines.streaming.stream import join_frames
 from dit_accel.samples.tiny_random.wan import random_wan_pipeline
+from dit_accel.streaming import stream_settings
 
 SIZE = {"height": 16, "width": 24}
 SETTINGS = {"steps": (1000.0, 500.0), "chunk": 2, "window": 6, "sink": 2}
@@ -67,6 +73,46 @@ def test_a_new_prompt_leaves_earlier_frames_bit_identical(pipe, rolling):
         assert np.array_equal(chunk.frames, chunks[chunk.index].frames)
         if chunk.index == 2:
             again.set_prompt(BLUE)
+
+
+@pytest.mark.parametrize(
+    ("attention", "kind", "values"),
+    [
+        ({}, DenseContext, {}),
+        ({"name": "radial", "parameters": {"density": 0.5}}, PlannedContext, {}),
+        ({"name": "light_forcing", "parameters": {"top_frames": 3}}, LightForcing, {"top_frames": 3, "window": 6}),
+        ({"name": "flashblock", "parameters": {"refresh_steps": [0]}}, FlashBlock, {"refresh_steps": frozenset({0})}),
+        ({"name": "compressed_memory", "parameters": {"tile": [1, 2]}}, CompressedMemory, {"tile": (1, 2)}),
+    ],
+)
+def test_settings_name_the_attention_of_a_stream(pipe, attention, kind, values):
+    branches = begin(pipe, settings={"attention": attention, "guidance_scale": 2.0}).driver.branches
+    assert len({id(branch.policy) for branch in branches}) == 2
+    for branch in branches:
+        assert type(branch.policy) is kind
+        assert {name: getattr(branch.policy, name) for name in values} == values
+    assert stream_settings(attention=attention).model_dump()["attention"]["parameters"] == attention.get(
+        "parameters", {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attention": {"name": "lightforcing"}}, r"attention\.name: unknown .* did you mean 'light_forcing'"),
+        ({"attention": {"name": "dense", "parameters": {"a": 1}}}, r"attention\.parameters\.a: unknown key"),
+        (
+            {"attention": {"name": "light_forcing", "parameters": {"top_frames": True}}},
+            r"top_frames: expected a valid integer",
+        ),
+        ({"attention": {"name": "light_forcing", "parameters": {"base": 0.1}}}, "expected 0 <= target <= base"),
+        ({"attention": {"name": "radial", "parameters": {"dens": 0.1}}}, "did you mean 'density'"),
+        ({"attention": {"name": "compressed_memory"}, "window": None}, "set a window"),
+    ],
+)
+def test_wrong_attention_is_named(pipe, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        begin(pipe, settings=settings)
 
 
 def test_interleaved_streams_do_not_mix(pipe):

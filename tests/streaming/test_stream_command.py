@@ -93,6 +93,32 @@ def test_prompts_from_a_file_and_guidance_and_method(command, tmp_path):
     assert "prompt from chunk 3: blue (blend)" in out
 
 
+@pytest.mark.parametrize("name", ["light_forcing", "flashblock", "compressed_memory"])
+def test_a_policy_is_chosen_like_a_method(command, tmp_path, name):
+    three = SETTINGS.replace("500", "500, 200")  # flashblock attends the past anew in the first two steps
+    (tmp_path / "stream.yaml").write_text(three)
+    code, _, err = command("--prompt", "a red ball", "--num-chunks", "5", "--output", "dense.mp4")
+    assert code == 0, err
+    code, _, err = command("--prompt", "a red ball", "--num-chunks", "5", "--output", "o.mp4", "--method", name)
+    assert code == 0, err
+    report = json.loads((tmp_path / "o.json").read_text())
+    assert report["stream"]["attention"] == {"name": name, "parameters": {}}
+    assert not np.array_equal(frames_of(tmp_path / "o.mp4"), frames_of(tmp_path / "dense.mp4"))
+
+
+def test_settings_name_a_policy_with_parameters(command, tmp_path):
+    words = ["--prompt", "a red ball", "--num-chunks", "2", "--output", "o.mp4"]
+    (tmp_path / "stream.yaml").write_text(
+        f"{SETTINGS}attention: {{name: compressed_memory, parameters: {{tile: [1, 2]}}}}"
+    )
+    code, _, err = command(*words)
+    assert code == 0, err
+    assert json.loads((tmp_path / "o.json").read_text())["stream"]["attention"]["name"] == "compressed_memory"
+    (tmp_path / "stream.yaml").write_text(f"{SETTINGS}attention: {{name: light_forcing, parameters: {{top: 2}}}}")
+    code, _, err = command(*words)
+    assert (code, "stream.attention.parameters.top: unknown key" in err) == (2, True), err
+
+
 def test_typed_prompts_change_the_stream_and_its_end_ends_it(command, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\ncut: a blue square\n"))
     code, out, err = command("--prompt", "a red ball", "--live", "--output", "o.mp4")
@@ -124,6 +150,8 @@ def test_a_checkpoint_is_loaded(command, tmp_path, pipeline_folder):
         (["--backend", "torch", "--prompt", "x"], "--backend: a stream does not take it"),
         ([], "--prompt: expected a text"),
         (["--prompt", "x", "--density", "0.5"], "--density: a stream is dense unless"),
+        (["--prompt", "x", "--method", "light_forcing", "--density", "0.5"], "parameters.density: unknown key"),
+        (["--prompt", "x", "--method", "lightforcing"], "did you mean 'light_forcing'"),
         (["--prompt", "x", "--stream-settings", "longlife"], "did you mean 'longlive'"),
         (["--prompt", "x", "--stream-settings", "none.yaml"], "cannot read none.yaml"),
         (["--prompt", "x", "--output", "o.gif"], "ends in .mp4"),
