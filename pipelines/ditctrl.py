@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dit_accel.errors import ConfigError, UnsupportedError
 from dit_accel.families.cogvideox import CogVideoXJointAttention
+from dit_accel.layout import TextPosition
 
 _TEXT_TOKENS = 226
 _CHUNK_NUMBERS = 1 << 24  # size of the largest temporary of a subject map, in numbers: 64 MiB in fp32
@@ -99,7 +100,7 @@ class Sharing:
 
 @dataclass
 class _Control:
-    """Takes the place of the engine behind the attention processors of CogVideoX: shares, or attends as usual."""
+    """What the attention processors of a generation ask: it shares, or attends as usual."""
 
     sharing: Sharing
     modules: list[Any]
@@ -107,8 +108,6 @@ class _Control:
     frame_tokens: int = 0
     step: int = 0
     _maps: list[Tensor] = field(default_factory=list)
-
-    is_dense: ClassVar[bool] = True
 
     @property
     def layers(self) -> Collection[int]:
@@ -121,13 +120,8 @@ class _Control:
         self.step, self.text, self.frame_tokens = step, text, frame_tokens
         self._maps = []
 
-    def attend(
-        self, module: Any, q: Tensor, k: Tensor, v: Tensor, *, dense: Callable[[], Tensor], **options: Any
-    ) -> Tensor:
-        """One joint attention call; q, k, v `[B, N, H, D]` after norms and rotary embedding.
-
-        `options` are the engine's, which describe the call to methods; none of them changes it.
-        """
+    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, *, dense: Callable[[], Tensor]) -> Tensor:
+        """One joint attention call; q, k, v `[B, N, H, D]` after norms and rotary embedding."""
         layer = self.modules.index(module)
         if self.step not in self.sharing.steps:
             return dense()
@@ -156,6 +150,27 @@ class _Control:
             keep = torch.cat([words, chosen])
             parts.append(dispatch_attention_fn(q[None], k[None, keep], v[None, keep])[0])
         return torch.where(target[:, None, None], parts[0], parts[1])
+
+
+class _SharedAttention(CogVideoXJointAttention):
+    """The projections, norms and rotary embedding of the family's processor around `_Control` in place of an engine."""
+
+    def __init__(self, control: _Control) -> None:
+        self.control = control
+
+    def attend_joint(
+        self,
+        attn: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        text: TextPosition,
+        mask_is_length: bool = False,
+    ) -> Tensor:
+        """All `[B, N, H, D]`, text before the video; returns `[B, N, H * D]`."""
+        out = self.control.attend(attn, query, key, value, dense=lambda: self.dense(query, key, value, mask))
+        return out.flatten(2, 3).type_as(query)
 
 
 def subject_map(q: Tensor, k: Tensor, text: int, subject: tuple[int, ...]) -> Tensor:
@@ -332,7 +347,7 @@ def _controlled(transformer: Any, sharing: Sharing) -> Iterator[_Control]:
     modules = [block.attn1 for block in transformer.transformer_blocks]
     old = [module.processor for module in modules]
     control = _Control(sharing, modules)
-    processor: Any = CogVideoXJointAttention(control)  # type: ignore[arg-type]
+    processor = _SharedAttention(control)
     try:
         for module in modules:
             module.set_processor(processor)
