@@ -18,66 +18,16 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from dit_accel.errors import ConfigError, UnsupportedError
+from dit_accel.errors import UnsupportedError
 from dit_accel.families.cogvideox import CogVideoXJointAttention
 from dit_accel.layout import TextPosition
+from dit_accel.pipelines.clip_layout import ClipLayout
 
 _TEXT_TOKENS = 226
 _CHUNK_NUMBERS = 1 << 24  # size of the largest temporary of a subject map, in numbers: 64 MiB in fp32
 # A pair of clips is one batch: source and target without the prompt, then both with it.
 _SOURCE_OF_ROW = (0, 0, 2, 2)
 _SOURCE, _TARGET = 2, 3
-
-
-@dataclass(frozen=True)
-class ClipLayout:
-    """How clips cover a video, and which prompts they show.
-
-    Args:
-        prompts: number of prompts.
-        tile: latent frames of a clip, those that the model was trained with. Default 13 (CogVideoX-2B).
-        overlap: latent frames that neighbouring clips share. Default 9.
-        transitions: clips between two prompts, whose embeddings are mixed. Default 2.
-
-    Raises:
-        ConfigError: an overlap that is not below the tile, or counts that make no video.
-    """
-
-    prompts: int
-    tile: int = 13
-    overlap: int = 9
-    transitions: int = 2
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.overlap < self.tile:
-            raise ConfigError("overlap", f"expected 0 to {self.tile - 1} frames, got {self.overlap}")
-        if self.prompts < 1 or self.transitions < 0:
-            raise ConfigError("prompts", f"expected at least one, and no negative transitions, got {self}")
-
-    @property
-    def clips(self) -> int:
-        """Number of clips."""
-        return self.prompts + self.transitions * (self.prompts - 1)
-
-    @property
-    def frames(self) -> int:
-        """Latent frames of the video."""
-        return self.tile + (self.clips - 1) * (self.tile - self.overlap)
-
-    def clip(self, index: int) -> slice:
-        """The latent frames of a clip."""
-        start = index * (self.tile - self.overlap)
-        return slice(start, start + self.tile)
-
-    def mixture(self, index: int) -> tuple[int, float]:
-        """Prompt p and share u: the clip shows (1 - u) of prompt p and u of prompt p + 1."""
-        prompt, step = divmod(index, self.transitions + 1)
-        return prompt, step / (self.transitions + 1)
-
-    def weights(self) -> Tensor:
-        """Triangular weight of each frame of a clip in the blend, fp32 `[tile]`, in (0, 1]."""
-        place = (torch.arange(self.tile) + 0.5) * 2 / self.tile
-        return torch.minimum(place, 2 - place)
 
 
 @dataclass

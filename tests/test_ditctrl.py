@@ -205,3 +205,18 @@ def test_models_that_it_is_not_for_are_refused():
         generate(build(cogvideox15_5b), ["a", "b"])
     with pytest.raises(UnsupportedError, match="guidance > 1"):
         generate(build(cogvideox_2b), ["a", "b"], guidance_scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "wanted", "transitions", "frames"), [(2, 41, 1, 45), (2, 13, 1, 21), (3, 37, 2, 37), (1, 30, 2, 37)]
+)
+def test_a_length_is_covered_by_prompts_that_hold_about_as_long(prompts, wanted, transitions, frames):
+    layout, order = ClipLayout.covering(prompts, wanted)
+    assert order == sorted(order)
+    counts = [order.count(index) for index in range(prompts)]
+    assert max(counts) - min(counts) <= 1
+    assert len(order) == layout.prompts
+    assert wanted <= layout.frames
+    # No layout with as many transitions and one prompt fewer would do.
+    assert layout.prompts == prompts or ClipLayout(layout.prompts - 1, transitions=layout.transitions).frames < wanted
+    assert (layout.transitions, layout.frames) == (transitions, frames)

@@ -11,7 +11,7 @@ from dit_accel.cli.app import console, run_app, version_option
 from dit_accel.cli.parallel import Degrees, check_single, joined, processes_here
 from dit_accel.cli.stream import METHOD_HELP, SETTINGS_HELP, is_stream, run_stream
 from dit_accel.errors import ConfigError
-from dit_accel.presets import list_presets
+from dit_accel.presets import list_presets, load_preset
 
 DEFAULT_PRESET = "tiny-wan"
 _NEEDED = "--prompt"
@@ -22,7 +22,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def generate(
     context: typer.Context,
-    prompt: Annotated[str | None, typer.Option(help="What to show.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What to show. Several: one after the other in one video (CogVideoX)."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="File to write: .mp4, .gif or .png (of a video: its first frame).")
     ] = None,
@@ -31,6 +34,7 @@ def generate(
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length, in place of --num-frames.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
     guidance_scale_2: Annotated[float | None, typer.Option(help="Guidance of the second expert (Wan 2.2).")] = None,
@@ -93,13 +97,16 @@ def generate(
         return
     from dit_accel.cli.inputs import check_inputs
     from dit_accel.cli.making import PipelineHolder, Run, default_output, make, produce
-    from dit_accel.cli.overrides import resolve
+    from dit_accel.cli.overrides import frames_of, resolve
+    from dit_accel.cli.several import check_several, describe, make_several, plan_several
     from dit_accel.cli.showing import show_preset
 
+    several = prompt is not None and len(prompt) > 1
+    frames = num_frames if seconds is None else frames_of(seconds, num_frames, load_preset(preset), fps)
     options = {
         "height": height,
         "width": width,
-        "num_frames": num_frames,
+        "num_frames": None if several else frames,  # of several prompts: frames of a clip
         "fps": fps,
         "num_inference_steps": num_inference_steps,
         "negative_prompt": negative_prompt,
@@ -114,7 +121,7 @@ def generate(
     if prompts is not None:
         from dit_accel.cli.batching import Batch, run_prompts
 
-        not_with = {"--prompt": prompt, "--output": output, "--report": report, "--dry-run": dry_run or None}
+        not_with = {"--prompt": prompt or None, "--output": output, "--report": report, "--dry-run": dry_run or None}
         batch = Batch(prompts, output_dir, resume, preset, options, inputs, model, device, dtype, backend)
         run_prompts(batch, [name for name, value in not_with.items() if value is not None], ray, ray_workers)
         return
@@ -122,15 +129,25 @@ def generate(
         if value is not None:
             raise ConfigError(name, "goes with --prompts")
     resolved = resolve(preset, options, model)
+    if several:
+        no_use = {"ulysses_degree": degrees.ulysses, "ring_degree": degrees.ring, "backend": backend}
+        usual = {"ulysses_degree": 1, "ring_degree": 1, "backend": "auto"}
+        check_several(resolved, {**options, **{k: v for k, v in no_use.items() if v != usual[k]}})
     degrees.check_preset(resolved, resolved.model.heads if model is None else None)
     if dry_run:
         show_preset(resolved, model, device)
+        if several:
+            console.print(describe(*plan_several(resolved, len(prompt or []), frames)))
         return
-    if not prompt:
+    if not prompt or not all(prompt):
         raise ConfigError(_NEEDED, "expected a text, for example --prompt 'a red ball moving right'")
     check_inputs(resolved, inputs)
+    if several:
+        run = Run(resolved, prompt[0], seed, inputs, model, device, dtype, backend)
+        make_several(run, prompt, frames, output or default_output(resolved, seed), report)
+        return
     with joined(processes, device) as where:
-        run = Run(resolved, prompt, seed, inputs, model, where, dtype, backend, degrees)
+        run = Run(resolved, prompt[0], seed, inputs, model, where, dtype, backend, degrees)
         if processes.is_first:
             make(run, output or default_output(resolved, seed), report, PipelineHolder())
         else:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dit_accel.cli.app import console
+from dit_accel.cli.files import report_path, write_json
 from dit_accel.cli.parallel import ALONE, Degrees
 from dit_accel.errors import ConfigError
 from dit_accel.presets import Preset
@@ -76,18 +75,19 @@ def make(run: Run, target: Path, report: Path | None, holder: PipelineHolder) ->
     Raises:
         ConfigError: a path that cannot be written, inputs that cannot be read, a model that cannot be loaded.
     """
-    preset, report = run.preset, report or target.with_suffix(".json")
+    preset = run.preset
     if preset.makes_image and target.suffix.lower() != ".png":
         raise ConfigError("--output", f"preset {preset.name} makes an image: expected a name that ends in .png")
     with OutputFile(target) as file:
+        path = report_path(report, target)
         made = produce(run, holder)
         file.write(made.frames, preset.generation.fps)
-        _write_report(report, run, made)
+        _write_report(path, run, made)
         console.print(made.report.summary(), markup=False)
         total = made.times["load"] + made.times["total"]
         console.print(f"denoising {made.times['denoise']:.1f} s, total {total:.1f} s")
         kind = "image" if preset.makes_image else "video"
-        console.print(f"{kind}: {target}\nreport: {report}", markup=False)
+        console.print(f"{kind}: {target}\nreport: {path}", markup=False)
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,4 @@ def _write_report(path: Path, run: Run, made: Made) -> None:
     if not run.degrees.is_alone:
         # The calls below are those of the first process: all tokens of its share of the heads.
         head["parallel"] = asdict(run.degrees)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({**head, **made.report.to_dict()}, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, {**head, **made.report.to_dict()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 
 from pydantic import ValidationError
@@ -34,6 +35,28 @@ def resolve(preset: str, options: dict[str, Any], model: str | None) -> Preset:
     chosen = override_generation(load_preset(preset), generation, model)
     changes = {name: options.get(name) for name in METHOD_OPTIONS if name != "method"}
     return override_method(chosen, options.get("method"), changes)
+
+
+def frames_of(seconds: float, frames: int | None, preset: Preset, fps: int | None) -> int:
+    """Frames of at least that many seconds, of a number that the preset's autoencoder can make.
+
+    Args:
+        seconds: the option `--seconds`.
+        frames: the option `--num-frames`.
+        preset: says the frames per second and the autoencoder.
+        fps: the option `--fps`.
+
+    Raises:
+        ConfigError: no time, both options, or a preset that makes images.
+    """
+    if frames is not None:
+        raise ConfigError("--seconds", "says the same as --num-frames; leave one of them out")
+    if preset.makes_image:
+        raise ConfigError("--seconds", f"preset {preset.name} makes an image")
+    if not 0 < seconds < float("inf"):
+        raise ConfigError("--seconds", f"expected more than 0, got {seconds:g}")
+    step = preset.model.vae_temporal
+    return 1 + step * max(1, ceil((seconds * (fps or preset.generation.fps) - 1) / step))
 
 
 def override_generation(preset: Preset, values: dict[str, Any], model: str | None) -> Preset:

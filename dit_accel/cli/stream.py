@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +14,8 @@ import typer
 import yaml
 
 from dit_accel.cli.app import console
+from dit_accel.cli.files import report_path, write_json
+from dit_accel.cli.overrides import frames_of
 from dit_accel.cli.prompts import LivePrompts, PromptChange, read_prompts
 from dit_accel.errors import ConfigError
 from dit_accel.presets import Preset, load_preset
@@ -23,8 +23,8 @@ from dit_accel.streaming import STREAM_PRESETS, StreamAttention, StreamSettings,
 from dit_accel.video_stream import StreamingVideoFile
 
 _SHARED = {
-    *("prompt", "output", "preset", "negative_prompt", "height", "width", "num_frames", "guidance_scale", "fps"),
-    *("seed", "image", "model", "device", "dtype", "method", "density", "report"),
+    *("prompt", "output", "preset", "negative_prompt", "height", "width", "num_frames", "seconds"),
+    *("guidance_scale", "fps", "seed", "image", "model", "device", "dtype", "method", "density", "report"),
 }
 _OWN = ["num_chunks", "prompts_file", "live", "stream_settings", "checkpoint", "lora"]
 METHOD_HELP = "Method instead of the preset's; of a stream also light_forcing, flashblock or compressed_memory."
@@ -97,15 +97,18 @@ def _request(options: Mapping[str, Any]) -> _Request:
     preset = load_preset(options["preset"])
     settings = _settings(options, preset)
     changes = [] if options["prompts_file"] is None else read_prompts(options["prompts_file"])
-    if options["prompt"]:
+    prompts = options["prompt"] or []
+    if len(prompts) > 1:
+        raise ConfigError("--prompt", "a stream begins with one; later ones go into --prompts-file with their chunk")
+    if prompts and prompts[0]:
         if changes and changes[0].chunk == 1:
             raise ConfigError("--prompt", "the prompts file has a prompt for chunk 1 already; leave one of them out")
-        changes.insert(0, PromptChange(prompt=options["prompt"]))
+        changes.insert(0, PromptChange(prompt=prompts[0]))
     if not changes or changes[0].chunk != 1:
         raise ConfigError("--prompt", "expected a text, or a prompts file with a prompt for chunk 1")
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{preset.name.replace('/', '-')}-stream-seed{options['seed']}.mp4"
     output = options["output"] or Path("outputs") / stamp
-    report = options["report"] or output.with_suffix(".json")
+    report = report_path(options["report"], output)
     return _Request(preset, settings, changes, output, report, _chunks(options, preset, settings), options)
 
 
@@ -139,9 +142,12 @@ def _chunks(options: Mapping[str, Any], preset: Preset, settings: StreamSettings
     """Chunks to make: as told, else enough for the frames of the preset; endless while prompts are typed."""
     if options["num_chunks"] is not None:
         return int(options["num_chunks"])
-    if options["live"] and options["num_frames"] is None:
+    frames = options["num_frames"]
+    if options["seconds"] is not None:
+        frames = frames_of(options["seconds"], frames, preset, options["fps"])
+    if options["live"] and frames is None:
         return None
-    frames = options["num_frames"] or preset.generation.num_frames
+    frames = frames or preset.generation.num_frames
     latents = 1 + (frames - 1) / preset.model.vae_temporal
     return max(1, math.ceil(latents / settings.chunk))
 
@@ -259,7 +265,4 @@ def _write_report(request: _Request, measured: dict[str, Any], prompts: list[dic
         **measured,
         "environment": environment(),
     }
-    request.report.parent.mkdir(parents=True, exist_ok=True)
-    temporary = request.report.with_name(request.report.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, request.report)
+    write_json(request.report, content)
