@@ -31,6 +31,8 @@ _CONFIGS = {
 _NEEDS_CONTEXT = ("first_block", "taylorseer")
 _NEEDS_TIMESTEP = ("pab", "faster")
 _SKIPS_BLOCKS = ("first_block", "mag", "sea")
+# Models whose last block returns text and image as one tensor and whose first block returns two.
+_FUSED_TAIL = ("Flux2Transformer2DModel",)
 _FILLED_IN = ("num_inference_steps", "is_guidance_distilled", "tensor_format")
 _ATTENTION = r"(.*_)?blocks\.\d+\.attn\d?"
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -146,6 +148,8 @@ def _model_reason(name: str, model: Any, has_two: bool) -> str | None:
         return "a step cache is on already; switch it off with disable_cache()"
     if name in _SKIPS_BLOCKS and hasattr(model, "vace_blocks"):
         return "VACE adds its hints between the blocks that this cache skips, which would count them twice"
+    if name == "first_block" and type(model).__name__ in _FUSED_TAIL:
+        return "its last block returns text and image in one, which this cache cannot compare with its first block's"
     if name in ("mag", "sea") and has_two:
         return "it counts the steps of one transformer, and this pipeline has two"
     return None
@@ -161,7 +165,8 @@ def _pipeline_reason(name: str, pipe: Any, guidance: Guidance) -> str | None:
         return "Diffusers' pipeline does not say step and noise level to the cache, which would then never skip"
     if name in _NEEDS_TIMESTEP and not hasattr(type(pipe), "current_timestep"):
         return "Diffusers' pipeline has no current_timestep"
-    if name in _NEEDS_TIMESTEP and _calls_twice(source, guidance):
+    mixes = name in _NEEDS_TIMESTEP or (name == "mag" and "cache_context" not in source)
+    if mixes and _calls_twice(source, guidance):
         return "it does not tell two guidance branches that are called in turn apart, and would mix them"
     return None
 

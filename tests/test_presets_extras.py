@@ -8,18 +8,19 @@ from types import ModuleType
 import diffusers
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import FirstBlockCacheConfig
 from preset_cases import arguments, pipeline_of, shrunk
 
-import dit_accel
 from dit_accel import extras as extras_module
 from dit_accel import extras_cache
 from dit_accel.acceleration import accelerate
 from dit_accel.errors import ConfigError, UnsupportedError
 from dit_accel.extras import Extras, Quantization, quantization_config
 from dit_accel.extras_cache import Guidance, enable_cache
+from dit_accel.families.registry import family_of
 from dit_accel.models import load_for_preset
-from dit_accel.presets import load_preset
+from dit_accel.presets import list_presets, load_preset
 from dit_accel.samples.tiny_random import tiny_pipeline
 
 STEPS = 6
@@ -38,14 +39,25 @@ CACHES = {
     "sea": {"threshold": 10.0},
 }
 WAN, WAN_TWO, IMAGE, COG = "wan2.1-t2v-1.3b-480p", "wan2.2-t2v-a14b-720p", "flux1-dev", "cogvideox-5b"
-WORKS = {
-    "first_block": (WAN, "wan2.1-i2v-14b-480p", WAN_TWO, "hunyuan-video-t2v-720p", IMAGE, "cogvideox1.5-5b-i2v"),
-    "mag": (WAN, "hunyuan-video-i2v-720p", IMAGE, "flux1-kontext-dev", "flux1-fill-dev", "flux2-dev", COG),
-    "taylorseer": (WAN, WAN_TWO, "wan2.1-vace-1.3b-480p", "hunyuan-video-1.5-t2v-480p", IMAGE, COG),
-    "pab": ("hunyuan-video-t2v-720p", IMAGE, "flux1-kontext-dev", COG),
-    "faster": ("hunyuan-video-t2v-720p", IMAGE, COG, "cogvideox1.5-5b-i2v"),
-    "sea": (WAN,),
+# One model per pipeline class, and the caches that are right on it; all others are refused.
+RUNS_ON = {
+    WAN: "first_block mag taylorseer sea",
+    "wan2.1-i2v-14b-480p": "first_block mag taylorseer",
+    "wan2.1-vace-1.3b-480p": "taylorseer",
+    WAN_TWO: "first_block taylorseer",
+    "hunyuan-video-t2v-720p": "first_block mag taylorseer pab faster",
+    "hunyuan-video-i2v-720p": "mag pab faster",
+    "hunyuan-video-1.5-t2v-480p": "taylorseer",
+    "hunyuan-video-1.5-i2v-480p": "taylorseer",
+    IMAGE: "first_block mag taylorseer pab faster",
+    "flux1-kontext-dev": "mag pab faster",
+    "flux1-fill-dev": "mag",
+    "flux2-dev": "mag pab faster",
+    "flux2-klein-4b": "mag taylorseer pab faster",
+    COG: "first_block mag taylorseer pab faster",
+    "cogvideox1.5-5b-i2v": "first_block mag taylorseer pab faster",
 }
+DEEPER = {"first_block": WAN_TWO, "mag": IMAGE, "taylorseer": WAN, "pab": IMAGE, "faster": COG, "sea": WAN}
 REFUSED = [
     ("pab", WAN, "two guidance branches"),
     ("faster", "hunyuan-video-1.5-t2v-480p", "two guidance branches"),
@@ -55,6 +67,7 @@ REFUSED = [
     ("pab", "flux1-fill-dev", "no current_timestep"),
     ("first_block", "wan2.1-vace-1.3b-480p", "count them twice"),
     ("mag", WAN_TWO, "counts the steps of one transformer"),
+    ("first_block", "flux2-klein-4b", "its last block returns text and image in one"),
     ("first_block", "hunyuan-video-1.5-t2v-480p", "not registered"),
 ]
 
@@ -73,22 +86,75 @@ def generate(pipe, preset, seed=0, **more):
     return torch.as_tensor(pipe(**arguments(pipe, preset, generator=generator, **more))[0])
 
 
-@pytest.mark.parametrize(("cache", "name"), [(cache, name) for cache, names in WORKS.items() for name in names])
-def test_a_step_cache_and_sparse_attention_run_together(cache, name):
+def attention_calls(pipe):
+    """A list that grows by the number of attention layers with every call of a transformer of `pipe`."""
+    counted = []
+    for name in ("transformer", "transformer_2"):
+        model = getattr(pipe, name, None)
+        if model is not None:
+            layers = len(family_of(model).layers(model))
+            model.register_forward_pre_hook(lambda *_, layers=layers: counted.append(layers))
+    return counted
+
+
+def test_every_pipeline_class_is_listed():
+    listed = [load_preset(name).pipeline for name in RUNS_ON]
+    models = {load_preset(name).pipeline for name in list_presets() if "/" not in name}
+    assert sorted(listed) == sorted([*models, "WanPipeline"])  # once with one transformer, once with two
+
+
+@pytest.mark.parametrize("name", RUNS_ON)
+def test_each_step_cache_runs_beside_sparse_attention_or_is_refused(name):
+    pipe = tiny_pipeline(load_preset(name).tiny)
+    possible = attention_calls(pipe)
+    for cache in CACHES:
+        preset = cached(name, cache)
+        if cache not in RUNS_ON[name].split():
+            with pytest.raises(UnsupportedError, match=rf"extras\.cache: {cache}"):
+                accelerate(pipe, preset)
+            continue
+        possible.clear()
+        with accelerate(pipe, preset, **SPARSE, schedule={"refresh": 2}) as acceleration:
+            assert torch.isfinite(generate(pipe, preset)).all()
+            calls = acceleration.report().calls
+        assert 0 < len(calls) < sum(possible), f"{cache} skipped nothing"
+        assert any(call.reason is None for call in calls)
+        assert len({call.generation for call in calls}) == 1
+        assert not pipe.transformer.is_cache_enabled
+
+
+@pytest.mark.parametrize(("cache", "name"), DEEPER.items())
+def test_a_step_cache_and_sparse_attention_leave_nothing_to_the_next_generation(cache, name):
     preset, pipe = cached(name, cache), pipeline_of(load_preset(name).tiny)
-    with accelerate(pipe, preset, **SPARSE, schedule={"dense_steps": 1, "refresh": 2}) as acceleration:
-        first, calls = generate(pipe, preset), acceleration.report().calls
-        assert {call.generation for call in calls} == {max(call.generation for call in calls)}
-        other = generate(pipe, preset, seed=1)
+    with accelerate(pipe, preset, **SPARSE, schedule={"dense_steps": 1, "refresh": 2}):
+        first, other = generate(pipe, preset), generate(pipe, preset, seed=1)
         assert torch.equal(generate(pipe, preset), first)
     assert not torch.equal(first, other)
-    assert not pipe.transformer.is_cache_enabled
-    plain = dit_accel.accelerate(pipe, preset.model_copy(update={"extras": Extras()}), **SPARSE, schedule={})
-    generate(pipe, preset)
-    everything = plain.report().calls
-    plain.remove()
-    assert 0 < len(calls) < len(everything), "the cache skipped nothing"
-    assert any(call.reason is None for call in calls)
+
+
+@pytest.mark.parametrize("method", ["svg2", "re_ttention", "rectified"])
+@pytest.mark.parametrize("cache", ["first_block", "taylorseer"])
+def test_methods_that_remember_run_beside_skipped_steps(cache, method):
+    preset, pipe = cached(WAN, cache), pipeline_of(load_preset(WAN).tiny)
+    with accelerate(pipe, preset, method=method, density=0.4, break_even=1.0, schedule={"dense_steps": 1}) as acc:
+        first = generate(pipe, preset)
+        calls = [call for call in acc.report().calls if call.branch == "cond"]
+        assert torch.equal(generate(pipe, preset), first)
+    assert torch.isfinite(first).all()
+    assert {call.reason for call in calls if call.step == 0} == {"step 0 is in dense_steps [0, 1)"}
+    assert len(calls) < 2 * STEPS
+
+
+def test_a_search_at_a_skipped_step_is_made_at_the_next_computed_one():
+    """TaylorSeer computes steps 0, 1, 3 and 5 here, so the search of step 2 is made at step 3."""
+    preset, pipe = cached(WAN, "taylorseer"), pipeline_of(load_preset(WAN).tiny)
+    with accelerate(pipe, preset, **SPARSE, schedule={"search_steps": [0, 2]}) as acceleration:
+        generate(pipe, preset)
+        calls = [c for c in acceleration.report().calls if c.layer == 1 and c.branch == "uncond"]
+    computed = [c.step for c in calls]
+    made = [c.step for c in calls if c.milliseconds("select") > 0]
+    assert 2 not in computed
+    assert made == [0, min(step for step in computed if step > 2)]
 
 
 @pytest.mark.parametrize(("cache", "name"), [("first_block", WAN), ("faster", COG), ("pab", IMAGE), ("mag", IMAGE)])
@@ -127,6 +193,16 @@ def test_caches_that_would_be_wrong_are_refused_with_the_reason(cache, name, rea
         accelerate(pipe, preset)
     assert pipe.transformer.attn_processors == processors
     assert not pipe.transformer.is_cache_enabled
+
+
+@pytest.mark.parametrize(("cache", "name"), [("mag", "flux1-kontext-dev"), ("pab", IMAGE)])
+def test_guidance_in_two_calls_is_refused_where_a_cache_would_mix_them(cache, name):
+    preset = cached(name, cache)
+    guided = preset.model_copy(update={"generation": preset.generation.model_copy(update={"true_cfg_scale": 3.0})})
+    pipe = pipeline_of(preset.tiny)
+    with pytest.raises(UnsupportedError, match=rf"extras\.cache: {cache}.*would mix them"):
+        accelerate(pipe, guided)
+    accelerate(pipe, preset).remove()
 
 
 def test_a_cache_that_is_on_already_or_unknown_ratios_are_refused():
@@ -199,24 +275,71 @@ def test_offload_without_an_accelerator_is_refused(mode):
         accelerate(pipeline_of(load_preset(WAN).tiny), with_extras(WAN, offload={"mode": mode}))
 
 
-@pytest.mark.parametrize("type_", ["leaf_level", "block_level"])
-def test_groups_of_layers_are_offloaded_under_sparse_attention(monkeypatch, type_):
-    """With the CPU standing in for the accelerator: hooks of both stand on the same modules."""
+def offload_to_the_cpu(monkeypatch, pipe):
+    """Let Diffusers' and Accelerate's own offload hooks run with the CPU in the accelerator's place."""
+    cpu = torch.device("cpu")
     monkeypatch.setattr("dit_accel.extras_install._accelerator", lambda: "meta")
-    blocks = 1 if type_ == "block_level" else None
-    preset = with_extras(WAN, offload={"mode": "group", "type": type_, "blocks": blocks})
+    group = pipe.enable_group_offload
+    monkeypatch.setattr(pipe, "enable_group_offload", lambda **given: group(**given | {"onload_device": cpu}))
+
+    def sequential(device):
+        cpu_offload(pipe.transformer, execution_device=cpu)
+
+    def whole(device):
+        pipe._all_hooks = [cpu_offload_with_hook(pipe.transformer, execution_device=cpu)[1]]
+
+    monkeypatch.setattr(pipe, "enable_sequential_cpu_offload", sequential)
+    monkeypatch.setattr(pipe, "enable_model_cpu_offload", whole)
+
+
+OFFLOADS = [
+    {"mode": "group", "type": "leaf_level"},
+    {"mode": "group", "type": "block_level", "blocks": 1},
+    {"mode": "sequential"},
+    {"mode": "model"},
+]
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("name", [WAN, IMAGE])
+def test_weights_that_come_when_needed_give_the_same_under_sparse_attention(monkeypatch, name, offload):
+    preset = with_extras(name, offload=offload)
     pipe, plain = tiny_pipeline(preset.tiny), preset.model_copy(update={"extras": Extras()})
+    stock = generate(pipe, preset)
     with accelerate(pipe, plain, **SPARSE):
         expected = generate(pipe, preset)
-    enable = pipe.enable_group_offload
-
-    def on_cpu(**options):
-        enable(**{**options, "onload_device": torch.device("cpu")})
-
-    monkeypatch.setattr(pipe, "enable_group_offload", on_cpu)
+    offload_to_the_cpu(monkeypatch, pipe)
     with accelerate(pipe, preset, **SPARSE) as acceleration:
+        away = offload["mode"] == "sequential"
+        assert {weight.is_meta for weight in pipe.transformer.parameters()} == {away}
         assert torch.equal(generate(pipe, preset), expected)
         assert any(call.reason is None for call in acceleration.report().calls)
+    assert torch.equal(generate(pipe, preset), stock)
+
+
+COMPILE = {"compile": {"backend": "eager"}}
+CACHE = {"cache": {"name": "first_block", "parameters": CACHES["first_block"]}}
+CAST, GROUP = {"layerwise_casting": {}}, {"offload": OFFLOADS[0]}
+
+
+BESIDE = [(CACHE, GROUP), (CAST, GROUP), (CACHE, COMPILE), (CACHE | CAST, COMPILE | GROUP)]
+
+
+@pytest.mark.parametrize(("base", "added"), BESIDE)
+def test_extras_stand_beside_each_other(monkeypatch, base, added):
+    """Offload and compilation change nothing that a cache and stored 8-bit weights give."""
+    results = []
+    for extras in (base, base | added):
+        preset = with_extras(WAN, **extras)
+        pipe = tiny_pipeline(preset.tiny)
+        offload_to_the_cpu(monkeypatch, pipe)
+        torch.compiler.reset()
+        with accelerate(pipe, preset, **SPARSE, schedule={}) as acceleration:
+            results.append((generate(pipe, preset, num_inference_steps=2), len(acceleration.report().calls)))
+            assert any(call.reason is None for call in acceleration.report().calls)
+    torch.compiler.reset()
+    torch.testing.assert_close(results[1][0], results[0][0], atol=1e-4, rtol=1e-4)
+    assert results[1][1] == results[0][1]
 
 
 def test_model_and_sequential_offload_switch_diffusers_on_once(monkeypatch):
