@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dit_accel.acceleration import accelerate
 from dit_accel.errors import ConfigError
@@ -12,8 +12,14 @@ from dit_accel.handle import Acceleration
 from dit_accel.models import call_arguments, load_for_preset
 from dit_accel.presets import Preset, load_preset
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline as _Pipeline
+else:
+    # At run time the pipeline is the other base of each wrapper.
+    _Pipeline = object
 
-class FromPreset:
+
+class FromPreset(_Pipeline):
     """Mixin over a Diffusers pipeline class: `from_preset`, and the preset's values where a call leaves them out."""
 
     preset: Preset | None = None
@@ -59,8 +65,8 @@ class FromPreset:
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save as the Diffusers pipeline that this is, so that plain Diffusers loads it again."""
         stock = self.stock_class()
-        config = {key: value for key, value in self.config.items() if key in signature(stock).parameters}  # type: ignore[attr-defined]
-        stock(**{**config, **self.components}).save_pretrained(*args, **kwargs)  # type: ignore[attr-defined]
+        config = {key: value for key, value in self.config.items() if key in signature(stock).parameters}
+        stock(**{**config, **self.components}).save_pretrained(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate, as the Diffusers pipeline does; arguments left out take the preset's values."""
@@ -71,4 +77,4 @@ class FromPreset:
             if "negative_prompt_embeds" in kwargs:
                 defaults.pop("negative_prompt", None)
             kwargs = {**{key: value for key, value in defaults.items() if key not in given}, **kwargs}
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return super().__call__(*args, **kwargs)
