@@ -129,6 +129,7 @@ def write_inputs(folder):
         ("cogvideox-5b-i2v", ["--image", "a.png"], "gif"),
         ("hunyuan-video-i2v-720p", ["--image", "a.png"], "mp4"),
         ("flux1-kontext-dev", ["--image", "a.png"], "png"),
+        ("flux2-dev-edit", ["--image", "a.png"], "png"),
         ("flux1-fill-dev", ["--image", "a.png", "--mask", "m.png"], "png"),
         ("wan2.1-vace-1.3b-480p", ["--image", "a.png", "--video", "v.mp4"], "mp4"),
         ("hunyuan-video-1.5-i2v-480p", ["--image", "a.png"], "mp4"),

@@ -69,6 +69,7 @@ TINY: dict[str, TinyModel] = {
     "flux1-kontext": TinyModel("flux", "i2i", "FluxKontextPipeline", "flux.flux1_kontext"),
     "flux1-fill": TinyModel("flux", "fill", "FluxFillPipeline", "flux.flux1_fill"),
     "flux2-dev": TinyModel("flux2", "t2i", "Flux2Pipeline", "flux.flux2_dev"),
+    "flux2-dev-edit": TinyModel("flux2", "i2i", "Flux2Pipeline", "flux.flux2_dev"),
     "flux2-klein": TinyModel("flux2", "t2i", "Flux2KleinPipeline", "flux.flux2_klein"),
     "cogvideox-2b": TinyModel("cogvideox", "t2v", "CogVideoXPipeline", "cogvideox.cogvideox_2b"),
     "cogvideox-5b": TinyModel("cogvideox", "t2v", "CogVideoXPipeline", "cogvideox.cogvideox_5b"),
@@ -141,7 +142,10 @@ def tiny_arguments(name: str, steps: int = 2, seed: int = 0) -> dict[str, Any]:
         values |= {"spatio_temporal_guidance_blocks": [1]}
     if model.family == "flux2":
         values["max_sequence_length"] = 64  # its language models are some 30 layers deep
-    return values | _images(model)
+    values |= _images(model)
+    if model.family == "flux2" and model.takes_image:
+        values |= {"height": 64, "width": 96, "image": tiny_image(96, 64)}  # it refuses smaller references
+    return values
 
 
 def tiny_image(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:

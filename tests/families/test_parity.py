@@ -15,7 +15,8 @@ from dit_accel.samples.tiny_random import TINY, tiny_arguments, tiny_names, tiny
 
 SPARSE = {"method": "composed", "tile": [1, 2, 2], "density": 0.1, "break_even": 1.0}
 GRIDS = {"wan2.1-vace": (4, 4, 6), "hunyuan-video-1.5": (3, 8, 12), "hunyuan-video-1.5-i2v": (3, 6, 9)}
-GRIDS |= {"flux1-kontext": (2, 8, 12), "cogvideox1.5-5b": (2, 4, 6), "cogvideox1.5-5b-i2v": (2, 4, 6)}
+GRIDS |= {"flux1-kontext": (2, 8, 12), "flux2-dev-edit": (2, 16, 24)}
+GRIDS |= {"cogvideox1.5-5b": (2, 4, 6), "cogvideox1.5-5b-i2v": (2, 4, 6)}
 GRIDS |= {"ltx-video": (3, 8, 16), "ltx-2": (3, 8, 16)}
 BRANCHES = {"WanPipeline": {"cond", "uncond"}, "CogVideoXPipeline": {"cond_uncond"}, "FluxPipeline": {"cond"}}
 BRANCHES |= {"LTX2Pipeline": {"cond_uncond", "uncond_stg", "uncond_modality"}}

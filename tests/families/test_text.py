@@ -23,6 +23,7 @@ LAYOUTS = {
     "flux1-dev": TokenLayout((1, 8, 12), 512, "before"),
     "flux1-kontext": TokenLayout((2, 8, 12), 512, "before"),
     "flux2-dev": TokenLayout((1, 8, 12), 64, "before"),
+    "flux2-dev-edit": TokenLayout((2, 16, 24), 64, "before"),
     "cogvideox-5b": TokenLayout((3, 4, 6), 226, "before"),
     "qwen-image": TokenLayout((1, 8, 12), 46, "before"),
     "ltx-video": TokenLayout((3, 8, 16)),
