@@ -38,7 +38,7 @@ def tile_costs(q: Tensor, k: Tensor, block: int, epsilon: float = 1e-3, share: f
     blocks = Blocking.uniform(tokens, block)
     sizes = (blocks.lengths.unsqueeze(-1) * blocks.lengths).to(q.device).double()
     empty, uneven = torch.zeros(2, batch, heads, dtype=torch.float64, device=q.device)
-    for group in row_groups(blocks.count, batch * heads * block * tokens):
+    for group in row_groups(blocks.count, batch * heads * block * tokens, q.device):
         rows = slice(int(blocks.starts[group.start]), int(blocks.starts[group.stop]))
         weights = (q[:, :, rows].double() * dim**-0.5 @ k.double().transpose(-1, -2)).softmax(-1)
         parts = Blocking.from_lengths(blocks.lengths[group], block)

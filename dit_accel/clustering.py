@@ -67,16 +67,17 @@ def k_means(x: Tensor, centroids: Tensor, iterations: int, tolerance: float = 0.
     return Clusters(labels, centroids, _means(x, labels, centroids.shape[2])[1], 0)
 
 
-def _chunk(x: Tensor, clusters: int) -> int:
-    return max(1, _ELEMENTS // (x.shape[0] * x.shape[1] * clusters))
+def _chunk(heads: int, clusters: int) -> int:
+    return max(1, _ELEMENTS // (heads * clusters))
 
 
 def _assign(x: Tensor, centroids: Tensor) -> Tensor:
     """Nearest centroid of each token, int64 `[B, H, N]`."""
-    half_square = centroids.square().sum(-1).unsqueeze(-2) / 2
-    columns = centroids.transpose(-1, -2)
-    parts = x.split(_chunk(x, centroids.shape[2]), 2)
-    return torch.cat([(part @ columns - half_square).argmax(-1) for part in parts], 2)
+    lead, x, columns = x.shape[:3], x.flatten(0, 1), centroids.flatten(0, 1).transpose(1, 2)
+    half_square = columns.square().sum(1, keepdim=True) / -2
+    step = _chunk(len(x), columns.shape[2])
+    parts = [torch.baddbmm(half_square, part, columns).argmax(-1) for part in x.split(step, 1)]
+    return torch.cat(parts, 1).view(lead)
 
 
 def _means(x: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
@@ -94,7 +95,7 @@ def _means(x: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
 def _one_hot_means(x: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """As `_means`, by products with one-hot rows: scattered sums add up in another order at every run on a GPU."""
     sums, sizes = x.new_zeros(*x.shape[:2], clusters, x.shape[3]), x.new_zeros(*x.shape[:2], clusters)
-    number, step = torch.arange(clusters, device=x.device), _chunk(x, clusters)
+    number, step = torch.arange(clusters, device=x.device), _chunk(x.shape[0] * x.shape[1], clusters)
     for part, label in zip(x.split(step, 2), labels.split(step, 2), strict=True):
         member = (label.unsqueeze(-2) == number.unsqueeze(-1)).to(x.dtype)
         sums += member @ part

@@ -42,6 +42,7 @@ class FlexPrefill(DynamicMethod):
         mass: share of the mass to keep: by profile the crossing entry is kept, in the pooled map it is left out.
         tau: Jensen-Shannon distance up to which the pooled map is trusted.
         probes: query blocks that are probed, spread over the video; published is the last one alone.
+        probe_rows: queries of each that are looked at, spread over it; by default as many in all as published.
         block: query and key block in tokens.
     """
 
@@ -50,6 +51,7 @@ class FlexPrefill(DynamicMethod):
     mass: Share = 0.95
     tau: Annotated[float, Field(ge=0, le=1)] = 0.1
     probes: Size = 4
+    probe_rows: Size = 32
     block: BlockSize = 128
 
     def scores(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor:
@@ -90,7 +92,7 @@ class FlexPrefill(DynamicMethod):
         """Mass by key block `[B, H, nk]`, by distance `[B, H, nq + nk - 1]`, and which heads are trusted `[B, H]`."""
         layout = call.layout
         probed = probe_blocks(layout, q_blocks, self.probes).to(q.device)
-        profile = probe_profiles(q, k, q_blocks, k_blocks, layout, self.probes)
+        profile = probe_profiles(q, k, q_blocks, k_blocks, layout, self.probes, self.probe_rows)
         mean_q, _ = block_means(q, q_blocks, layout.valid)
         mean_k, counts = block_means(k, k_blocks, layout.valid)
         estimate = mean_q[:, :, probed] * q.shape[-1] ** -0.5 @ mean_k.transpose(-1, -2) + counts.log().unsqueeze(-2)

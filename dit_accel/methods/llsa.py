@@ -110,7 +110,7 @@ def _largest(scores: Tensor, keep: int, forced: Tensor) -> Tensor:
 def _join(out: Tensor, lse: Tensor, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, blocks: Blocking) -> Tensor:
     """Pooled keys `[B, H, m, D]`, with a bias per query block `[B, H, nq, m]`, into the softmax of the exact part."""
     result, owner = torch.empty_like(out), blocks.block_of_token().to(q.device)
-    for rows in row_groups(q.shape[2], q.shape[0] * q.shape[1] * keys.shape[2]):
+    for rows in row_groups(q.shape[2], q.shape[0] * q.shape[1] * keys.shape[2], q.device):
         logits = q[:, :, rows].to(keys.dtype) * q.shape[-1] ** -0.5 @ keys.transpose(-1, -2) + bias[:, :, owner[rows]]
         joint = torch.logaddexp(lse[:, :, rows].to(keys.dtype), logits.logsumexp(-1)).unsqueeze(-1)
         exact = (lse[:, :, rows].unsqueeze(-1) - joint).exp() * out[:, :, rows]

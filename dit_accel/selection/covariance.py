@@ -15,8 +15,8 @@ _FLOOR = 1e-5  # of the published code: keeps the logarithm of a block of identi
 
 def covariance_norms(k: Tensor, v: Tensor, blocks: Blocking, layout: TokenLayout) -> Tensor:
     """Frobenius norm of H = Σ (k - k̄) vᵀ over the real tokens of each block, `[B, H, n]`. k, v `[B, H, N, D]`."""
-    norms = []
-    for group in row_groups(blocks.count, k.shape[0] * k.shape[1] * k.shape[3] * max(k.shape[3], blocks.size)):
+    norms, width = [], k.shape[0] * k.shape[1] * k.shape[3] * max(k.shape[3], blocks.size)
+    for group in row_groups(blocks.count, width, k.device):
         inside = slice(int(blocks.starts[group.start]), int(blocks.starts[group.stop]))
         part = Blocking.from_lengths(blocks.lengths[group], blocks.size)
         valid = layout.valid and tuple(min(max(n - inside.start, 0), part.tokens) for n in layout.valid)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
 from dit_accel.selection.pooling import gather_blocks, real_tokens, working
-from dit_accel.selection.scores import block_sums, row_groups
+from dit_accel.selection.scores import block_sums, row_groups, slots_first
 
 
 def probe_blocks(layout: TokenLayout, q_blocks: Blocking, probes: int) -> Tensor:
@@ -22,26 +22,37 @@ def probe_blocks(layout: TokenLayout, q_blocks: Blocking, probes: int) -> Tensor
 
 
 def probe_profiles(
-    q: Tensor, k: Tensor, q_blocks: Blocking, k_blocks: Blocking, layout: TokenLayout, probes: int
+    q: Tensor,
+    k: Tensor,
+    q_blocks: Blocking,
+    k_blocks: Blocking,
+    layout: TokenLayout,
+    probes: int,
+    rows: int | None = None,
 ) -> Tensor:
-    """How the queries of a few blocks spread their attention over the key blocks, exactly, `[B, H, probes, nk]`.
+    """How the queries of a few blocks spread their attention over the key blocks, `[B, H, probes, nk]`.
 
-    Rows sum to 1: the mean over the real queries of a block of the mass on each key block.
+    Rows sum to 1: the mean over the real queries of a block of their exact mass on each key block.
 
     Args:
         q, k: `[B, H, N, D]`.
         q_blocks, k_blocks: partitions.
         layout: token geometry.
         probes: how many query blocks, see `probe_blocks`.
+        rows: how many queries of a block are looked at, spread evenly over it. Default None: all.
     """
-    q, k = working(q) * q.shape[-1] ** -0.5, working(k)
-    real = real_tokens(layout.tokens, layout.valid, q.device)[:, None]
+    k, real = working(k).transpose(-1, -2), real_tokens(layout.tokens, layout.valid, q.device)[:, None]
     profiles = []
     for block in probe_blocks(layout, q_blocks, probes).tolist():
-        inside = slice(int(q_blocks.starts[block]), int(q_blocks.starts[block + 1]))
-        logits = (q[:, :, inside] @ k.transpose(-1, -2)).masked_fill(~real.unsqueeze(-2), -torch.inf)
-        weights = block_sums(logits.softmax(-1), k_blocks).masked_fill(~real[..., inside].unsqueeze(-1), 0)
-        profiles.append(weights.sum(2) / real[..., inside].sum(-1, keepdim=True).clamp(min=1))
+        first, length = int(q_blocks.starts[block]), int(q_blocks.lengths[block])
+        count = length if rows is None else min(rows, length)
+        at = (first + torch.arange(count) * length // count).to(q.device)
+        logits = working(q[:, :, at]) * q.shape[-1] ** -0.5 @ k
+        if layout.is_padded:
+            logits.masked_fill_(~real.unsqueeze(-2), -torch.inf)
+        seen = real[..., at].unsqueeze(-1)
+        weights = block_sums(logits.softmax(-1), k_blocks).masked_fill(~seen, 0)
+        profiles.append(weights.sum(2) / seen.sum(2).clamp(min=1))
     return torch.stack(profiles, 2)
 
 
@@ -63,11 +74,11 @@ def largest_weights(
         (rows[:, :, :, ::stride], inside[..., ::stride])
         for rows, inside in (gather_blocks(q, q_blocks, layout.valid), gather_blocks(k, k_blocks, layout.valid))
     )
-    queries, keys = queries * q.shape[-1] ** -0.5, keys.flatten(2, 3).transpose(-1, -2)
-    padded, count, weights = ~real.flatten(1)[:, None, None], queries.shape[3], []
-    for group in row_groups(q_blocks.count, q.shape[0] * q.shape[1] * count * keys.shape[-1]):
-        part = (queries[:, :, group].flatten(2, 3) @ keys).masked_fill(padded, -torch.inf).softmax(-1)
-        part = part.unflatten(-1, (k_blocks.count, -1)).amax(-1).unflatten(2, (-1, count))
+    queries, keys = queries * q.shape[-1] ** -0.5, slots_first(keys)
+    padded, count, weights = ~real.transpose(1, 2).flatten(1)[:, None, None], queries.shape[3], []
+    for group in row_groups(q_blocks.count, q.shape[0] * q.shape[1] * count * keys.shape[-1], q.device):
+        part = (queries[:, :, group].flatten(2, 3) @ keys).masked_fill_(padded, -torch.inf).softmax(-1)
+        part = part.unflatten(-1, (-1, k_blocks.count)).amax(-2).unflatten(2, (-1, count))
         weights.append(part.masked_fill(~seen[:, None, group, :, None], 0).amax(3))
     return torch.cat(weights, 2)
 
@@ -99,11 +110,11 @@ def sampled_scores(
     """
     queries, _ = _sampled(q, q_blocks, layout, samples[0], generator)
     keys, real = _sampled(k, k_blocks, layout, samples[1], generator)
-    queries, keys = queries * q.shape[-1] ** -0.5, keys.flatten(2, 3).transpose(-1, -2)
+    queries, keys = queries * q.shape[-1] ** -0.5, slots_first(keys)
     count, scores = queries.shape[3], []
     empty = ~real[:, None, None]
-    for group in row_groups(q_blocks.count, q.shape[0] * q.shape[1] * count * keys.shape[-1]):
-        logits = (queries[:, :, group].flatten(2, 3) @ keys).unflatten(-1, (k_blocks.count, -1)).amax(-1)
+    for group in row_groups(q_blocks.count, q.shape[0] * q.shape[1] * count * keys.shape[-1], q.device):
+        logits = (queries[:, :, group].flatten(2, 3) @ keys).unflatten(-1, (-1, k_blocks.count)).amax(-2)
         logits = logits.masked_fill(empty, -torch.inf)
         logits = logits - logits.amax(-1, keepdim=True)
         scores.append(logits.unflatten(2, (-1, count)).amax(3))

@@ -2,7 +2,7 @@
 
 All return log-masses in fp32 (fp64 for fp64), up to a constant per row: their softmax over the key blocks of a row is
 the share of the attention mass that the scorer expects. -inf marks key blocks without real tokens. Work is cut into
-groups of query blocks, so that memory stays near `_ELEMENTS` whatever the length.
+groups of query blocks, so that memory stays near `_ELEMENTS` whatever the length. A choice has no gradient.
 Axis legend: B batch, H heads, N tokens, D head size, nq / nk query / key blocks.
 """
 
@@ -18,15 +18,26 @@ from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
 from dit_accel.selection.pooling import gather_blocks, real_tokens, working
 
-# About 16 MB of fp32: larger groups gain nothing and leave the cache of a CPU.
-_ELEMENTS = 2**22
+# What is made at a time: on a CPU 1 MB of fp32, which stays in the cache of a core while several passes go over it; a GPU
+# needs more at once to be busy.
+_ELEMENTS = 2**18
+_TIMES_ON_GPU = 256
 
 
-def row_groups(rows: int, width: int) -> Iterator[slice]:
-    """Cut `rows` rows of `width` elements into groups of about `_ELEMENTS` elements, at least one row each."""
-    step = max(1, _ELEMENTS // max(1, width))
+def row_groups(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Cut `rows` rows of `width` numbers into groups that suit the device, at least one row each."""
+    elements = _ELEMENTS * (1 if device.type == "cpu" else _TIMES_ON_GPU)
+    step = max(1, elements // max(1, width))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+def slots_first(x: Tensor) -> Tensor:
+    """Keys `[B, H, n, S, ...]` of n blocks as the columns of a product, `[B, H, D, S * n]` with D all that follows.
+
+    Blocks stand side by side in each slot, so that what is taken over the slots is taken over rows, which is fast.
+    """
+    return x.transpose(2, 3).flatten(4).flatten(2, 3).transpose(-1, -2)
 
 
 def log_mass(mass: Tensor, real: Tensor) -> Tensor:
@@ -53,37 +64,44 @@ def block_mass(
         q, k: `[B, H, N, D]`.
         q_blocks, k_blocks: partitions.
         layout: token geometry; padded keys get no mass, padded queries give none.
-        lse: log-sum-exp of every query row, `[B, H, N]`. Default None: computed. With that of an earlier step one pass
-            suffices; the rows of tokens are then off by a factor each.
+        lse: log-sum-exp of every query row, `[B, H, N]`, by which rows are weighted in place of their own: with that
+            of an earlier step the rows of tokens are off by a factor each. Default None: their own.
 
     Returns:
         Mass, sum of softmax weights over the rows and columns of a pair `[B, H, nq, nk]` (a row sums to the number of
         its real queries), and the log-sum-exp `[B, H, N]` it was made with.
     """
-    batch, heads, tokens, dim = q.shape
-    q, k = working(q) * dim**-0.5, working(k)
-    real = real_tokens(k.shape[2], layout.valid, k.device)[:, None, None]
-    given, lse = lse is not None, q.new_zeros(batch, heads, tokens) if lse is None else lse
-    mass = q.new_zeros(batch, heads, q_blocks.count, k_blocks.count)
-    for group in row_groups(q_blocks.count, batch * heads * q_blocks.size * k.shape[2]):
-        inside = slice(int(q_blocks.starts[group.start]), int(q_blocks.starts[group.stop]))
-        logits = q[:, :, inside] @ k.transpose(-1, -2)
-        if layout.is_padded:
-            logits.masked_fill_(~real, -torch.inf)
-        if given:
-            # A stale log-sum-exp may be far off; beyond this bound exp would overflow.
-            weights = block_sums(logits.sub_(lse[:, :, inside].unsqueeze(-1)).clamp_(max=60).exp_(), k_blocks)
-        else:
-            largest = logits.amax(-1, keepdim=True)
-            weights = block_sums(logits.sub_(largest).exp_(), k_blocks)
-            total = weights.sum(-1, keepdim=True)
-            lse[:, :, inside] = (total.log() + largest).squeeze(-1)
-            weights = weights / total
-        if layout.is_padded:
-            weights = weights.masked_fill(~real[..., inside].transpose(-1, -2), 0)
-        rows = Blocking.from_lengths(q_blocks.lengths[group], q_blocks.size)
-        mass[:, :, group] = block_sums(weights.transpose(-1, -2), rows).transpose(-1, -2)
-    return mass, lse
+    real = real_tokens(k.shape[2], layout.valid, k.device)
+    real = real.expand(len(q), -1).repeat_interleave(q.shape[1], 0) if layout.is_padded else None
+    queries, keys = (x.detach().flatten(0, 1) for x in (working(q) * q.shape[-1] ** -0.5, working(k)))
+    own = queries.new_empty(queries.shape[:2])
+    mass = queries.new_empty(len(queries), q_blocks.count, k_blocks.count)
+    width = q_blocks.size * keys.shape[1]
+    for head in row_groups(len(queries), width, q.device):
+        columns, padded = keys[head].transpose(1, 2), None if real is None else ~real[head].unsqueeze(1)
+        for group in row_groups(q_blocks.count, width * (head.stop - head.start), q.device):
+            inside = slice(int(q_blocks.starts[group.start]), int(q_blocks.starts[group.stop]))
+            weights, own[head, inside] = _softmax_of(queries[head, inside] @ columns, padded)
+            weights = block_sums(weights, k_blocks)
+            if lse is not None:
+                # A stale log-sum-exp may be far off; beyond this bound exp would overflow.
+                stale = own[head, inside] - lse.flatten(0, 1)[head, inside]
+                weights *= stale.clamp(max=60).exp().unsqueeze(-1)
+            if real is not None:
+                weights.masked_fill_(~real[head, inside].unsqueeze(-1), 0)
+            rows = Blocking.from_lengths(q_blocks.lengths[group], q_blocks.size)
+            mass[head, group] = block_sums(weights.transpose(-1, -2), rows).transpose(-1, -2)
+    return mass.unflatten(0, q.shape[:2]), own.unflatten(0, q.shape[:2]) if lse is None else lse
+
+
+def _softmax_of(logits: Tensor, padded: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax of `logits` `[G, R, N]`, which it overwrites, and their log-sum-exp `[G, R]`; `padded` keys get none."""
+    if padded is not None:
+        logits.masked_fill_(padded, -torch.inf)
+    largest = logits.amax(-1)
+    weights = torch.softmax(logits, -1, out=logits)
+    # The largest weight is exp(largest - lse); two maxima and a softmax cost less than an exponential of one's own.
+    return weights, largest - weights.amax(-1).log()
 
 
 def antidiagonal_scores(
@@ -109,12 +127,12 @@ def antidiagonal_scores(
     queries, seen = _grouped(q, q_blocks, layout, stride)
     keys, counts = _grouped(k, k_blocks, layout, stride)
     queries = queries.flip(-2).flatten(-2) * (q.shape[-1] ** -0.5 / stride)
-    keys = keys.flatten(2, 3).flatten(-2).transpose(-1, -2)
-    bias = (counts / stride).log().flatten(1)[:, None, None]
+    keys = slots_first(keys)
+    bias = (counts / stride).log().transpose(1, 2).flatten(1)[:, None, None]
     groups, scores = queries.shape[3], []
-    for part in row_groups(q_blocks.count, q.shape[0] * q.shape[1] * groups * keys.shape[-1]):
-        shares = (queries[:, :, part].flatten(2, 3) @ keys + bias).softmax(-1)
-        shares = shares.unflatten(-1, (k_blocks.count, -1)).sum(-1).unflatten(2, (-1, groups))
+    for part in row_groups(q_blocks.count, q.shape[0] * q.shape[1] * groups * keys.shape[-1], q.device):
+        shares = (queries[:, :, part].flatten(2, 3) @ keys).add_(bias).softmax(-1)
+        shares = shares.unflatten(-1, (-1, k_blocks.count)).sum(-2).unflatten(2, (-1, groups))
         scores.append((shares * (seen / stride)[:, None, part, :, None]).sum(3))
     return log_mass(torch.cat(scores, 2), (counts.sum(-1) > 0)[:, None, None])
 
@@ -125,6 +143,9 @@ def _grouped(x: Tensor, blocks: Blocking, layout: TokenLayout, size: int) -> tup
     Returns `[B, H, n, G, size, D]`, missing tokens at the mean of their group, and counts `[B or 1, n, G]`.
     """
     rows, real = gather_blocks(x, blocks, layout.valid)
+    if layout.valid is None and blocks.tokens == blocks.count * blocks.size and blocks.size % size == 0:
+        whole = rows.unflatten(3, (-1, size))
+        return whole, rows.new_full((1, *whole.shape[2:4]), size)
     rows = F.pad(rows, (0, 0, 0, -blocks.size % size)).unflatten(3, (-1, size))
     real = F.pad(real, (0, -blocks.size % size)).unflatten(-1, (-1, size))
     counts = real.sum(-1).to(rows.dtype)
@@ -155,7 +176,7 @@ def subblock_scores(
     bias, parts, scores = counts.log().flatten(1)[:, None, None], queries.shape[3], []
     # Where a query block holds padding alone, its row is not used but must not become NaN.
     weight = torch.where(seen.sum(-1, keepdim=True) > 0, seen, 1.0).log()[:, None, :, :, None]
-    for group in row_groups(q_blocks.count, q.shape[0] * q.shape[1] * parts * keys.shape[-1]):
+    for group in row_groups(q_blocks.count, q.shape[0] * q.shape[1] * parts * keys.shape[-1], q.device):
         logits = queries[:, :, group].flatten(2, 3) @ keys + bias
         logits = logits.unflatten(-1, (k_blocks.count, -1)).logsumexp(-1).unflatten(2, (-1, parts))
         scores.append((logits + weight[:, :, group]).logsumexp(3))

@@ -136,7 +136,7 @@ def test_xattention_threshold():
     assert (masks[1] <= masks[2]).all()
     assert masks[0].sum() < masks[1].sum() < masks[2].sum()
     blocks = layout.blocks(16)
-    share = antidiagonal_scores(q, k, blocks, blocks, layout, 8).softmax(-1)
+    share = antidiagonal_scores(q, k, blocks, blocks, layout, 16).softmax(-1)
     assert ((share * masks[1]).sum(-1) >= 0.6 - 1e-6).all()
     per_head = cases.video_mask(get_method("xattention", threshold=[0.3, 0.9], block=16), layout, q, k)
     assert torch.equal(per_head[:, 0], masks[0][:, 0])
