@@ -54,7 +54,7 @@ class SVG2(BlockSelection):
         density: share of key blocks that each query block attends. Default None: `mass` decides.
         mass: share of the mass that the chosen key clusters of a query cluster reach, the crossing one included.
         least: share of the key clusters that are chosen at least.
-        query_clusters, key_clusters: at most these numbers, and at most one per 64 queries and one per 32 keys.
+        query_clusters, key_clusters: at most these numbers, and at most one per 64 tokens.
         first_iterations: iterations of k-means where there are no centroids yet; published are 50. Later steps go on
             from there, so that fewer lose about 1 % of the recall.
         iterations: iterations at later steps; published are 2.
@@ -75,7 +75,7 @@ class SVG2(BlockSelection):
         """Video tokens by cluster, queries and keys each by their own; text stays. q, k, v `[B, H, N, D]`."""
         sides = (
             self._side("queries", q, min(self.query_clusters, -(-call.layout.video // 64)), call),
-            self._side("keys", k, min(self.key_clusters, -(-call.layout.video // 32)), call),
+            self._side("keys", k, min(self.key_clusters, -(-call.layout.video // 64)), call),
         )
         call.memory["sides"] = sides
         return TokenOrder(sides[0].order, sides[1].order)
@@ -128,7 +128,7 @@ class SVG2(BlockSelection):
         rows, columns = self._spread(call, q_blocks), self._spread(call, k_blocks, 1)
         scores = self.perturbed(self._cluster_scores(call, columns.sum(2)), call)
         text = torch.zeros(scores.shape[-1], dtype=torch.bool, device=q.device)
-        text[min(self.key_clusters, -(-call.layout.video // 32)) :] = True
+        text[min(self.key_clusters, -(-call.layout.video // 64)) :] = True
         chosen = select_blocks(scores, self.budget(q, k, call), text).to(rows.dtype)
         cover = ((rows > 0).to(rows.dtype) @ chosen @ (columns > 0).to(rows.dtype).transpose(-1, -2)) > 0
         forced = self.forced(q, k, call, q_blocks, k_blocks)
