@@ -1,7 +1,8 @@
 """What choosing blocks costs beside the attention it saves: `python samples/bench_selection.py`.
 
 Queries, keys and values of the small model, taken from one short generation, go through every method that looks at
-them, in interleaved rounds with dense attention. Writes a table to docs/results/selection-cost.md. CPU time, one thread.
+them, in interleaved rounds with dense attention. Writes a table of CPU times on one thread to
+docs/results/selection-cost.md.
 """
 
 from __future__ import annotations
@@ -148,8 +149,8 @@ def page(calls: list[Call], density: float, dense: float, costs: list[tuple[str,
         f"Queries, keys and values of preset tiny-wan: {len(calls)} layers, {shape[1]} heads, grid {grid} = {shape[2]} "
         f"tokens, head size {shape[3]}, {str(calls[0].qkv[0].dtype)[6:]}; asked for density {density}. Dense attention "
         f"takes {dense:.0f} ms.",
-        "Medians in milliseconds of CPU time: **first** choice (order and blocks) on a layer, where nothing is kept yet; "
-        "**later** choices; **moving** q, k, v and the output in and out of the order; attention time **saved**. **Per "
+        "Medians in milliseconds of CPU time: **first** choice (order and blocks) on a layer, where nothing is kept "
+        "yet; **later** choices; **moving** q, k, v and the output in and out of the order; attention time **saved**. **Per "
         "call** is (later + moving) / saved. **Amortised** spreads the choices over the sparse steps of "
         f"{STEPS} steps under the schedule in **chosen**, which is the method's own or the one it is made for; that is "
         "what must stay under 0.1.",
@@ -157,8 +158,8 @@ def page(calls: list[Call], density: float, dense: float, costs: list[tuple[str,
             ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
             + ["| " + " | ".join(cost.row(label, dense)) + " |" for label, cost in costs]
         ),
-        "The share falls with the length: saved time grows with its square, block means with the length itself, and the "
-        "samples and searches keep their ratio.",
+        "The share falls with the length: saved time grows with its square, block means with the length itself, and "
+        "the samples and searches keep their ratio.",
     ]
     return "\n\n".join(lines) + "\n"
 

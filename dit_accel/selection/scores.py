@@ -18,8 +18,8 @@ from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
 from dit_accel.selection.pooling import gather_blocks, real_tokens, working
 
-# What is made at a time: on a CPU 1 MB of fp32, which stays in the cache of a core while several passes go over it; a GPU
-# needs more at once to be busy.
+# What is made at a time: on a CPU 1 MB of fp32, which stays in the cache of a core while several passes go over it.
+# A GPU needs more at once to be busy.
 _ELEMENTS = 2**18
 _TIMES_ON_GPU = 256
 
@@ -71,8 +71,9 @@ def block_mass(
         Mass, sum of softmax weights over the rows and columns of a pair `[B, H, nq, nk]` (a row sums to the number of
         its real queries), and the log-sum-exp `[B, H, N]` it was made with.
     """
-    real = real_tokens(k.shape[2], layout.valid, k.device)
-    real = real.expand(len(q), -1).repeat_interleave(q.shape[1], 0) if layout.is_padded else None
+    real: Tensor | None = None
+    if layout.is_padded:
+        real = real_tokens(k.shape[2], layout.valid, k.device).expand(len(q), -1).repeat_interleave(q.shape[1], 0)
     queries, keys = (x.detach().flatten(0, 1) for x in (working(q) * q.shape[-1] ** -0.5, working(k)))
     own = queries.new_empty(queries.shape[:2])
     mass = queries.new_empty(len(queries), q_blocks.count, k_blocks.count)
