@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,18 @@ class FromPreset(_Pipeline):
 
     preset: Preset | None = None
     acceleration: Acceleration | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give the wrapper's call the signature and the documentation of the Diffusers pipeline's."""
+        super().__init_subclass__(**kwargs)
+        wrapper: Any = cls
+        if "__call__" not in cls.__dict__:
+
+            @wraps(cls.stock_class().__call__)
+            def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+                return super(cls, self).__call__(*args, **kwargs)
+
+            wrapper.__call__ = call
 
     @classmethod
     def from_preset(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from diffusers import FluxPipeline, WanPipeline
 import dit_accel
 from dit_accel import pipelines
 from dit_accel.errors import ConfigError
+from dit_accel.families.base import AccelProcessor
 from dit_accel.models import call_arguments, call_parameters
 from dit_accel.pipelines import WanAccelPipeline
 from dit_accel.samples.tiny_random import random_wan_pipeline, tiny_arguments, tiny_pipeline
@@ -142,6 +144,25 @@ def test_every_wrapper_behaves_like_its_pipeline(wrapper, name):
     np.testing.assert_allclose(np.asarray(pipe(**call)[0]), expected, atol=1e-5)
     assert seen in ([0, 1], [])
     assert {record.step for record in pipe.acceleration.report().calls} == {0, 1}
+    assert signature(cls.__call__) == signature(cls.stock_class().__call__)
+
+
+@pytest.mark.parametrize(("wrapper", "name"), WRAPPERS)
+def test_every_wrapper_moves_and_saves_like_its_pipeline(wrapper, name, tmp_path):
+    cls = getattr(pipelines, wrapper)
+    pipe = cls.from_preset(f"{name}/fast", model="tiny", device="cpu")
+    weights = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
+    pipe.save_pretrained(tmp_path)
+    again = cls.stock_class().from_pretrained(tmp_path)
+    assert type(again) is cls.stock_class()
+    assert all(torch.equal(value, weights[key]) for key, value in again.transformer.state_dict().items())
+    assert again.transformer.state_dict().keys() == weights.keys()
+    own = {key: value for key, value in pipe.config.items() if isinstance(value, bool | float)}
+    assert own == {key: again.config[key] for key in own}
+    assert pipe.to(torch.float64) is pipe
+    assert pipe.transformer.dtype == pipe.vae.dtype == torch.float64
+    pipe.acceleration.remove()
+    assert not [p for p in pipe.transformer.attn_processors.values() if isinstance(p, AccelProcessor)]
 
 
 def test_defaults_of_the_preset_give_way_to_what_a_call_says(monkeypatch):
