@@ -95,6 +95,29 @@ def test_lora_is_kept(name):
         assert acc.report().dense_reasons == {}
 
 
+@pytest.mark.parametrize("name", ["wan2.1-t2v", "hunyuan-video", "flux1-dev", "flux2-dev", "cogvideox-5b"])
+def test_lora_files_load_into_an_accelerated_pipeline(name, tmp_path):
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    donor, pipe = tiny_pipeline(name), tiny_pipeline(name)
+    donor.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+    donor.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(donor.transformer))
+    plain = latents(pipe, name)
+    with dit_accel.accelerate(pipe, method="dense"):
+        pipe.load_lora_weights(tmp_path)
+        changed = latents(pipe, name)
+    stock = latents(pipe, name)
+    assert np.abs(stock - plain).max() > 1e-3
+    np.testing.assert_allclose(changed, stock, atol=1e-5)
+    with dit_accel.accelerate(pipe, method="dense"):
+        pipe.fuse_lora()
+        np.testing.assert_allclose(latents(pipe, name), stock, atol=1e-4)
+        pipe.unfuse_lora()
+        pipe.unload_lora_weights()
+        np.testing.assert_allclose(latents(pipe, name), plain, atol=1e-5)
+
+
 # HunyuanVideo-1.5: ours has no mask. CogVideoX: Diffusers' own processor does not obey the choice, ours does.
 ROUNDING = {"hunyuan-video-1.5": 0.05, "cogvideox-5b": 0.02}
 
