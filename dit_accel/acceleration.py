@@ -13,6 +13,7 @@ from dit_accel.errors import ConfigError, UnsupportedError
 from dit_accel.extras_cache import Guidance
 from dit_accel.extras_install import install_extras
 from dit_accel.families.base import Family
+from dit_accel.families.hoisting import Hoist
 from dit_accel.families.registry import family_of
 from dit_accel.families.tracking import track
 from dit_accel.handle import ACTIVE, Acceleration, Installed
@@ -34,6 +35,7 @@ def accelerate(
     backend: str = "auto",
     break_even: float | None = None,
     seed: int = 0,
+    hoist: bool = True,
     family: Family | None = None,
     **parameters: Any,
 ) -> Acceleration:
@@ -55,6 +57,9 @@ def accelerate(
         break_even: density above which a call runs dense because dense is faster. Default None: as measured for the
             backend; 1.0 turns the rule off.
         seed: seed of methods that draw random numbers. Default 0.
+        hoist: where all heads and layers want the tokens in one order (tiles), put them into it once per forward pass
+            instead of in every layer, in families that allow it. Blocks then see tokens in that order: turn it off for
+            hooks of your own that take a block's tokens for a raster. Default True.
         family: how to read the transformer, for one that has no family of its own:
             `GenericFamily(grid=(frames, height, width), text="before")`. Default None: looked up by its class.
         parameters: the method's parameters (`density=0.3`) and fields of both schedules (`dense_steps=10`).
@@ -93,7 +98,7 @@ def accelerate(
     try:
         for name, model in models.items():
             chosen = second if name == "transformer_2" else timetable
-            installed[name] = _install(name, model, families[name], policy, chosen, backend, break_even, seed)
+            installed[name] = _install(name, model, families[name], policy, chosen, backend, break_even, seed, hoist)
     except UnsupportedError:
         Acceleration(settings, installed, lambda: None).remove()
         undo_extras()
@@ -120,11 +125,12 @@ def _install(
     backend: str,
     break_even: float | None,
     seed: int,
+    hoist: bool,
 ) -> Installed:
     layers = family.layers(model)
     for layer in layers:
         family.check_processor(layer)
-    engine = Engine(method, schedule, [layer.module for layer in layers], component, backend, break_even, seed)
+    engine = Engine(method, schedule, [layer.module for layer in layers], component, backend, break_even, seed, hoist)
     first_of_role = {layer.role: layer for layer in reversed(layers)}
     processors = {role: family.processor(layer, engine) for role, layer in first_of_role.items()}
     for role, layer in first_of_role.items():
@@ -134,7 +140,8 @@ def _install(
     originals = tuple((layer.module, layer.module.processor) for layer in layers)
     for layer in layers:
         layer.module.set_processor(processors[layer.role])
-    return Installed(model, engine, originals, track(model, family, engine.begin))
+    order = Hoist(model, family, engine)
+    return Installed(model, engine, originals, track(model, family, engine.begin, order.begin), order)
 
 
 def _transformers(pipe: Any) -> dict[str, nn.Module]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.guard import Guard
+from dit_accel.hoisting import Standing
 from dit_accel.kernels.attention import request_of
 from dit_accel.kernels.registry import Backend, choose_backend
 from dit_accel.layout import TextPosition, TokenLayout
@@ -76,6 +77,7 @@ class Engine:
         break_even: density above which a call runs dense because dense is faster. None: as measured for the backend.
             1.0: never.
         seed: seed for methods that draw random numbers.
+        hoist: offer an order that all layers share to whoever can put the tokens into it once per pass (`standing`).
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Engine:
         backend: str = "auto",
         break_even: float | None = None,
         seed: int = 0,
+        hoist: bool = True,
     ) -> None:
         self.method, self.schedule, self.component, self.backend = method, schedule, component, backend
         self.break_even, self.seed = break_even, seed
@@ -99,6 +102,7 @@ class Engine:
         self._methods = [self._method_for(index) for index in range(len(layers))]
         self._heads: dict[tuple[int, HeadShard, torch.device], list[tuple[Method, Tensor]]] = {}
         self._planner = Planner(schedule, seed)
+        self.standing = Standing(self._all_methods, schedule.min_tokens, hoist)
 
     @property
     def is_dense(self) -> bool:
@@ -108,7 +112,7 @@ class Engine:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Token grid of the forward pass under way."""
-        return self._state().grid
+        return self.running.grid
 
     def begin(self, state: RunState) -> None:
         """Take note of the forward pass that starts; forget everything when it starts a new generation."""
@@ -116,6 +120,7 @@ class Engine:
             self.reset()
             self.calls, self.pictures = [], {}
         self.state = state
+        self.standing.begin()
 
     def reset(self) -> None:
         """Forget what was kept between calls (plans that depend on q and k, centroids, statistics, errors)."""
@@ -152,12 +157,13 @@ class Engine:
         Returns:
             `[B, N, H, D]`.
         """
-        state, layer = self._state(), self._layer_of[id(module)]
+        state, layer = self.running, self._layer_of[id(module)]
         method, layout = self._methods[layer], self._layout(state, text, q.shape[1], valid)
         record = CallRecord(
             self.component, layer, state.step, state.branch, state.generation, method.name, method.requested_density
         )
         self.calls.append(record)
+        self.standing.report_to(record)
         record.reason = reason or self._reason(method, layer, state, layout, q)
         searches = record.reason is not None and self._searches(layer, state, layout, record.reason)
         if record.reason is None or searches:
@@ -170,7 +176,7 @@ class Engine:
         with record.timed("attend", q.device):
             out = dense()
         if self.observer is not None and reason is None and q.shape[1] == layout.tokens:
-            heads_first = (x.transpose(1, 2) for x in (q, k, v, out))
+            heads_first = self.standing.in_raster(layout, *(x.transpose(1, 2) for x in (q, k, v, out)))
             self.observer(DenseCall(self.component, layer, state, layout, *heads_first))
         return out
 
@@ -225,8 +231,9 @@ class Engine:
         record: CallRecord,
     ) -> _Part:
         """Order, plan and backend of one group of heads; q, k, v `[B, H, N, D]` of all heads."""
-        state = self._state()
-        planned, qkv = self._planner.plan(method, layer, layout, state, _of_heads((q, k, v), heads), record)
+        state = self.running
+        qkv = _of_heads((q, k, v), heads)
+        planned, qkv = self._planner.plan(method, layer, layout, state, qkv, record, self.standing.order(layout))
         request = request_of(qkv[0], planned.plan, method.remainder, method.completes, method.precision)
         call = self._planner.call(method, layer, layout, state, len(q))
         return _Part(heads, method, planned, qkv, call, choose_backend(self.backend, request))
@@ -253,7 +260,7 @@ class Engine:
 
     def _search(self, groups: _Groups, layer: int, layout: TokenLayout, qkv: QKV, record: CallRecord) -> None:
         for member, heads in groups:
-            self._planner.search(member, layer, layout, self._state(), _of_heads(qkv, heads), record)
+            self._planner.search(member, layer, layout, self.running, _of_heads(qkv, heads), record)
 
     def _reason(self, method: Method, layer: int, state: RunState, layout: TokenLayout, q: Tensor) -> str | None:
         if self.is_dense:
@@ -261,6 +268,11 @@ class Engine:
         if q.shape[1] != layout.tokens:
             return f"the call has {q.shape[1]} tokens where the geometry says {layout.tokens}"
         return self.schedule.dense_reason(layer, state.step, state.noise, layout.tokens)
+
+    def _all_methods(self) -> set[Method]:
+        """Every method that some head of some layer runs under."""
+        table = self.schedule.head_table
+        return {*self._methods} if table is None else set(table.methods(self._methods))
 
     def _method_for(self, layer: int) -> Method:
         changed = self.schedule.parameters_for(layer)
@@ -278,7 +290,13 @@ class Engine:
             valid = tuple(video.tokens + n for n in state.text_valid)
         return TokenLayout(state.grid, words, text, valid, state.prefix_frames)
 
-    def _state(self) -> RunState:
+    @property
+    def running(self) -> RunState:
+        """What is known about the forward pass under way.
+
+        Raises:
+            RuntimeError: there is none.
+        """
         if self.state is None:
             raise RuntimeError(
                 "attention was called outside the transformer's forward pass, so its geometry is unknown"

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from dit_accel.engine import Engine
+from dit_accel.families.hoisting import Hoist
 from dit_accel.families.tracking import RunStateHook, untrack
 from dit_accel.report import Report
 
@@ -27,12 +28,14 @@ class Installed:
         engine: what its attention layers call.
         originals: (attention module, its own processor), one per layer.
         hook: tells the engine step, noise level and guidance branch.
+        hoist: puts tokens into an order that all layers share.
     """
 
     model: nn.Module
     engine: Engine
     originals: tuple[tuple[Any, Any], ...]
     hook: RunStateHook
+    hoist: Hoist
 
 
 class Acceleration:
@@ -77,6 +80,11 @@ class Acceleration:
         if self.settings["extras"]:
             what.append(f"extras {self.settings['extras']}")
         where = [f"{name}: {len(part.originals)} attention layers" for name, part in self._installed.items()]
+        where += [
+            f"{name}: tokens stand in the one order of all its layers from the first block to the last"
+            for name, part in self._installed.items()
+            if part.engine.standing.is_hoisted
+        ]
         where += self.settings.get("notes", [])
         calls = self.report()
         return "\n".join(what + where + ([calls.summary()] if calls.calls else ["no generation yet"]))
@@ -108,6 +116,7 @@ class Acceleration:
             for module, processor in part.originals:
                 module.set_processor(processor)
             untrack(part.model)
+            part.hoist.remove()
             ACTIVE.pop(part.model, None)
         self._installed = {}
         self._undo_extras()

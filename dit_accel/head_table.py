@@ -6,7 +6,7 @@ import json
 import os
 import string
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -152,6 +152,11 @@ class HeadTable(BaseModel):
         for head, name in enumerate(self.heads[layer]):
             members.setdefault(self.modes[name].resolve(base, f"head_table.modes.{name}"), []).append(head)
         return tuple(HeadGroup(method, tuple(heads)) for method, heads in members.items())
+
+    def methods(self, bases: Sequence[Method]) -> list[Method]:
+        """Every method that some head runs under, given the method of each layer; skipped heads have none."""
+        groups = (group for layer, base in enumerate(bases[: self.layer_count]) for group in self.groups(layer, base))
+        return [group.method for group in groups if group.method is not None]
 
     def slice(self, layers: slice = slice(None), heads: slice = slice(None)) -> HeadTable:
         """The table of some layers and heads, with the modes that they use."""

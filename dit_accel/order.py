@@ -96,3 +96,14 @@ def video_order(layout: TokenLayout, video_index: Tensor) -> TokenOrder:
     index = torch.arange(layout.tokens, device=video_index.device).expand(*video_index.shape[:-1], -1).clone()
     index[..., layout.video_slice()] = video_index + layout.video_start
     return TokenOrder(index)
+
+
+def relative(order: TokenOrder | None, standing: TokenOrder) -> TokenOrder | None:
+    """What puts tokens that stand in the shared order `standing` into `order` (None: raster); None: they stand so."""
+    raster = torch.arange(standing.query.shape[-1], device=standing.query.device)
+    order = TokenOrder(raster) if order is None else order
+    query = standing.inverse.to(order.query.device)[order.query]
+    key = None if order.key is None else standing.inverse.to(order.key.device)[order.key]
+    if key is None and query.ndim == 1 and torch.equal(query, raster.to(query.device)):
+        return None
+    return TokenOrder(query, key)

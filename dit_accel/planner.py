@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Method
-from dit_accel.order import TokenOrder
+from dit_accel.order import TokenOrder, relative
 from dit_accel.plan import BlockPlan
 from dit_accel.report import CallRecord
 from dit_accel.reuse import for_all_heads, for_other_layers, overlap, representative_heads
@@ -66,14 +66,26 @@ class Planner:
         self._made.clear()
 
     def plan(
-        self, method: Method, layer: int, layout: TokenLayout, state: RunState, qkv: QKV, record: CallRecord
+        self,
+        method: Method,
+        layer: int,
+        layout: TokenLayout,
+        state: RunState,
+        qkv: QKV,
+        record: CallRecord,
+        standing: TokenOrder | None = None,
     ) -> tuple[Planned, QKV]:
-        """Order and plan, new or kept, and q, k, v `[B, H, N, D]` in that order; times go to `record`."""
+        """Order and plan, new or kept, and q, k, v `[B, H, N, D]` in that order; times go to `record`.
+
+        Where tokens stand in the shared order `standing` and not in the raster, `method` must be static, and the order
+        is what takes them from there to that of the method.
+        """
         device = qkv[0].device
-        kept = self._kept(method, layer, layout, state, qkv[0])
+        kept = self._kept(method, layer, layout, state, qkv[0], standing)
         if kept is None:
-            kept, ordered = self._make(method, self.call(method, layer, layout, state, len(qkv[0])), qkv, record)
-            self._keep(method, layer, layout, state, qkv[0], kept, record)
+            call = self.call(method, layer, layout, state, len(qkv[0]))
+            kept, ordered = self._make(method, call, qkv, record, standing)
+            self._keep(method, layer, layout, state, qkv[0], kept, record, standing)
             if ordered is not None:
                 return kept, ordered
         if kept.order is not None:
@@ -89,7 +101,9 @@ class Planner:
             planned, _ = self._make(method, self.call(method, layer, layout, state, len(qkv[0])), qkv, record)
             self._keep(method, layer, layout, state, qkv[0], planned, record)
 
-    def _make(self, method: Method, call: CallContext, qkv: QKV, record: CallRecord) -> tuple[Planned, QKV | None]:
+    def _make(
+        self, method: Method, call: CallContext, qkv: QKV, record: CallRecord, standing: TokenOrder | None = None
+    ) -> tuple[Planned, QKV | None]:
         """A new plan, and q, k, v in its order where they had to be put so (None: representatives stood for them)."""
         device, heads, groups = qkv[0].device, qkv[0].shape[1], self.schedule.head_groups
         q, k, v = qkv
@@ -98,6 +112,7 @@ class Planner:
                 q, k, v = (representative_heads(x, groups) for x in qkv)
         with record.timed("order", device):
             order = method.order(q, k, v, call)
+            order = order if standing is None else relative(order, standing)
             order = None if order is None else order.to(device)
             q, k, v = (q, k, v) if order is None else order.apply(q, k, v)
         with record.timed("select", device):
@@ -109,11 +124,19 @@ class Planner:
             planned = Planned(order, plan.to(device), _density(plan, device, method.is_static))
         return planned, (q, k, v) if q.shape[1] == heads else None
 
-    def _kept(self, method: Method, layer: int, layout: TokenLayout, state: RunState, q: Tensor) -> Planned | None:
+    def _kept(
+        self,
+        method: Method,
+        layer: int,
+        layout: TokenLayout,
+        state: RunState,
+        q: Tensor,
+        standing: TokenOrder | None = None,
+    ) -> Planned | None:
         if method.is_static:
-            found = self._static.get((method, layout, q.device))
+            found = self._static.get((method, layout, q.device, standing))
             if found is not None:
-                self._static.move_to_end((method, layout, q.device))
+                self._static.move_to_end((method, layout, q.device, standing))
             return found
         made = self._made.get(self._slot(method, layer, state))
         if made is None or made.key != (method, layout, q.shape[:2]) or not self.schedule.keeps(made.step, state.step):
@@ -129,9 +152,10 @@ class Planner:
         q: Tensor,
         planned: Planned,
         record: CallRecord,
+        standing: TokenOrder | None = None,
     ) -> None:
         if method.is_static:
-            self._static[method, layout, q.device] = planned
+            self._static[method, layout, q.device, standing] = planned
             if len(self._static) > _STATIC_PLANS_KEPT:
                 self._static.popitem(last=False)
             return

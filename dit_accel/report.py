@@ -105,6 +105,10 @@ class CallRecord:
             yield
             marks.append((time.perf_counter() - begun) * 1e3)
 
+    def adopt(self, phase: str, other: CallRecord) -> None:
+        """Count what `other` has timed, and will, of a phase as part of this call; the phase must not have run here."""
+        self._marks[phase] = other._marks.setdefault(phase, [])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values; the error stands only where it was measured."""
         error = {} if self.error is None else {"error": _short(self.error[0]), "error_bound": _short(self.error[1])}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -59,6 +59,24 @@ class ForwardGeometry:
     prefix_frames: int = 0
 
 
+@dataclass(frozen=True)
+class TokenPorts:
+    """Where the video tokens of a forward pass enter the blocks and where they leave them.
+
+    A family names ports only where everything in between treats tokens alike, attention aside. Each entry gives the
+    axis of the tokens, or the first of the axes of their grid; text may stand before them on it.
+
+    Args:
+        enters: modules, by path, whose outputs (all tensors of a tuple) are tokens or tables per token.
+        leaves: modules whose outputs are the tokens that leave.
+        arguments: arguments of the forward pass that are given per token.
+    """
+
+    enters: Mapping[str, int]
+    leaves: Mapping[str, int]
+    arguments: Mapping[str, int] = field(default_factory=dict)
+
+
 class Family(ABC):
     """A model family. It knows Diffusers' class and its processors; it knows nothing of methods."""
 
@@ -84,6 +102,15 @@ class Family(ABC):
     @abstractmethod
     def read(self, model: Any, arguments: dict[str, Any]) -> ForwardGeometry:
         """Read the geometry from the bound arguments of `model.forward`."""
+
+    def token_ports(self, model: Any, arguments: dict[str, Any]) -> TokenPorts | None:
+        """Where tokens may be put into another order for the whole pass. Default None: nowhere.
+
+        Args:
+            model: the transformer.
+            arguments: bound arguments of `model.forward`.
+        """
+        return None
 
     def for_model(self, model: Any) -> Family:
         """The family as it applies to `model`; most families are the same for all their models."""

@@ -10,7 +10,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from dit_accel.engine import Engine
-from dit_accel.families.base import AccelProcessor, AttentionLayer, Family, ForwardGeometry, block_layers
+from dit_accel.families.base import AccelProcessor, AttentionLayer, Family, ForwardGeometry, TokenPorts, block_layers
 from dit_accel.families.registry import register_family
 
 
@@ -67,3 +67,8 @@ class CogVideoXFamily(Family):
         patch, patch_frames = model.config.patch_size, model.config.patch_size_t or 1
         grid = (frames // patch_frames, height // patch, width // patch)
         return ForwardGeometry(grid, batch, arguments["timestep"])
+
+    def token_ports(self, model: Any, arguments: dict[str, Any]) -> TokenPorts | None:
+        """Patches, behind the text, and rotary tables enter, `proj_out` leaves."""
+        rotary = {} if arguments.get("image_rotary_emb") is None else {"image_rotary_emb": 0}
+        return TokenPorts({"patch_embed": 1}, {"proj_out": 1}, rotary)

@@ -17,6 +17,7 @@ from dit_accel.families.base import (
     AttentionLayer,
     Family,
     ForwardGeometry,
+    TokenPorts,
     block_layers,
     image_grid,
 )
@@ -152,6 +153,13 @@ class FluxFamily(Family):
         batch, tokens, _ = arguments["hidden_states"].shape
         grid = image_grid(arguments["img_ids"], tokens)
         return ForwardGeometry(grid, batch, arguments["timestep"], timestep_scale=1.0)
+
+    def token_ports(self, model: Any, arguments: dict[str, Any]) -> TokenPorts | None:
+        """Image tokens enter, and their position ids; ControlNet adds to the blocks what stands in the raster."""
+        controls = ("controlnet_block_samples", "controlnet_single_block_samples")
+        if any(arguments.get(name) is not None for name in controls) or arguments["img_ids"].ndim != 2:
+            return None
+        return TokenPorts({"x_embedder": 1}, {"proj_out": 1}, {"img_ids": 0})
 
 
 def _has_adapter(layer: AttentionLayer) -> bool:

@@ -16,6 +16,7 @@ from dit_accel.families.base import (
     AttentionLayer,
     Family,
     ForwardGeometry,
+    TokenPorts,
     block_layers,
     patch_grid,
 )
@@ -110,3 +111,9 @@ class HunyuanVideoFamily(Family):
         grid = patch_grid(latents, patch)
         prefix = int(model.config.image_condition_type == "token_replace")
         return ForwardGeometry(grid, latents.shape[0], arguments["timestep"], text_valid=words, prefix_frames=prefix)
+
+    def token_ports(self, model: Any, arguments: dict[str, Any]) -> TokenPorts | None:
+        """Patches and rotary tables enter, `proj_out` leaves; token replacement tells the first frame apart."""
+        if model.config.image_condition_type == "token_replace":
+            return None
+        return TokenPorts({"x_embedder": 1, "rope": 0}, {"proj_out": 1})

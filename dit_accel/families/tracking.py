@@ -15,6 +15,8 @@ from dit_accel.families.base import Family, ForwardGeometry, bind_forward
 from dit_accel.state import RunState
 
 HOOK_NAME = "dit_accel_run_state"
+Rearrange = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+"""Changes the arguments of a forward pass, once it has been announced."""
 
 
 class RunStateHook(ModelHook):
@@ -28,10 +30,11 @@ class RunStateHook(ModelHook):
 
     _is_stateful = True
 
-    def __init__(self, family: Family, begin: Callable[[RunState], None]) -> None:
+    def __init__(self, family: Family, begin: Callable[[RunState], None], rearrange: Rearrange | None = None) -> None:
         super().__init__()
         self.family = family
         self.begin = begin
+        self.rearrange = rearrange
         # Diffusers hands the cache context to every StateManager that it finds on a stateful hook.
         self.contexts = StateManager(BaseState)
         self.last: RunState | None = None
@@ -43,7 +46,7 @@ class RunStateHook(ModelHook):
 
     @torch.compiler.disable
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Announce the forward pass; its arguments pass through unchanged.
+        """Announce the forward pass; its arguments pass through, in another order where `rearrange` says so.
 
         Raises:
             UnsupportedError: context parallelism was switched on later, so that only a shard would be seen here.
@@ -60,7 +63,7 @@ class RunStateHook(ModelHook):
             state = self._from_timestep(getattr(context, "name", None), geometry)
         self.last = state
         self.begin(state)
-        return args, kwargs
+        return (args, kwargs) if self.rearrange is None else self.rearrange(args, kwargs)
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Called by Diffusers when a generation ends: the next pass begins a new one."""
@@ -140,9 +143,11 @@ class RunStateHook(ModelHook):
         return float(geometry.timestep.max()) / geometry.timestep_scale
 
 
-def track(model: nn.Module, family: Family, begin: Callable[[RunState], None]) -> RunStateHook:
-    """Attach a `RunStateHook` that calls `begin` before every forward pass of `model`."""
-    hook = RunStateHook(family, begin)
+def track(
+    model: nn.Module, family: Family, begin: Callable[[RunState], None], rearrange: Rearrange | None = None
+) -> RunStateHook:
+    """Attach a `RunStateHook` that calls `begin` before every forward pass of `model`, and then `rearrange`."""
+    hook = RunStateHook(family, begin, rearrange)
     registry = HookRegistry.check_if_exists_or_initialize(model)
     registry.register_hook(hook, HOOK_NAME)
     return hook

@@ -17,6 +17,7 @@ from dit_accel.families.base import (
     AttentionLayer,
     Family,
     ForwardGeometry,
+    TokenPorts,
     block_layers,
     patch_grid,
 )
@@ -89,3 +90,13 @@ class WanFamily(Family):
         grid = patch_grid(latents, tuple(model.config.patch_size))
         prefix = int(timestep.ndim == 2 and bool((timestep[:, 0] < timestep[:, -1]).all()))
         return ForwardGeometry(grid, latents.shape[0], timestep, prefix_frames=prefix)
+
+    def token_ports(self, model: Any, arguments: dict[str, Any]) -> TokenPorts | None:
+        """Patches and rotary tables enter, `proj_out` leaves; so do VACE's control patches and a timestep per token."""
+        enters = {"patch_embedding": 2, "rope": 1}
+        if hasattr(model, "vace_patch_embedding"):
+            control = arguments.get("control_hidden_states")
+            if control is None or control.shape[2:] != arguments["hidden_states"].shape[2:]:
+                return None
+            enters["vace_patch_embedding"] = 2
+        return TokenPorts(enters, {"proj_out": 1}, {"timestep": 1} if arguments["timestep"].ndim == 2 else {})

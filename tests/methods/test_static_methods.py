@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_cases import attend, masked, tensors, token_mask
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method, list_methods, method_class
-from dit_accel.state import CallContext
+from dit_accel.planner import Planner
+from dit_accel.report import CallRecord
+from dit_accel.schedule import Schedule
+from dit_accel.state import CallContext, RunState
 
 SMALL = {
     "a_shape": {"n_init": 5, "n_local": 9, "block": 8},
@@ -122,14 +128,53 @@ def test_any_grid_makes_a_valid_plan(grid, position, text, name):
         assert torch.equal(order.query[layout.text_slice()], torch.arange(layout.tokens)[layout.text_slice()])
 
 
-@pytest.mark.parametrize("name", sorted(SMALL))
-def test_defaults_make_a_plan_of_a_real_shape_in_memory_proportional_to_its_blocks(name):
+class Largest(TorchDispatchMode):
+    """Remembers the bytes of the largest tensor that is made."""
+
+    found = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.found = max(self.found, x.untyped_storage().nbytes())
+        return out
+
+
+REAL = {"radial": {"density": 0.3}, "grat": {"density": 0.3}, "clear": {"radius": 12.0}, "svg": {}}
+
+
+@pytest.mark.parametrize("name", sorted({*SMALL, *REAL}))
+def test_a_plan_of_118800_tokens_needs_memory_for_pairs_of_blocks_and_never_of_tokens(name):
     layout = TokenLayout((33, 45, 80))
-    plan = get_method(name).select(None, None, CallContext(layout))
+    method, call = get_method(name, **REAL.get(name, {})), CallContext(layout)
+    tracemalloc.start()
+    with Largest() as largest:
+        if name == "svg":  # its plans are made once and shared, whatever its heads are called
+            plan = method.plan_of_kinds(layout)
+        else:
+            method.order(None, None, None, call)
+            plan = method.select(None, None, call)
+    by_numpy = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    pairs = plan.counts.shape[1] * plan.q_blocks.count * plan.k_blocks.count
+    assert plan.counts.shape[:2] == (1, 2 if name == "svg" else 1)
+    assert plan.indices.numel() <= pairs
     assert plan.density < 0.7
-    assert plan.counts.shape[:2] == (1, 1)
-    assert plan.indices.numel() <= plan.q_blocks.count * plan.k_blocks.count
-    assert plan.indices.numel() < layout.tokens**2 / 2000
+    assert largest.found <= 8 * pairs + 64 * layout.tokens  # an int64 per pair of blocks, some numbers per token
+    assert by_numpy <= 16 * pairs + 64 * layout.tokens
+    assert 24 * pairs < layout.tokens**2 / 40
+
+
+def test_layers_and_branches_share_one_plan():
+    planner, method, record = Planner(Schedule()), get_method("sliding_tile"), CallRecord("", 0, 0, "", 0, "", None)
+    layout = TokenLayout((4, 8, 8))
+    found = {
+        id(planner.plan(method, layer, layout, RunState(layout.grid, 0, 1.0, branch), tensors(layout), record)[0])
+        for layer in range(3)
+        for branch in ("cond", "uncond")
+    }
+    assert len(found) == 1
 
 
 def test_float64_is_exact():
