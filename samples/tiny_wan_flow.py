@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _TEXT = 24  # text tokens in training; the last is always padding
 _PIPELINE_TEXT = 512  # text tokens that WanPipeline attends
 _DROP_CAPTION = 0.12
+_PROBED_LAYERS = 2
+_PROBE_WEIGHT = 0.03
 _OBJECT_WEIGHT = 4.0  # of the loss where the object is; it covers a tenth of the picture
 _EXPORT_EVERY = 400
 _EMA = 0.998
@@ -103,6 +105,45 @@ class FrameRope(nn.Module):
         return cos, sin
 
 
+class PositionProbe(nn.Module):
+    """Teaches early layers where each token is; used in training only.
+
+    Rotary positions are relative, so a model must infer from its surroundings where the canvas ends; without that it
+    cannot place anything, nor tell the way something moves. Linear classifiers of row, column and frame on the hidden
+    states of the first layers give that inference a signal of its own; at the end they are thrown away.
+
+    Args:
+        model: the transformer; it is hooked.
+        grid: latent frames, rows and columns of whole clips.
+        layers: how many of the first layers are probed.
+    """
+
+    def __init__(self, model: WanTransformer3DModel, grid: tuple[int, int, int], layers: int = _PROBED_LAYERS) -> None:
+        super().__init__()
+        self.grid = grid
+        width = model.config.num_attention_heads * model.config.attention_head_dim
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(grid))) for _ in range(layers)
+        )
+        self._hidden: dict[int, Tensor] = {}
+        for index in range(layers):
+            model.blocks[index].register_forward_hook(lambda _, __, hidden, index=index: self._keep(index, hidden))
+
+    def _keep(self, index: int, hidden: Tensor) -> None:
+        self._hidden[index] = hidden
+
+    def loss(self, frames: Tensor) -> Tensor:
+        """Mean cross-entropy of the last forward pass, whose clips held these latent `frames`."""
+        _, rows, columns = self.grid
+        truth = torch.cartesian_prod(frames, torch.arange(rows), torch.arange(columns)).unbind(-1)
+        losses = []
+        for index, head in enumerate(self.heads):
+            guesses = head(self._hidden.pop(index)).split(self.grid, dim=-1)
+            for guess, at in zip(guesses, truth, strict=True):
+                losses.append(F.cross_entropy(guess.flatten(0, 1), at.repeat(len(guess))))
+        return torch.stack(losses).mean()
+
+
 def choose_padding(progress: float) -> int:
     """How far texts are padded in a step: hardly at first, up to what WanPipeline pads in the last phase.
 
@@ -162,9 +203,11 @@ def train_transformer(
     stock = model.attn_processors
     cross = PaddedCrossAttention()
     model.set_attn_processor({name: cross if "attn2" in name else p for name, p in stock.items()})
-    total = bank.latents.shape[2]
+    _, _, total, height, width = bank.latents.shape
     model.rope = rope = FrameRope(model.rope, total)
     hidden, rest = split_parameters(both, skip=("patch_embedding", "proj_out", "shared", "relative", "scale_shift"))
+    probe = PositionProbe(model, (total, height, width))
+    rest += probe.parameters()
     optimizers = [(Muon(hidden), 0.02), (torch.optim.AdamW(rest, betas=(0.9, 0.97), weight_decay=0.0), 2e-3)]
     average = {name: value.detach().clone() for name, value in both.state_dict().items()}
     checkpoint, first, begun, smooth = work / "flow_checkpoint.pt", 0, time.time(), 1.0
@@ -172,6 +215,7 @@ def train_transformer(
         state = torch.load(checkpoint, weights_only=True)
         first, average = state["step"], state["average"]
         both.load_state_dict(state["model"])
+        probe.load_state_dict(state["probe"])
         for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     torch.manual_seed(first)  # a resumed run must not draw the batches of its first steps again
@@ -183,7 +227,8 @@ def train_transformer(
         latents, objects = bank.latents[rows][:, :, rope.chosen].float(), bank.objects[rows][:, rope.chosen]
         cross.pad_to(choose_padding(step / steps))
         loss = flow_loss(model, text, latents, objects, [bank.captions[i] for i in rows], sizes.flow_shift)
-        loss.backward()
+        placing = probe.loss(rope.chosen)
+        (loss + _PROBE_WEIGHT * placing).backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         rate = min(1.0, (step + 1) / 50) * min(1.0, 0.02 + 1.6 * (1 - step / steps))
         for optimizer, lr in optimizers:
@@ -196,10 +241,12 @@ def train_transformer(
             average[name].lerp_(value, 1 - decay) if value.is_floating_point() else average[name].copy_(value)
         smooth += 0.01 * (loss.item() - smooth)
         if step % 50 == 0:
-            print(f"flow step {step}/{steps} loss {smooth:.4f} {time.time() - begun:.0f} s", flush=True)
+            told = f"loss {smooth:.4f} placing {placing.item():.3f} {time.time() - begun:.0f} s"
+            print(f"flow step {step}/{steps} {told}", flush=True)
         if step % _EXPORT_EVERY == _EXPORT_EVERY - 1 or step == steps - 1:
             saved = [optimizer.state_dict() for optimizer, _ in optimizers]
             state = {"step": step + 1, "model": both.state_dict(), "average": average, "optimizers": saved}
+            state["probe"] = probe.state_dict()
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").rename(checkpoint)
             export(work, output, sizes, average)

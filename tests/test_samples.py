@@ -23,7 +23,13 @@ from dit_accel.samples.clips import (
 from dit_accel.samples.evaluate_tiny_wan import judge
 from dit_accel.samples.muon import orthogonalize
 from dit_accel.samples.tiny_random import random_wan_pipeline
-from dit_accel.samples.tiny_wan_flow import Captioner, FrameRope, PaddedCrossAttention, choose_frames
+from dit_accel.samples.tiny_wan_flow import (
+    Captioner,
+    FrameRope,
+    PaddedCrossAttention,
+    PositionProbe,
+    choose_frames,
+)
 from dit_accel.samples.tiny_wan_model import make_tokenizer
 
 
@@ -143,3 +149,21 @@ def test_the_shipped_model_paints_object_and_background_in_the_colors_of_the_pro
     assert is_red.mean((1, 2)).min() > 0.02
     assert np.median(on_black) < 0.15
     assert np.median(on_white) > 0.8
+
+
+def test_the_probe_teaches_where_tokens_are():
+    model = random_wan_pipeline().transformer
+    probe = PositionProbe(model, (9, 4, 6), layers=1)
+    frames = torch.tensor([0, 3, 8])
+    latents = torch.randn(2, model.config.in_channels, 3, 4, 6)
+    model(latents, torch.tensor([500.0, 500.0]), torch.randn(2, 8, model.config.text_dim))
+    loss = probe.loss(frames)
+    assert loss.item() == pytest.approx(np.log([9, 4, 6]).mean(), rel=0.5)
+    loss.backward()
+    assert model.patch_embedding.weight.grad.abs().sum() > 0
+    # A head that names row, column and frame of every token has no loss.
+    truth = torch.cartesian_prod(frames, torch.arange(4), torch.arange(6))
+    hot = torch.cat([torch.nn.functional.one_hot(t, n) for t, n in zip(truth.unbind(-1), (9, 4, 6), strict=True)], -1)
+    probe.heads[0] = torch.nn.Identity()
+    probe._hidden[0] = 100.0 * hot.expand(2, -1, -1)
+    assert probe.loss(frames).item() < 1e-6

@@ -8,9 +8,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dit_accel.acceleration import accelerate
+from dit_accel.bench.random_models import (
+    Blueprint,
+    blueprint_of,
+    make_model,
+    parameters_of,
+    step_arguments,
+    total_layers,
+)
 from dit_accel.bench.timing import Spread, available_bytes, interleaved, ratios, seconds
 from dit_accel.errors import UnsupportedError
 from dit_accel.estimate import token_grid
@@ -19,7 +27,6 @@ from dit_accel.methods.base import Method
 from dit_accel.presets import Preset
 
 _WEIGHTS_SHARE = 0.6  # of the free memory; the rest is for activations
-_NOISE_STEP = 500.0
 
 
 @dataclass(frozen=True)
@@ -29,12 +36,14 @@ class StepModel:
     Args:
         model: the transformer.
         arguments: of `model.forward`, for one guidance branch.
-        layers: blocks that it has; the published model may have more.
+        layers: blocks that it has.
+        published_layers: blocks of the published model.
     """
 
     model: nn.Module
     arguments: dict[str, Any]
     layers: int
+    published_layers: int
 
 
 def build(preset: Preset, layers: int | None, device: torch.device, dtype: torch.dtype, seed: int = 0) -> StepModel:
@@ -47,56 +56,38 @@ def build(preset: Preset, layers: int | None, device: torch.device, dtype: torch
         seed: of weights and arguments.
 
     Raises:
-        UnsupportedError: a family whose sizes a preset does not give in full; or not even one block fits.
+        ConfigError: the config of the preset's model is not known here.
+        UnsupportedError: not even one block fits.
     """
-    if preset.family != "wan":
-        raise UnsupportedError(f"bench step: family {preset.family!r} is not built from a preset's sizes; use 'wan'")
-    fits = _layers_that_fit(preset, device, dtype)
-    count = min(layers or preset.model.layers, fits)
+    blueprint = blueprint_of(preset)
+    fits = _layers_that_fit(blueprint, device, dtype)
+    count = min(layers or total_layers(blueprint), fits)
     if count < 1:
         raise UnsupportedError(f"bench step: one block of {preset.name} does not fit into the free memory of {device}")
     torch.manual_seed(seed)
     with torch.device(device):
-        model = _wan(preset, count).eval()
+        model = make_model(blueprint, count).eval()
     if dtype != torch.float32:
         model = model.to(dtype)
-    sizes, grid = preset.model, token_grid(preset.model, preset.generation)
-    latents = [size * patch for size, patch in zip(grid, sizes.patch, strict=True)]
     generator = torch.Generator().manual_seed(seed)
-    channels, text = model.config["in_channels"], model.config["text_dim"]
-    arguments = {
-        "hidden_states": torch.randn(1, channels, *latents, generator=generator).to(device, dtype),
-        "timestep": torch.full((1,), _NOISE_STEP, device=device),
-        "encoder_hidden_states": torch.randn(1, sizes.text_tokens, text, generator=generator).to(device, dtype),
-        "return_dict": False,
-    }
-    return StepModel(model, arguments, count)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    return StepModel(model, step_arguments(blueprint, preset, draw), count, total_layers(blueprint))
 
 
-def _wan(preset: Preset, layers: int) -> Any:
-    from diffusers import WanTransformer3DModel
-
-    sizes = preset.model
-    return WanTransformer3DModel(
-        patch_size=sizes.patch,
-        num_attention_heads=sizes.heads,
-        attention_head_dim=sizes.head_dim,
-        ffn_dim=sizes.ffn_dim,
-        num_layers=layers,
-        rope_max_seq_len=1024,
-    )
-
-
-def _layers_that_fit(preset: Preset, device: torch.device, dtype: torch.dtype) -> int:
+def _layers_that_fit(blueprint: Blueprint, device: torch.device, dtype: torch.dtype) -> int:
     """From the sizes of a model without data."""
-    free = available_bytes(device)
-    if free is None:
-        return preset.model.layers
+    free, total = available_bytes(device), total_layers(blueprint)
+    if free is None or total < 2:
+        return total
     with torch.device("meta"):
-        one, two = (sum(p.numel() for p in _wan(preset, count).parameters()) for count in (1, 2))
+        one, whole = (parameters_of(make_model(blueprint, count)) for count in (1, total))
+    block = (whole - one) / (total - 1)
     # Random weights are drawn in fp32 before they are cast, so that is what must fit.
     room = _WEIGHTS_SHARE * free / max(torch.float32.itemsize, dtype.itemsize)
-    return int((room - (2 * one - two)) // (two - one))
+    return int((room - (one - block)) // block)
 
 
 def measure_step(
@@ -116,7 +107,7 @@ def measure_step(
         common = {
             "model": preset.name,
             "layers": built.layers,
-            "model_layers": preset.model.layers,
+            "model_layers": built.published_layers,
             "tokens": int(torch.tensor(token_grid(preset.model, preset.generation)).prod()),
             "dtype": str(next(model.parameters()).dtype)[6:],
             "method": method.name,

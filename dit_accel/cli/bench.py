@@ -153,7 +153,7 @@ def step(
     cases = variants(methods, densities or []) if methods else own
     where, kind = resolve_device(device, dtype)
     built = build(resolved, layers, torch.device(where), kind)
-    console.print(f"{resolved.name}: {built.layers} of {resolved.model.layers} blocks, random weights", markup=False)
+    console.print(f"{resolved.name}: {built.layers} of {built.published_layers} blocks, random weights", markup=False)
     rows = measure_step(resolved, built, cases, rounds, backend)
     for row in stream_csv(csv, rows, {**stamp(), "command": command_line()}):
         console.print(

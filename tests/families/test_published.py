@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -15,11 +16,12 @@ import torch
 from diffusers.loaders import single_file_utils
 
 import dit_accel
+from dit_accel.families.published import published_models
 from dit_accel.families.registry import family_of
 from dit_accel.layout import TokenLayout
 
 HERE = Path(__file__).parent
-MODELS = {model["name"]: model for model in json.loads((HERE / "published_models.json").read_text())}
+MODELS = {model.name: asdict(model) | {"class": model.class_name} for model in published_models()}
 KEYS = json.loads((HERE / "published_keys.json").read_text())
 CONVERTERS = {
     "wan": single_file_utils.convert_wan_transformer_to_diffusers,

@@ -9,17 +9,22 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dit_accel.acceleration import accelerate
 from dit_accel.bench.attention import Options, measure, variants, verify
 from dit_accel.bench.random_blocks import RandomBlocks
+from dit_accel.bench.random_models import Blueprint, blueprint_of, make_model, step_arguments
 from dit_accel.bench.shapes import Shape, find_shape, list_shapes, structured_qkv
 from dit_accel.bench.step import build, measure_step
 from dit_accel.bench.timing import Spread, fastest_dense, interleaved, ratios
 from dit_accel.cli import main
 from dit_accel.errors import ConfigError, DitAccelError, UnsupportedError
+from dit_accel.estimate import token_grid
+from dit_accel.families.published import published_models
+from dit_accel.families.registry import family_of
 from dit_accel.layout import TokenLayout
 from dit_accel.methods import base
 from dit_accel.methods.registry import get_method
-from dit_accel.presets import load_preset
+from dit_accel.presets import list_presets, load_preset
 
 CPU = Options(torch.device("cpu"), torch.float32, rounds=2)
 SMALL = Shape("small", TokenLayout((3, 9, 10), 7, "after"), 2, 16, "a test")
@@ -151,8 +156,43 @@ def test_a_step_runs_the_whole_transformer():
     assert row["tokens"] == 3 * 8 * 8
     assert 0.2 < row["density"] < 0.6
     assert row["ratio"] > 0
-    with pytest.raises(UnsupportedError, match="family 'flux'"):
-        build(preset.model_copy(update={"family": "flux"}), 1, torch.device("cpu"), torch.float32)
+    unknown = preset.model_copy(update={"repository": "someone/else"})
+    with pytest.raises(ConfigError, match="someone/else"):
+        build(unknown, 1, torch.device("cpu"), torch.float32)
+
+
+ONE_OF_EACH = {model.repository: model for model in published_models()}
+
+
+@pytest.mark.parametrize("repository", ONE_OF_EACH)
+def test_every_published_model_runs_a_step_made_small(repository):
+    names = [name for name in list_presets() if "/" not in name and load_preset(name).repository == repository]
+    preset = load_preset(names[0])
+    published = ONE_OF_EACH[repository]
+    heads = {"num_attention_heads": 2, "ffn_dim": 16, "mlp_ratio": 1.0}
+    text = {name: 12 for name in published.config if name in ("text_dim", "text_embed_dim", "joint_attention_dim")}
+    small = {key: value for key, value in heads.items() if key in published.config} | text
+    if published.config.get("added_kv_proj_dim"):
+        small["added_kv_proj_dim"] = 2 * published.config["attention_head_dim"]
+    unit = 2 * preset.model.vae_spatial * max(preset.model.patch[1:])
+    frames = preset.generation.num_frames if preset.generation.num_frames == 1 else 9
+    size = {"height": unit, "width": 2 * unit, "num_frames": frames}
+    if published.config.get("use_learned_positional_embeddings"):
+        space = preset.model.vae_spatial
+        small |= {"sample_height": unit // space, "sample_width": 2 * unit // space, "sample_frames": frames}
+    blueprint = Blueprint(published.class_name, {**published.config, **small})
+    generation = preset.generation.model_copy(update=size)
+    tiny = preset.model_copy(update={"generation": generation})
+    generator = torch.Generator().manual_seed(0)
+    arguments = step_arguments(blueprint, tiny, lambda *shape: torch.randn(*shape, generator=generator))
+    model = make_model(blueprint, 3).eval()
+    assert len(family_of(model).layers(model)) >= 3
+    with torch.no_grad(), accelerate(model, method="composed", density=0.5, break_even=1.0) as acceleration:
+        (out, *_) = model(**arguments)
+        report = acceleration.report()
+    assert out.isfinite().all()
+    assert {call.reason for call in report.calls} == {None}
+    assert family_of(model).read(model, arguments).grid == token_grid(tiny.model, tiny.generation)
 
 
 def test_blocks_that_do_not_fit_are_left_out(monkeypatch):
@@ -163,7 +203,7 @@ def test_blocks_that_do_not_fit_are_left_out(monkeypatch):
     with pytest.raises(UnsupportedError, match="one block"):
         build(preset, None, torch.device("cpu"), torch.float32)
     monkeypatch.setattr(step, "available_bytes", lambda device: 64 * 10**9)
-    assert 10 < step._layers_that_fit(preset, torch.device("cpu"), torch.float32) < 40
+    assert 10 < step._layers_that_fit(blueprint_of(preset), torch.device("cpu"), torch.float32) < 40
 
 
 def call(monkeypatch, capsys, *arguments):
