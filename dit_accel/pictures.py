@@ -33,6 +33,7 @@ class MethodPicture:
         query: the video token whose keys are shown, in raster order.
         seen: the video tokens that this query attends, bool `[heads, frames, height, width]`; exact in partial blocks.
         density: share of token pairs computed over the whole sequence, per head.
+        labels: what each row of the picture is of; empty: of one head.
     """
 
     title: str
@@ -41,6 +42,7 @@ class MethodPicture:
     query: int
     seen: Tensor
     density: tuple[float, ...]
+    labels: tuple[str, ...] = ()
 
 
 def picture_of(method: Method, layout: TokenLayout, query: int | None = None, heads: int = 2) -> MethodPicture:
@@ -73,6 +75,40 @@ def picture_of(method: Method, layout: TokenLayout, query: int | None = None, he
         query,
         torch.stack([_seen(layout, order, plan, head, query) for head in range(shown)]),
         tuple(density),
+    )
+
+
+def picture_of_layer(
+    table: HeadTable, layer: int, base: Method, layout: TokenLayout, query: int | None = None
+) -> MethodPicture:
+    """What the heads of one layer of a head table compute: one row per mode, none computed where it is "skip".
+
+    Args:
+        table: modes of heads.
+        layer: which layer.
+        base: the method that modes without a name change.
+        layout: token geometry.
+        query: video token in raster order. Default: the middle of the grid.
+
+    Raises:
+        ConfigError: `layer` is not in the table, or `query` not in the video.
+    """
+    if not 0 <= layer < table.layer_count:
+        raise ConfigError("layer", f"expected a layer of the table in [0, {table.layer_count}), got {layer}")
+    groups = table.groups(layer, base)
+    found = [picture_of(base if group.method is None else group.method, layout, query, 1) for group in groups]
+    computed = [group.method is not None for group in groups]
+    return MethodPicture(
+        f"layer {layer} of {table.layer_count}",
+        layout.grid,
+        torch.cat([part.plane[:1] * seen for part, seen in zip(found, computed, strict=True)]),
+        found[0].query,
+        torch.cat([part.seen[:1] & seen for part, seen in zip(found, computed, strict=True)]),
+        tuple(part.density[0] * seen for part, seen in zip(found, computed, strict=True)),
+        tuple(
+            f"heads {', '.join(map(str, group.heads))}: {part.title if seen else 'skipped'}"
+            for group, part, seen in zip(groups, found, computed, strict=True)
+        ),
     )
 
 
@@ -141,6 +177,8 @@ def draw(picture: MethodPicture, path: str | Path | BinaryIO) -> None:
         axes.set(
             xlabel="key frame", ylabel="query frame", title=f"blocks computed, density {picture.density[head]:.3f}"
         )
+        if picture.labels:
+            row.suptitle(picture.labels[head], fontsize="medium")
         right.suptitle(f"keys of the query at frame {at[0]}, row {at[1]}, column {at[2]}")
         panels = right.subplots(math.ceil(frames / columns), columns, squeeze=False)
         for frame, panel in enumerate(panels.flat):

@@ -2,7 +2,7 @@
 
 Plans are made for 118,800 tokens with nothing kept from before. Orders are timed against dense attention of the same
 tokens: where every layer puts q, k, v into tiles and its output back, and where that is hoisted out of the blocks, so
-that hidden states and rotary tables are permuted once for all layers. Writes `docs/results/static-costs.md`.
+that hidden states and rotary tables are permuted once for all layers. Writes `docs/results/static_costs.md`.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def order_rows(repeats: int, heads: int, dim: int, layers: int) -> list[str]:
 def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/static-costs.md"), help="page to write")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/static_costs.md"), help="page to write")
     parser.add_argument("--repeats", type=int, default=5, help="calls timed, the median counts")
     parser.add_argument("--heads", type=int, default=2, help="heads of the attention that is timed")
     parser.add_argument("--layers", type=int, default=30, help="layers that share a hoisted order")

@@ -11,7 +11,7 @@ from dit_accel.errors import ConfigError
 from dit_accel.head_table import HeadTable
 from dit_accel.layout import TokenLayout, parse_grid
 from dit_accel.methods.registry import get_method
-from dit_accel.pictures import draw, draw_table, picture_of
+from dit_accel.pictures import draw, draw_table, picture_of, picture_of_layer
 
 LAYOUTS = [TokenLayout((4, 5, 7)), TokenLayout((4, 5, 7), 9, "before")]
 
@@ -70,6 +70,25 @@ def test_pictures_are_images(tmp_path):
         assert file.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_layer_of_a_table_has_a_row_per_mode():
+    layout, base = TokenLayout((4, 5, 7)), get_method("sink_recent", recent_frames=1, block=8)
+    near = {"method": "sliding_tile", "parameters": {"window": [1, 1, 1], "tile": [2, 2, 2]}}
+    modes = {"near": near, "mine": {}, "none": {"method": "skip"}, "full": {"method": "dense"}}
+    table = HeadTable.make({"modes": modes, "heads": [["full"] * 5, ["near", "none", "mine", "near", "full"]]})
+    picture = picture_of_layer(table, 1, base, layout, 77)
+    assert [label.split(":")[0] for label in picture.labels] == ["heads 0, 3", "heads 1", "heads 2", "heads 4"]
+    for row, method in ((0, get_method("sliding_tile", window=(1, 1, 1), tile=(2, 2, 2))), (2, base)):
+        alone = picture_of(method, layout, 77)
+        assert torch.equal(picture.seen[row], alone.seen[0])
+        assert torch.equal(picture.plane[row], alone.plane[0])
+        assert picture.density[row] == alone.density[0]
+    assert not picture.seen[1].any()
+    assert picture.density[1] == 0
+    assert picture.seen[3].all()
+    with pytest.raises(ConfigError, match=r"layer: .*\[0, 2\)"):
+        picture_of_layer(table, 2, base, layout)
+
+
 def test_the_command_line_draws(tmp_path, monkeypatch, capsys):
     target, table = tmp_path / "mask.png", tmp_path / "table.yaml"
     HeadTable.make({"modes": {"near": {"method": "dense"}}, "heads": [["near"]]}).save(table)
@@ -84,6 +103,11 @@ def test_the_command_line_draws(tmp_path, monkeypatch, capsys):
     assert code == 0
     assert "density" in said
     assert target.stat().st_size > 1000
+    target.unlink()
+    assert run("show", "grat", "--grid", "4x6x6", "--head-table", table, "--output", target)[0] == 0
+    assert target.stat().st_size > 1000
+    assert run("show", "grat", "--grid", "4x6x6", "--head-table", table, "--layer", 1)[0] == 2
+    assert run("show", "grat", "--head-table", table)[0] == 2
     assert run("table", table)[1].splitlines()[0].split() == ["0", "0"]
     assert run("show", "grat", "--grid", "4by6")[0] == 2
     assert run("show", "grat", "--output", target)[0] == 2

@@ -38,6 +38,10 @@ def show_method(
     parameter: Annotated[list[str] | None, typer.Option("--parameter", "-p", help="name=value, repeatable.")] = None,
     text: Annotated[int, typer.Option(help="Text tokens before the video.", min=0)] = 0,
     query: Annotated[int | None, typer.Option(help="Token whose keys are drawn. Default: the middle one.")] = None,
+    head_table: Annotated[
+        Path | None, typer.Option(help="Draw the modes of a layer of this table, with NAME as the preset's method.")
+    ] = None,
+    layer: Annotated[int, typer.Option(help="Layer of the table.")] = 0,
 ) -> None:
     """Print a method's description, parameters and defaults; with --grid, draw the blocks it computes."""
     from dit_accel.methods.registry import get_method, method_class
@@ -45,7 +49,7 @@ def show_method(
     cls = method_class(name)
     method = get_method(name, **parse_parameters(parameter or []))
     if grid is None:
-        if output is not None:
+        if output is not None or head_table is not None:
             raise ConfigError("--output", "a picture needs a grid, for example --grid 21x30x52")
         console.print(inspect.cleandoc(cls.__doc__ or ""), markup=False)
         console.print(f"\nSource: {cls.source}\n\nDefaults:", markup=False)
@@ -53,10 +57,15 @@ def show_method(
             console.print(f"  {field}: {default!r}", markup=False)
         return
     from dit_accel.layout import TokenLayout, parse_grid
-    from dit_accel.pictures import draw, picture_of
+    from dit_accel.pictures import draw, picture_of, picture_of_layer
 
-    layout = TokenLayout(parse_grid(grid), text, "before" if text else "none")
-    picture, target = picture_of(method, layout, query), output or Path(f"{name}.png")
+    layout, target = TokenLayout(parse_grid(grid), text, "before" if text else "none"), output or Path(f"{name}.png")
+    if head_table is None:
+        picture = picture_of(method, layout, query)
+    else:
+        from dit_accel.head_table import HeadTable
+
+        picture = picture_of_layer(HeadTable.load(head_table), layer, method, layout, query)
     draw(picture, target)
     shares = ", ".join(f"{share:.4f}" for share in picture.density)
     console.print(f"density {shares}; written: {target}", markup=False)
