@@ -47,6 +47,15 @@ def test_x_is_symmetric_and_joins_all_groups_over_one_other(counts, cross):
         assert (mask.float() @ mask.float() > 0).all()
 
 
+@pytest.mark.parametrize("parameters", [{}, {"cross": "lines"}, {"pattern": "B"}, {"ring": True}])
+def test_all_queries_of_a_group_have_one_set_of_keys(parameters):
+    layout, tile = TokenLayout((4, 7, 9)), (2, 3, 4)
+    mask = video_mask(get_method("grat", tile=tile, **parameters), layout)
+    group = (layout.coordinates // torch.tensor(tile)).unique(dim=0, return_inverse=True)[1]
+    for one in group.unique():
+        assert (mask[group == one] == mask[group == one][0]).all()
+
+
 def test_x_on_an_axis_with_one_group_is_dense():
     assert plan_of("grat", (6, 8, 8), tile=(6, 2, 2)).density == 1
     assert plan_of("grat", (1, 8, 8), tile=(1, 8, 2)).density == 1

@@ -161,6 +161,8 @@ def test_sliding_tiles_are_neighborhoods_with_the_tile_as_stride(tiles):
 def test_visited_tiles_of_published_settings(grid, window, stride, tile, key_tile, visited):
     plan = plan_of("neighborhood", grid, window=window, stride=stride, tile=tile, key_tile=key_tile)
     assert plan.counts.double().mean().item() == pytest.approx(visited, abs=6e-3)
+    # Strides that fit the tiles leave no block that is attended in part.
+    assert (plan.predicate is None) == (max(stride) > 1)
 
 
 def test_density_sets_the_window():

@@ -86,3 +86,11 @@ def test_the_rule_of_choice():
     many = choose_mode(torch.tensor([[9.0, 9, 9, 9], [0, 9, 9, 9]]), skipped)
     assert many.tolist() == [0, 1]
     assert get_method("sparse_vdit", mode="full").mode == "full"
+
+
+@pytest.mark.parametrize("layout", [TokenLayout((3, 4, 6)), TokenLayout((3, 4, 6), 7, "before", prefix_frames=1)])
+def test_the_full_mode_is_dense(layout):
+    q, k, v = tensors(layout)
+    everything = torch.ones(layout.tokens, layout.tokens, dtype=torch.bool)
+    out = attend(SparseVDiT(mode="full", block=8), layout, q, k, v)
+    torch.testing.assert_close(out, masked(layout, q, k, v, everything))
