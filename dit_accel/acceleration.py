@@ -140,7 +140,7 @@ def _install(
     originals = tuple((layer.module, layer.module.processor) for layer in layers)
     for layer in layers:
         layer.module.set_processor(processors[layer.role])
-    order = Hoist(model, family, engine)
+    order = Hoist(model, family, engine, [(layer.module, processors[layer.role]) for layer in layers])
     return Installed(model, engine, originals, track(model, family, engine.begin, order.begin), order)
 
 

@@ -6,6 +6,7 @@ whatever else is given per token, undone where they leave, changes nothing but t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,10 +28,14 @@ class Hoist:
         model: the transformer.
         family: says where its tokens enter and leave.
         engine: says in which order they shall stand.
+        processors: (attention module, our processor) of every layer. While one of them has another, which may take its
+            tokens for a raster, nothing happens.
     """
 
-    def __init__(self, model: nn.Module, family: Family, engine: Engine) -> None:
-        self.model, self.family, self.engine = model, family, engine
+    def __init__(
+        self, model: nn.Module, family: Family, engine: Engine, processors: Sequence[tuple[Any, Any]] = ()
+    ) -> None:
+        self.model, self.family, self.engine, self.processors = model, family, engine, processors
         self._handles: dict[str, tuple[nn.Module, Any]] = {}
         self._ports: TokenPorts | None = None
         self._index: Tensor | None = None
@@ -64,6 +69,8 @@ class Hoist:
     def _usable_ports(self, arguments: dict[str, Any]) -> TokenPorts | None:
         model: Any = self.model
         if getattr(model, "_parallel_config", None) is not None or model._compiled_call_impl is not None:
+            return None
+        if any(module.processor is not processor for module, processor in self.processors):
             return None
         return self.family.token_ports(self.model, arguments)
 

@@ -86,6 +86,28 @@ def test_an_adapter_that_wraps_a_port_later_is_followed():
     torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-4)
 
 
+def test_a_layer_with_a_processor_of_its_own_finds_the_raster():
+    model, values = captured("wan2.1-t2v")
+    seen = []
+
+    class Watch:
+        def __init__(self, ours):
+            self.ours = ours
+
+        def __call__(self, attn, hidden_states, *args, **kwargs):
+            seen.append(hidden_states)
+            return self.ours(attn, hidden_states, *args, **kwargs)
+
+    for hoist in (True, False):
+        with dit_accel.accelerate(model, **TILES, window=[1, 1, 1], hoist=hoist):
+            first = model.blocks[0].attn1
+            ours = first.processor
+            first.set_processor(Watch(ours))
+            run(model, values)
+            first.set_processor(ours)
+    assert torch.equal(*seen)
+
+
 def test_tokens_that_leave_without_having_entered_are_refused():
     model, values = captured("wan2.1-t2v")
     with dit_accel.accelerate(model, **TILES, window=[1, 1, 1]):
