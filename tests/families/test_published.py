@@ -16,9 +16,11 @@ import torch
 from diffusers.loaders import single_file_utils
 
 import dit_accel
+from dit_accel.estimate import token_layout
 from dit_accel.families.published import published_models
 from dit_accel.families.registry import family_of
 from dit_accel.layout import TokenLayout
+from dit_accel.presets import list_presets, load_preset
 
 HERE = Path(__file__).parent
 MODELS = {model.name: asdict(model) | {"class": model.class_name} for model in published_models()}
@@ -44,6 +46,13 @@ TOKENS = {
     ("flux2-dev", 1024, 1): (4_096, 512),
     ("hunyuan-video-1.5-480p-t2v", 480, 121): (49_290, 1_985),
 }
+
+
+# Presets at sizes that the models' own pages do not name.
+ELSEWHERE = {
+    "flux1-dev-2k", "flux1-dev-4k",
+    "hunyuan-video-1.5-t2v-480p", "hunyuan-video-1.5-i2v-480p",  # 480 x 832, where the published bucket is 480 x 848
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -127,6 +136,31 @@ def test_tokens_of_the_published_sizes(name):
 def test_the_table_of_token_counts_names_published_sizes():
     sizes = {(name, size[0], size[2]) for name, model in MODELS.items() for size in model["sizes"]}
     assert set(TOKENS) <= sizes
+
+
+def feed_forward(config):
+    """Width of the feed-forward layers, as presets count it: a gated one as 3/2 of its width."""
+    if "ffn_dim" in config:
+        return config["ffn_dim"]
+    inner = config["num_attention_heads"] * config["attention_head_dim"]
+    gated = "timestep_guidance_channels" in config  # FLUX.2
+    return int(inner * config.get("mlp_ratio", 4.0) * (1.5 if gated else 1.0))
+
+
+@pytest.mark.parametrize("name", [n for n in list_presets() if "/" not in n and n != "tiny-wan"])
+def test_presets_say_of_a_model_what_was_published(name):
+    preset = load_preset(name)
+    (model,) = [m for m in MODELS.values() if m["repository"] == preset.repository]
+    facts, config = preset.model, model["config"]
+    assert facts.layers == sum(model["layers"].values())
+    assert facts.heads == config["num_attention_heads"]
+    assert facts.head_dim == config["attention_head_dim"]
+    assert facts.ffn_dim == feed_forward(config)
+    assert [facts.vae_spatial, facts.vae_temporal] == list(model["vae"]) or preset.makes_image
+    layout = token_layout(facts, preset.generation)
+    assert layout.text == model["text"]
+    assert layout.text_position == position(model["name"]) or not layout.text
+    assert list(layout.grid) in [size[3] for size in model["sizes"]] or name in ELSEWHERE
 
 
 def expand(pattern, counts):
