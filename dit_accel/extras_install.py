@@ -53,6 +53,10 @@ def _check_fit(extras: Extras, pipe: Any, models: dict[str, nn.Module]) -> None:
             f"extras.offload: mode {offload.mode} moves weights between an accelerator and main memory, and torch "
             "finds no accelerator here"
         )
+    if offload is not None and offload.stream and accelerator.split(":")[0] not in ("cuda", "xpu"):
+        raise UnsupportedError(
+            f"extras.offload: stream is for CUDA and XPU devices, and the accelerator is {accelerator}"
+        )
     if offload is not None and offload.mode != "group" and isinstance(pipe, nn.Module):
         raise UnsupportedError(f"extras.offload: mode {offload.mode} needs a pipeline, and this is a bare transformer")
     for name, model in models.items():

@@ -342,6 +342,13 @@ def test_extras_stand_beside_each_other(monkeypatch, base, added):
     assert results[1][1] == results[0][1]
 
 
+def test_streams_are_refused_on_an_accelerator_without_them(monkeypatch):
+    monkeypatch.setattr("dit_accel.extras_install._accelerator", lambda: "mps")
+    preset = with_extras(WAN, offload={"mode": "group", "stream": True})
+    with pytest.raises(UnsupportedError, match=r"extras\.offload: stream is for CUDA and XPU devices.*mps"):
+        accelerate(pipeline_of(preset.tiny), preset)
+
+
 def test_model_and_sequential_offload_switch_diffusers_on_once(monkeypatch):
     monkeypatch.setattr("dit_accel.extras_install._accelerator", lambda: "cuda")
     for mode, method in (("model", "enable_model_cpu_offload"), ("sequential", "enable_sequential_cpu_offload")):

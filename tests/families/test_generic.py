@@ -123,12 +123,12 @@ def test_masks_of_leading_keys_are_lengths(mask, lengths, known):
     assert _valid_lengths(rows[:, None, None].expand(-1, 1, 3, 3), 3)[1] == UNKNOWN_MASK
 
 
-def ltx2():
+def ltx2(**changes):
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32}
     model = LTX2VideoTransformer3DModel(
         in_channels=8, out_channels=8, audio_in_channels=4, audio_out_channels=4, num_layers=2, caption_channels=12,
-        **sizes, **{f"audio_{key}": value for key, value in sizes.items()},
+        **sizes, **{f"audio_{key}": value for key, value in sizes.items()}, **changes,
     )  # fmt: skip
     values = {
         "hidden_states": torch.randn(1, 3 * 4 * 5, 8),
@@ -146,8 +146,12 @@ def ltx2():
     return model.eval(), values
 
 
-def test_ltx_2_keeps_its_audio_attention():
-    model, values = ltx2()
+@pytest.mark.parametrize("changes", [{}, {"perturbed_attn": True}])
+def test_ltx_2_keeps_its_audio_attention(changes):
+    """LTX-2, and LTX-2.3, whose processors can leave attention out in some blocks, for a further guidance branch."""
+    model, values = ltx2(**changes)
+    if changes:
+        values |= {"spatio_temporal_guidance_blocks": [1], "perturbation_mask": torch.full((1,), 0.5)}
     with torch.no_grad():
         stock, before = model(**values), processors(model)
         with dit_accel.accelerate(model, method="dense"):
