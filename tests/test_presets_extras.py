@@ -132,6 +132,21 @@ def test_a_step_cache_and_sparse_attention_leave_nothing_to_the_next_generation(
     assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize(
+    ("cache", "name"),
+    [("mag", WAN), ("taylorseer", WAN), ("sea", WAN), ("first_block", IMAGE), ("pab", COG), ("faster", COG)],
+)
+def test_what_a_cache_keeps_fits_tokens_that_stand_in_a_shared_order(cache, name):
+    preset, pipe = cached(name, cache), pipeline_of(load_preset(name).tiny)
+    tiles = {"method": "sliding_tile", "tile": [1, 2, 2], "window": [1, 1, 3], "break_even": 1.0}
+    results = []
+    for hoist in (False, True):
+        with accelerate(pipe, preset, **tiles, hoist=hoist, schedule={"dense_steps": 1}) as acceleration:
+            results.append(generate(pipe, preset))
+            assert acceleration.engines["transformer"].standing.is_hoisted == hoist
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["svg2", "re_ttention", "rectified"])
 @pytest.mark.parametrize("cache", ["first_block", "taylorseer"])
 def test_methods_that_remember_run_beside_skipped_steps(cache, method):

@@ -86,9 +86,12 @@ def test_adapters_stand_beside_sparse_attention_and_guidance(published):
     guided = {"negative_prompt": "blurred", "true_cfg_scale": 3.0}
     stock = latents(pipe, **guided)
     full = {"method": "composed", "density": 1.0, "break_even": 1.0}
-    with dit_accel.accelerate(pipe, **full) as acc:
-        np.testing.assert_allclose(latents(pipe, **guided), stock, atol=1e-4)
-        assert acc.report().dense_reasons == {}
+    tiles = {"method": "sliding_tile", "tile": [1, 2, 2], "window": [0, 0, 0], "break_even": 1.0}
+    for everything in (full, tiles):  # tokens stand in tiles through all blocks under the second
+        with dit_accel.accelerate(pipe, **everything) as acc:
+            np.testing.assert_allclose(latents(pipe, **guided), stock, atol=1e-4)
+            assert acc.report().dense_reasons == {}
+            assert acc.engines["transformer"].standing.is_hoisted == (everything is tiles)
     with dit_accel.accelerate(pipe, **full | {"density": 0.1, "tile": [1, 2, 2]}):
         assert np.abs(latents(pipe, **guided) - stock).max() > 1e-4
 
