@@ -12,7 +12,7 @@ import numpy as np
 from dit_accel.cli.app import console
 from dit_accel.cli.files import report_path, write_json
 from dit_accel.cli.parallel import ALONE, Degrees
-from dit_accel.errors import ConfigError
+from dit_accel.errors import ConfigError, UnsupportedError
 from dit_accel.presets import Preset
 from dit_accel.report import Report, environment
 from dit_accel.video_io import OutputFile
@@ -110,6 +110,7 @@ def produce(run: Run, holder: PipelineHolder) -> Made:
 
     Raises:
         ConfigError: inputs that cannot be read, a model that cannot be loaded.
+        UnsupportedError: frames that are no picture (NaN).
     """
     from dit_accel.acceleration import accelerate
     from dit_accel.cli.inputs import read_inputs
@@ -126,6 +127,11 @@ def produce(run: Run, holder: PipelineHolder) -> Made:
     console.print(f"loaded in {loaded:.1f} s, denoising {preset.generation.num_inference_steps} steps")
     with accelerate(pipe, preset, backend=run.backend) as acceleration:
         frames, times = call_pipeline(pipe, preset.generation, run.prompt, run.seed, inputs, show=not console.quiet)
+        if not np.isfinite(frames).all():
+            raise UnsupportedError(
+                "frames hold NaN or infinite numbers, so nothing was written; try --backend torch, then "
+                "--method dense, then --dtype bfloat16 or float32: docs/troubleshooting.md says what each tells"
+            )
         return Made(frames, {"load": loaded, **times}, acceleration.report())
 
 
