@@ -220,3 +220,20 @@ def test_a_length_is_covered_by_prompts_that_hold_about_as_long(prompts, wanted,
     # No layout with as many transitions and one prompt fewer would do.
     assert layout.prompts == prompts or ClipLayout(layout.prompts - 1, transitions=layout.transitions).frames < wanted
     assert (layout.transitions, layout.frames) == (transitions, frames)
+
+
+def test_sharing_with_a_source_that_is_the_target_changes_nothing():
+    made, module = control()
+    q, k, v = (x[[0, 0, 2, 2]] for x in joint())
+    out = made.attend(module, q, k, v, dense=lambda: None)
+    torch.testing.assert_close(out, dense(q, k, v))
+
+
+def test_transitions_mix_the_embeddings_of_both_prompts(pipe):
+    layout = ClipLayout(2, 13, 9, 3)
+    texts = [words for _, words in pipe._texts(["a", "b"], "", layout)]
+    assert len(texts) == 5
+    for index, words in enumerate(texts):
+        torch.testing.assert_close(words, torch.lerp(texts[0], texts[-1], index / 4))
+    same = [words for _, words in pipe._texts(["a", "a"], "", layout)]
+    assert all(torch.equal(words, same[0]) for words in same)

@@ -219,3 +219,16 @@ def test_wrong_arguments_are_named(pipe, arguments, message):
 def test_wrong_switches_are_named(pipe, mode, over):
     with pytest.raises(ConfigError, match=r"mode|over"):
         begin(pipe).set_prompt(BLUE, mode, over)
+
+
+@pytest.mark.parametrize("rolling", [False, True])
+def test_of_several_new_prompts_before_a_chunk_the_last_one_counts(pipe, rolling):
+    rolled = {"steps": (1000.0, 500.0), "window": 8, "positions": "sink_adjacent", "rolling": True}
+    runs = []
+    for prompts in ([BLUE], ["a green star", BLUE]):
+        stream = begin(pipe, num_chunks=5, settings=rolled if rolling else {})
+        chunks = [next(stream), next(stream)]
+        for prompt in prompts:
+            stream.set_prompt(prompt)
+        runs.append(torch.cat([chunk.latents for chunk in (*chunks, *stream)], 2))
+    assert torch.equal(*runs)

@@ -8,6 +8,8 @@ from stream_cases import FRAME, text, tiny_transformer
 from torch.nn import functional as F
 
 from dit_accel.errors import ConfigError, UnsupportedError
+from dit_accel.kernels import block_attention
+from dit_accel.kernels.merge import merge
 from dit_accel.methods.registry import get_method
 from dit_accel.pipelines.streaming import flashblock
 from dit_accel.pipelines.streaming.attention import CLEAN, AttentionCall, DenseContext, attend_with_lse
@@ -260,12 +262,14 @@ def test_selection_keeps_what_must_be_kept_and_the_budget(rotary):
 
 
 def test_all_frames_and_all_blocks_are_dense_attention(rotary):
-    q, k, _ = tensors(3, 9)
+    q, k, v = tensors(3, 9)
     policy = LightForcing(top_frames=6, block=10)
     plan, mask = select(policy, rotary, q, k, sparsity=0.0)
     assert mask.all()
     full = BlockPlan.full(plan.q_blocks, plan.k_blocks)
     assert torch.equal(plan.to_mask(), full.to_mask().expand_as(plan.to_mask()))
+    out = block_attention(*(x.transpose(1, 2) for x in (q, k, v)), plan).transpose(1, 2)
+    torch.testing.assert_close(out, dense(q, k, v), atol=1e-5, rtol=0)
 
 
 def test_a_planted_block_is_found_and_only_in_its_frame(rotary):
@@ -339,3 +343,36 @@ def test_orders_per_head_are_refused(rotary):
     q, k, v = tensors(3, 9)
     with pytest.raises(UnsupportedError, match="differs between heads"):
         PlannedContext(PerHead()).attend(call_for(rotary, range(9), range(6, 9)), q, k, v)
+
+
+# The merge of parts.
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("cuts", [(0,), (1,), (40, 41), (13, 80, 125), (126,)])
+def test_parts_of_any_length_merge_to_dense_attention_in_any_order(dtype, tolerance, cuts):
+    q, k, v = (x.to(dtype) for x in tensors(1, 3))
+    nothing = torch.zeros_like(q), torch.full((*q.shape[:1], q.shape[2], q.shape[1]), -torch.inf)
+    cut = zip(*(x.tensor_split(cuts, dim=1) for x in (k, v)), strict=True)
+    parts = [attend_with_lse(q, a, b) if a.shape[1] else nothing for a, b in cut]
+    outs, lses = [out.transpose(1, 2) for out, _ in parts], [lse for _, lse in parts]
+    expected = dense(q, k, v).transpose(1, 2).float()
+    together, lse = merge(outs, lses)
+    torch.testing.assert_close(together.float(), expected, atol=tolerance, rtol=0)
+    backwards, _ = merge(outs[::-1], lses[::-1])
+    torch.testing.assert_close(backwards.float(), together.float(), atol=tolerance, rtol=0)
+    pairwise = outs[0], lses[0]
+    for out, other in zip(outs[1:], lses[1:], strict=True):
+        pairwise = merge((pairwise[0], out), (pairwise[1], other))
+    torch.testing.assert_close(pairwise[0].float(), together.float(), atol=tolerance, rtol=0)
+    torch.testing.assert_close(pairwise[1], lse, atol=max(tolerance, 1e-4), rtol=0)
+
+
+def test_what_is_stored_does_not_grow():
+    runtime, sizes = CausalWan(tiny_transformer(layers=1, heads=1, head_dim=12)), set()
+    changes = {"chunk": 1, "window": 4, "sink": 1, "steps": (1000.0, 500.0), "positions": "reindex"}
+    _, driver = drive(lambda: FlashBlock({0}, ()), count=6, runtime=runtime, **changes)
+    for _ in range(100):
+        driver.next()
+        sizes.add(driver.bytes)
+    assert len(sizes) == 1

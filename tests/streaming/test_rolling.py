@@ -151,3 +151,23 @@ def test_a_switch_holds_for_the_chunks_in_flight(runtime):
     whole = [*before, *drain(stream)]
     for index, (a, b) in enumerate(zip(drain(plain), whole, strict=True)):
         assert torch.equal(a.latents, b.latents) == (index < 3)
+
+
+def test_finished_chunks_never_change_afterwards(runtime):
+    stream, _ = rolling(runtime, 6)
+    made, copies = [], []
+    for chunk in iter(stream.next, None):
+        made.append(chunk.latents)
+        copies.append(chunk.latents.clone())
+    assert len(made) == 6
+    assert all(torch.equal(a, b) for a, b in zip(made, copies, strict=True))
+
+
+def test_attention_over_a_rolled_window_does_not_know_the_absolute_time(runtime):
+    sink, branches = latents(2, seed=8), []
+    for start in (2, 402):
+        branch = runtime.branch(StreamSettings(**ROLLING), text())
+        runtime.forward(branch, sink, 0.0, 0)
+        branch.cache.end = start  # as if everything in between had come and gone
+        branches.append(runtime.forward(branch, latents(2, seed=9), 0.0, start, past=[0, 1]))
+    torch.testing.assert_close(*branches, atol=1e-4, rtol=0)

@@ -256,3 +256,14 @@ def test_nothing_of_an_old_prompt_stays(model):
         branch.set_text(text(1))
         assert len(old) == 4
         assert all(reference() is None for reference in old)
+
+
+@pytest.mark.parametrize("sink", [0, 3])
+def test_a_window_that_is_never_full_changes_nothing(model, sink):
+    video, prompt = latents(12), text()
+    with CausalWan(model) as runtime:
+        endless, bounded = (
+            run_chunks(runtime, runtime.branch(StreamSettings(chunk=3, window=window, sink=sink), prompt), video, 3)
+            for window in (None, 12)
+        )
+    assert torch.equal(bounded, endless)
