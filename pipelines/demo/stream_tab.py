@@ -13,18 +13,6 @@ from dit_accel.pipelines.demo.generate_tab import cancel, whole_number
 from dit_accel.pipelines.demo.jobs import Cancelled, Studio
 from dit_accel.pipelines.demo.streams import Change, Grown, History, Streamer
 
-# The model was not distilled to few steps: an ODE solver with guidance, window and sink.
-SETTINGS: dict[str, Any] = {
-    "steps": [1000.0, 875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0],
-    "sampler": "euler",
-    "guidance_scale": 4.0,
-    "shift": 3.0,
-    "chunk": 2,
-    "window": 8,
-    "sink": 1,
-    "positions": "reindex",
-}
-
 
 def stream_tab(studio: Studio, example: str) -> None:
     """Lay out the tab and connect it."""
@@ -87,7 +75,7 @@ def _stream(
     try:
         history = _history(prompt, height, width, chunks, seed, replay)
         yield "Loading the model.", None, None
-        for grown in streamer.run(history, studio.preset.generation.fps, SETTINGS):
+        for grown in streamer.run(history, studio.preset.generation.fps):
             path = grown.path
             told = _told(grown, history)
             yield told, str(path), None

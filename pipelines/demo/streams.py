@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 
 from dit_accel.errors import ConfigError, UnsupportedError
 from dit_accel.pipelines.demo.jobs import Cancelled, Studio
+from dit_accel.streaming import StreamSettings
 from dit_accel.video_io import OutputFile, to_uint8
 
 MOST_CHUNKS = 200
@@ -124,13 +125,15 @@ class Streamer:
         with self._lock:
             self._waiting.append((change.prompt, change.mode))
 
-    def run(self, history: History, fps: int, settings: dict[str, Any]) -> Iterator[Grown]:
+    def run(
+        self, history: History, fps: int, settings: StreamSettings | Mapping[str, Any] | None = None
+    ) -> Iterator[Grown]:
         """Stream what `history` says; prompts that `say` brings are added to it.
 
         Args:
             history: seed, size, number of chunks, prompts.
             fps: of the written video.
-            settings: of the stream, see `StreamSettings`.
+            settings: of the stream. Default: those of the preset, or of `StreamSettings`.
 
         Raises:
             RuntimeError: another job is running.
@@ -150,7 +153,7 @@ class Streamer:
                     num_chunks=history.chunks,
                     height=history.height,
                     width=history.width,
-                    settings=settings,
+                    settings=settings or self.studio.preset.stream,
                 )
                 yield from self._follow(stream, history, planned, fps)
             finally:
