@@ -150,8 +150,8 @@ def page(calls: list[Call], density: float, dense: float, costs: list[tuple[str,
         f"tokens, head size {shape[3]}, {str(calls[0].qkv[0].dtype)[6:]}; asked for density {density}. Dense attention "
         f"takes {dense:.0f} ms.",
         "Medians in milliseconds of CPU time: **first** choice (order and blocks) on a layer, where nothing is kept "
-        "yet; **later** choices; **moving** q, k, v and the output in and out of the order; attention time **saved**. **Per "
-        "call** is (later + moving) / saved. **Amortised** spreads the choices over the sparse steps of "
+        "yet; **later** choices; **moving** q, k, v and the output in and out of the order; attention time **saved**. "
+        "**Per call** is (later + moving) / saved. **Amortised** spreads the choices over the sparse steps of "
         f"{STEPS} steps under the schedule in **chosen**, which is the method's own or the one it is made for; that is "
         "what must stay under 0.1.",
         "\n".join(
