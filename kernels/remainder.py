@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.chunk import attend_chunk
 from dit_accel.kernels.spec import Remainder
 
 _CHUNK_NUMBERS = 1 << 20  # size of the largest temporary, in numbers: 4 MiB in fp32
@@ -76,19 +77,24 @@ class Summary:
 
     def seen_by(self, head: int, centres: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """What each of the queries `centres` `[U, D]` gets from each block: log-mass `[U, nk]`, value `[nk, U, D]`."""
+        if self.real is None:
+            queries = centres.expand(self.k.shape[1], *centres.shape)
+            value, mass = attend_chunk(queries, self.k[head], self.v[head], None, scale)
+            return mass.T, value
         logits = torch.matmul(scale * centres, self.k[head].transpose(1, 2))
-        if self.real is not None:
-            logits.masked_fill_(self.real[head].unsqueeze(1) == 0, -torch.inf)
-        mass = logits.logsumexp(-1)
-        return mass.T, torch.bmm(_weights(logits, mass), self.v[head])
+        logits.masked_fill_(self.real[head].unsqueeze(1) == 0, -torch.inf)
+        weights, mass = _softmax(logits)
+        return mass.T, torch.bmm(weights, self.v[head])
 
     def covariances(self, head: int, first: int, last: int, group: int) -> tuple[Tensor, Tensor]:
         """H summed over groups of `group` blocks, `[g, D, D]`, and their tokens `[g]`, for blocks first to last."""
         dim = self.k.shape[-1]
         if group == 1:
             inside = slice(first, last)
-            each = torch.bmm(self.deviations(head, inside).transpose(1, 2), self.v[head, inside])
-            return each, self.tokens[head, inside]
+            # Σ (k - m) vᵀ = Σ k vᵀ - m Σ vᵀ: one pass less over the keys; padding is zero in both.
+            sums = (self.mean_v[head, inside] * self.tokens[head, inside].unsqueeze(-1)).unsqueeze(1)
+            each = torch.bmm(self.k[head, inside].transpose(1, 2), self.v[head, inside])
+            return each.baddbmm_(self.mean_k[head, inside].unsqueeze(2), sums, alpha=-1), self.tokens[head, inside]
         h, tokens = [], []
         for start in range(first, last, group):
             inside = slice(start, min(start + group, last))
@@ -188,12 +194,22 @@ def _shares(weights: Tensor, group: int, pool: Tensor | None) -> Tensor:
     return weights.new_zeros(*weights.shape[:2], int(index[-1]) + 1).index_add_(-1, index, weights)
 
 
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of logits `[..., L]` and their log-sum-exp `[...]`; of nothing but -inf they are 0 and -inf."""
+    largest, weights = logits.amax(-1), logits.softmax(-1)
+    # The largest weight is exp(largest - lse), which costs a maximum instead of exponentials of its own.
+    lse = largest - weights.amax(-1).log()
+    empty = largest.isneginf()
+    return weights.masked_fill_(empty.unsqueeze(-1), 0), lse.masked_fill_(empty, -torch.inf)
+
+
 def _join(head: _Head, rows: slice, out: Tensor, lse: Tensor) -> Tensor:
     """Summary keys into one softmax with the exact part of query blocks `[U, T, D]`, in place; their weights."""
     logits, values = head.logits(rows, slice(None))
-    joint = torch.logaddexp(lse, logits.logsumexp(-1))
-    out.mul_(_weights(lse.unsqueeze(-1).clone(), joint))
-    weights = _weights(logits, joint)
+    # The exact part is one more column: a softmax is cheaper than a log-sum-exp and an exponential.
+    weights, joint = _softmax(torch.cat([logits, lse.unsqueeze(-1)], -1))
+    out.mul_(weights[..., -1:])
+    weights = weights[..., :-1]
     out.add_(torch.matmul(weights, values))
     lse.copy_(joint)
     return weights

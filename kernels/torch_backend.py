@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.chunk import attend_chunk
 from dit_accel.kernels.padding import from_blocks, pair_blocks, real_slots, to_blocks
 from dit_accel.kernels.quantize import mean_key, round_to_int8
 from dit_accel.kernels.registry import Backend, Request
@@ -167,7 +168,7 @@ def _attend_chunk(
         keep = _keep(operands, rows, plan, chunk, index[:, whole:], rows.kinds[chunk, whole:wide])
         bias = k.new_zeros(len(chunk), keep.shape[1], k.shape[1])
         bias[..., -keep.shape[2] :].masked_fill_(~keep, -torch.inf)
-    out, lse = _attend(operands.q[chunk], k, v, bias, operands.scale)
+    out, lse = attend_chunk(operands.q[chunk], k, v, bias, operands.scale)
     if bias is not None and whole == 0:
         # Library kernels disagree about queries without keys; here they are 0 and -inf.
         empty = bias.isneginf().all(-1).expand(lse.shape)
@@ -194,21 +195,6 @@ def _keep(operands: _Operands, rows: _Rows, plan: BlockPlan, chunk: Tensor, inde
     else:
         inside = plan.predicate.keeps_of(rows.items[chunk], queries, keys)
     return keep & (inside | (kinds < _PARTIAL).repeat_interleave(size, dim=-1).unsqueeze(1))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Dense attention of a chunk, q `[r, Tq, D]`, k and v `[r, S, D]`, with its log-sum-exp `[r, Tq]`."""
-    if q.device.type == "cpu":
-        # The public function does not return the log-sum-exp.
-        mask = None if bias is None else bias.expand(-1, q.shape[1], -1).unsqueeze(0)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), 0.0, False, attn_mask=mask, scale=scale
-        )
-        return out[0], lse[0].to(q.dtype)
-    logits = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
-    logits = logits if bias is None else logits.add_(bias)
-    lse = logits.logsumexp(-1)
-    return torch.bmm(logits.sub_(lse.unsqueeze(-1)).exp_(), v), lse
 
 
 def _attend_rest(

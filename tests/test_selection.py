@@ -130,6 +130,21 @@ def test_head_scope_ranks_all_rows_together_and_leaves_none_empty():
     assert torch.equal(mask[:, :, 1:].flatten(2), best)
 
 
+def test_layer_scope_ranks_all_rows_of_all_heads_and_leaves_none_empty():
+    scores = scores_of()
+    scores[:, 0] -= 20
+    heads, rows, columns = scores.shape[1:]
+    mask = select_blocks(scores, TopK(share=0.5, scope="layer", rounding="floor"))
+    assert (mask.sum((1, 2, 3)) == heads * rows * columns // 2).all()
+    assert (mask[:, 0].sum(-1) == 1).all()  # the best of each row, and nothing more
+    others = scores[:, 1:].flatten(1)
+    kept = mask[:, 1:].flatten(1)
+    assert (others.masked_fill(~kept, INF).amin(-1) >= others.masked_fill(kept, -INF).amax(-1)).all()
+    shares = scores.softmax(-1)
+    mass = select_blocks(shares.log(), TopP(mass=0.4, scope="layer"))
+    assert ((shares * mass).sum((1, 2, 3)) >= 0.4 * heads * rows - 1e-4).all()
+
+
 def test_budget_per_head():
     mask = select_blocks(scores_of(), TopK(share=torch.tensor([0.25, 0.5, 1.0])))
     assert mask.sum(-1).unique_consecutive(dim=-1)[0, :, 0].tolist() == [2, 4, 8]

@@ -32,8 +32,9 @@ class Aurora(Composed):
     source: ClassVar[str] = "this project; expansion after arXiv 2602.01077"
 
     order_: OrderName = Field(default="bisect", alias="order")
-    tile: SizeTriple = (2, 4, 8)
-    score: Score = "covariance"
+    tile: SizeTriple = (2, 2, 16)
+    score: Score = "error"
+    scope: Literal["row", "head", "layer"] = "layer"
     density: Density | None = 0.125
     rounding: Rounding = "floor"
     remainder_: RemainderName = Field(default="taylor", alias="remainder")

@@ -32,7 +32,7 @@ from dit_accel.selection import (
     select_plan,
     sink_blocks,
 )
-from dit_accel.selection.covariance import covariance_scores
+from dit_accel.selection.covariance import covariance_scores, error_scores
 from dit_accel.selection.neighbours import touching_blocks
 from dit_accel.selection.scores import antidiagonal_scores, subblock_scores
 from dit_accel.space_orders import Axes, axes_order, bisection_order, morton_order
@@ -40,7 +40,7 @@ from dit_accel.state import CallContext
 from dit_accel.tiling import tile_blocks, tile_order
 
 OrderName = Literal["raster", "tile", "bisect", "morton", "axes", "hot_keys", "lsh", "kmeans"]
-Score = Literal["pooled", "isolated", "covariance", "antidiagonal", "subblock"]
+Score = Literal["pooled", "isolated", "covariance", "error", "antidiagonal", "subblock"]
 RemainderName = Literal["drop", "pooled", "taylor", "rectified", "history"]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -66,15 +66,16 @@ class Composed(Method):
         directions: random directions of "lsh".
         clusters, rounds: of "kmeans", for queries and keys; it starts from the centroids of the step before.
         score: what blocks are ranked by. "pooled": product of the mean query and the mean key; "isolated": the same,
-            but text keys one by one; "covariance": pooled, plus the logarithm of what the mean key hides;
+            but text keys one by one; "covariance": pooled, plus the logarithm of what the mean key hides; "error": what
+            an expansion about the mean query gets wrong, which compares rows and heads too;
             "antidiagonal" and "subblock": with `stride` tokens per group.
         stride: see `score`.
         density: share of key blocks that each query block attends exactly. None: `mass` or `tau` decides.
         rounding: how a density becomes a number of blocks.
         mass: keep the fewest blocks that hold this share of the scores' softmax, and at least `density`. None: no rule.
         tau: keep blocks whose score exceeds the mean of their row by so many standard deviations. None: no rule.
-        scope: whose budget a density or a mass is: that of each "row", or of a "head", whose rows compete for it by
-            shares of their mass.
+        scope: whose budget a density or a mass is: that of each "row", of a "head", whose rows compete for it by
+            shares of their mass, or of the "layer", whose heads compete as well.
         heads: "adaptive": heads that reach a recall of 0.8 give blocks to the others (arXiv 2502.21079).
         keep_self: every block attends itself; no effect with the orders by content.
         reach: neighbours in the order, on either side, that a block attends too, with `keep_self`.
@@ -110,7 +111,7 @@ class Composed(Method):
     rounding: Rounding = "round"
     mass: Share | None = None
     tau: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    scope: Literal["row", "head"] = "row"
+    scope: Literal["row", "head", "layer"] = "row"
     heads: Literal["uniform", "adaptive"] = "uniform"
     keep_self: bool = True
     reach: Count = 0
@@ -135,6 +136,8 @@ class Composed(Method):
             raise ValueError("tau decides alone: set density and mass to null")
         if self.heads == "adaptive" and (self.density is None or self.mass is not None):
             raise ValueError("heads='adaptive' moves blocks between heads at a given density: set density alone")
+        if self.heads == "adaptive" and self.scope == "layer":
+            raise ValueError("scope='layer' moves blocks between heads already: leave heads at 'uniform'")
         if self.second_order and self.about == "query":
             raise ValueError("second_order corrects the mass about the key; about='query' has an exact one")
         if self.remainder_ == "history" and self.order_ in _BY_CONTENT:
@@ -186,7 +189,7 @@ class Composed(Method):
             return kept
         layout, blocks = call.layout, self.blocks(call.layout)
         scores = routing_noise(self.scores(q, k, call, blocks), self.noise, call.seed, call.layer, call.step)
-        if self.scope == "head":
+        if self.scope != "row" and self.score != "error":
             scores = scores.log_softmax(-1).masked_fill(scores.isneginf(), -torch.inf)
         forced = self.forced(call, blocks, q.shape[1], q.device)
         plan = select_plan(scores, self._budget(scores, forced), blocks, blocks, layout, forced)
@@ -197,8 +200,9 @@ class Composed(Method):
     def scores(self, q: Tensor, k: Tensor, call: CallContext, blocks: Blocking) -> Tensor:
         """What blocks are ranked by, `[B, H, nq, nk]`. q, k `[B, H, N, D]`."""
         layout = call.layout
-        if self.score == "covariance":
-            return covariance_scores(q, k, k if call.values is None else call.values, blocks, layout)
+        if self.score in ("covariance", "error"):
+            scorer = covariance_scores if self.score == "covariance" else error_scores
+            return scorer(q, k, k if call.values is None else call.values, blocks, layout)
         if self.score == "antidiagonal":
             return antidiagonal_scores(q, k, blocks, blocks, layout, self.stride)
         if self.score == "subblock":

@@ -50,12 +50,13 @@ class Budget(ABC):
 
     Args:
         scope: "row": every query block has its own ranking; "head": one ranking over all rows of a head, so that rows
-            differ in width. Each row still keeps its best block.
+            differ in width; "layer": one over all rows of all heads, so that heads differ in density too. Each row
+            still keeps its best block.
         least: share of the blocks that is kept at least, rounded down. Default 0: one block.
         most: share of the blocks that is kept at most, rounded down but at least one block. Default 1.
     """
 
-    scope: Literal["row", "head"] = "row"
+    scope: Literal["row", "head", "layer"] = "row"
     least: float = 0.0
     most: float = 1.0
 

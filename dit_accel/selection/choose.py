@@ -61,14 +61,16 @@ def select_blocks(
     first, total = first & ~extra, real.sum(-1)
     rows = scores.masked_fill(extra, -torch.inf)
     shares = shares_of(rows, normalisation)
-    if budget.scope == "head":
+    if budget.scope != "row":
         # Each row keeps its best block, or a row of small scores would be left with nothing to attend.
         best = torch.zeros_like(real).scatter_(-1, rows.argmax(-1, keepdim=True), True) & ~rows.isneginf()
         first = first | (best & ~first.any(-1, keepdim=True))
-        # Masses of rows add up to that of the head; a range is that of the head.
-        shares = shares / scores.shape[-2] if normalisation == "softmax" else shares_of(rows.flatten(-2), normalisation)
-        rows, shares, first = (x.reshape(*x.shape[:2], 1, -1) for x in (rows, shares, first))
-        mask = _keep(rows, shares, first, total.sum(-1, keepdim=True), budget).view_as(real)
+        # Masses of rows add up to that of the ranking; a range is that of the ranking.
+        lead = (*scores.shape[:2], 1, -1) if budget.scope == "head" else (scores.shape[0], 1, 1, -1)
+        rows, first = rows.reshape(lead), first.reshape(lead)
+        many = rows.shape[-1] // scores.shape[-1]
+        shares = shares.reshape(lead) / many if normalisation == "softmax" else shares_of(rows, normalisation)
+        mask = _keep(rows, shares, first, total.reshape(lead).sum(-1), budget).view_as(real)
     else:
         mask = _keep(rows, shares, first, total, budget)
     return mask | extra

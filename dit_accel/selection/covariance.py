@@ -7,15 +7,27 @@ from torch import Tensor
 
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
-from dit_accel.selection.pooling import gather_blocks, pooled_scores
+from dit_accel.selection.pooling import block_means, gather_blocks, pooled_scores, working
 from dit_accel.selection.scores import row_groups
 
+_SHARPNESS = 0.85
 _FLOOR = 1e-5  # of the published code: keeps the logarithm of a block of identical keys or values finite
 
 
 def covariance_norms(k: Tensor, v: Tensor, blocks: Blocking, layout: TokenLayout) -> Tensor:
     """Frobenius norm of H = Σ (k - k̄) vᵀ over the real tokens of each block, `[B, H, n]`. k, v `[B, H, N, D]`."""
-    norms, width = [], k.shape[0] * k.shape[1] * k.shape[3] * max(k.shape[3], blocks.size)
+    return covariance_squares(k, v, blocks, layout).sum(-1).sqrt()
+
+
+def covariance_squares(k: Tensor, v: Tensor, blocks: Blocking, layout: TokenLayout) -> Tensor:
+    """Squared lengths of the rows of H = Σ (k - k̄) vᵀ, one per channel of the keys, `[B, H, n, D]`.
+
+    Args:
+        k, v: `[B, H, N, D]`.
+        blocks: partition of the keys.
+        layout: token geometry; padding counts for nothing.
+    """
+    squares, width = [], k.shape[0] * k.shape[1] * k.shape[3] * max(k.shape[3], blocks.size)
     for group in row_groups(blocks.count, width, k.device):
         inside = slice(int(blocks.starts[group.start]), int(blocks.starts[group.stop]))
         part = Blocking.from_lengths(blocks.lengths[group], blocks.size)
@@ -25,8 +37,8 @@ def covariance_norms(k: Tensor, v: Tensor, blocks: Blocking, layout: TokenLayout
         counts = real.sum(-1).to(keys.dtype).clamp(min=1)[:, None, :, None, None]
         # The deviations sum to zero, so the mean of one factor is enough.
         h = (keys - keys.sum(3, keepdim=True) / counts).mul_(real[:, None, :, :, None]).transpose(-1, -2) @ values
-        norms.append(h.flatten(-2).norm(dim=-1))
-    return torch.cat(norms, 2)
+        squares.append(h.square_().sum(-1))
+    return torch.cat(squares, 2)
 
 
 def covariance_scores(q: Tensor, k: Tensor, v: Tensor, blocks: Blocking, layout: TokenLayout) -> Tensor:
@@ -44,3 +56,27 @@ def covariance_scores(q: Tensor, k: Tensor, v: Tensor, blocks: Blocking, layout:
     """
     hidden = (covariance_norms(k, v, blocks, layout) + _FLOOR).log()
     return pooled_scores(q, k, blocks, layout) + hidden.unsqueeze(-2)
+
+
+def error_scores(q: Tensor, k: Tensor, v: Tensor, blocks: Blocking, layout: TokenLayout) -> Tensor:
+    """Logarithm of what an expansion about the mean query gets wrong when it stands for a block (this project).
+
+    To first order the value of a block of n keys errs by (q - q̄)ᵀ H / n at a query q. Its mean square, with the
+    covariance of the queries of the block taken as diagonal, is weighed by the mass of the block, as the pooled map has
+    it, to the power 0.85: pooling makes the map too sharp. Unlike scores that are log-masses up to a constant per row,
+    these compare rows and heads with one another: where queries or keys are alike, few exact blocks are needed.
+
+    Args:
+        q, k, v: `[B, H, N, D]`.
+        blocks: partition of queries and keys.
+        layout: token geometry.
+
+    Returns:
+        `[B, H, nq, nk]`, -inf at blocks without real keys.
+    """
+    means, _ = block_means(q, blocks, layout.valid)
+    squares, _ = block_means(working(q).square(), blocks, layout.valid)
+    variance = (squares - means.square()).clamp_(min=0) * (1 / q.shape[-1])
+    hidden = variance @ covariance_squares(k, v, blocks, layout).transpose(-1, -2)
+    shares = pooled_scores(q, k, blocks, layout).log_softmax(-1)
+    return _SHARPNESS * shares + 0.5 * (hidden + _FLOOR**2).log()

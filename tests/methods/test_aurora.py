@@ -21,9 +21,19 @@ def error(call, **parameters):
     return float((out - exact).norm() / exact.norm())
 
 
+# The synthetic fields vary alike along all three axes; the default boxes are long rows.
+CUBES = {"tile": [2, 4, 8]}
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_it_is_finite_and_never_worse_than_dropping(name):
-    assert error(FIELDS[name]) <= error(FIELDS[name], remainder="drop") + 1e-5
+    assert error(FIELDS[name], **CUBES) <= error(FIELDS[name], remainder="drop", **CUBES) + 1e-5
+
+
+def test_large_logits_in_boxes_that_do_not_fit_are_finite_and_safe_without_a_first_order_term():
+    call = FIELDS["logits to 80"]
+    assert error(call) < 1
+    assert error(call, remainder="pooled") < error(call, remainder="drop")
 
 
 def test_equal_keys_are_exact():
@@ -34,12 +44,23 @@ def test_it_beats_piecewise_sparse_attention_on_a_smooth_field():
     call = FIELDS["smooth"]
     exact = F.scaled_dot_product_attention(*call.qkv)
     published = attend(get_method("pisa"), call.layout, *call.qkv)
-    assert error(call) < 0.6 * float((published - exact).norm() / exact.norm())
+    assert error(call, **CUBES) < 0.6 * float((published - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("other", [{"about": "key"}, {"remainder": "pooled"}, {"order": "raster"}], ids=str)
 def test_without_one_of_its_parts_it_is_worse_on_a_smooth_field(other):
-    assert error(FIELDS["smooth"]) < error(FIELDS["smooth"], **other)
+    assert error(FIELDS["smooth"], **CUBES) < error(FIELDS["smooth"], **{**CUBES, **other})
+
+
+def test_blocks_go_to_the_heads_that_need_them():
+    calm, wild = (torch.randn(1, 1, 512, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    q, k, v = (torch.cat([0.05 * calm, 1.5 * wild.roll(shift, 2)], 1) for shift in (0, 3, 7))
+    layout = TokenLayout((2, 16, 16))
+    _, plan = get_method("aurora", density=0.25, block=16).plan(layout, q, k, v)
+    share = plan.density_per_head().flatten()
+    assert share[0] < 0.5 * share[1]
+    assert float(plan.density) <= 0.25 + 1e-6
+    assert (plan.counts >= 1).all()
 
 
 @pytest.mark.parametrize("text", [0, 13])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from dit_accel.kernels import block_attention
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
 from dit_accel.selection import block_means, pooled_scores
-from dit_accel.selection.covariance import covariance_scores
+from dit_accel.selection.covariance import covariance_scores, error_scores
 from dit_accel.state import CallContext
 from dit_accel.tiling import tile_blocks, tile_order
 
@@ -151,6 +153,7 @@ def test_parameters_are_called_by_their_public_names():
         ({"density": None}, "one of density, mass and tau"),
         ({"tau": 1.0}, "tau decides alone"),
         ({"density": 0.3, "mass": 0.9, "heads": "adaptive"}, "set density alone"),
+        ({"scope": "layer", "heads": "adaptive"}, "moves blocks between heads already"),
         ({"about": "query", "second_order": True}, "has an exact one"),
         ({"order": "lsh", "remainder": "history"}, "needs an order that stays"),
         ({"order": "kmeans", "touching": True}, "scatters tokens"),
@@ -206,6 +209,24 @@ def test_covariance_scores_are_the_norms_of_the_covariances():
         delta = k[:, :, inside] - k[:, :, inside].mean(2, keepdim=True)
         norm = torch.linalg.matrix_norm(delta.transpose(-1, -2) @ v[:, :, inside])
         torch.testing.assert_close(scores[:, :, 0, j], (norm + 1e-5).log())
+
+
+def test_error_scores_are_tempered_mass_times_the_spread_of_queries_through_the_covariances():
+    layout = TokenLayout((1, 5, 7), 9, "after", valid=(41,))
+    q, k, v = (x.double() for x in tensors(layout))
+    blocks, scale = layout.blocks(8), q.shape[-1] ** -0.5
+    scores = error_scores(q, k, v, blocks, layout)
+    shares = pooled_scores(q, k, blocks, layout).log_softmax(-1)
+    parts = [slice(int(a), min(int(b), 41)) for a, b in pairwise(blocks.starts)]
+    for i, j in ((0, 0), (1, 3), (4, 2)):
+        keys = k[:, :, parts[j]]
+        h = (keys - keys.mean(2, keepdim=True)).transpose(-1, -2) @ v[:, :, parts[j]]
+        rows = (scale * q[:, :, parts[i]]).var(2, unbiased=False).diag_embed()
+        spread = (h.transpose(-1, -2) @ rows @ h).diagonal(dim1=-2, dim2=-1).sum(-1)
+        torch.testing.assert_close(
+            scores[:, :, i, j], 0.85 * shares[:, :, i, j] + 0.5 * spread.log(), rtol=1e-6, atol=1e-6
+        )
+    assert scores[..., int(blocks.block_of_token()[41]) + 1 :].isneginf().all()
 
 
 def test_routing_noise_is_seeded_and_changes_the_choice():
