@@ -195,10 +195,7 @@ class BlockPlan:
 
     def to_mask(self) -> Tensor:
         """Bool block mask `[B', H', nq, nk]`; True where selected, partial blocks included."""
-        # One spare column takes the entries that do not count.
-        mask = self.indices.new_zeros((*self.counts.shape, self.k_blocks.count + 1), dtype=torch.bool)
-        column = torch.where(self.valid, self.indices, self.k_blocks.count).long()
-        return mask.scatter_(-1, column, True)[..., :-1]
+        return _mask_of(self.indices, self.counts, self.k_blocks.count)
 
     def to_token_mask(self) -> Tensor:
         """Bool token mask `[B', H', Nq, Nk]`, O(N²): for the reference, tests and pictures only."""
@@ -208,12 +205,14 @@ class BlockPlan:
         """The rows of the token mask of some query tokens, int64 `[r]`: bool `[B', H', r, Nk]`."""
         device = self.indices.device
         rows, columns = self.q_blocks.block_of_token()[queries.cpu()].to(device), self.k_blocks.block_of_token()
-        mask = self.to_mask()[..., rows, :][..., columns.to(device)]
+        columns = columns.to(device)
+        indices, counts = self.indices[:, :, rows], self.counts[:, :, rows]
+        mask = _mask_of(indices, counts, self.k_blocks.count)[..., columns]
         if self.predicate is None or self.full_counts is None:
             return mask
-        whole = replace(self, counts=self.full_counts, full_counts=None, predicate=None).to_mask()
+        whole = _mask_of(indices, self.full_counts[:, :, rows], self.k_blocks.count)[..., columns]
         inside = self.predicate.to(device).keeps(queries.to(device), torch.arange(len(columns), device=device))
-        return whole[..., rows, :][..., columns.to(device)] | (mask & inside)
+        return whole | (mask & inside)
 
     def of_head(self, item: int, head: int) -> BlockPlan:
         """The plan of one head of one batch item, `[1, 1, nq, C]`; shared axes hold for any."""
@@ -313,6 +312,14 @@ class BlockPlan:
         from dit_accel.plan_io import load_plan
 
         return load_plan(path)
+
+
+def _mask_of(indices: Tensor, counts: Tensor, blocks: int) -> Tensor:
+    """Bool `[..., blocks]`, True at the first `counts` `[...]` of the `indices` `[..., C]` of each row."""
+    valid = torch.arange(indices.shape[-1], device=indices.device) < counts.unsqueeze(-1)
+    # One spare column takes the entries that do not count.
+    mask = indices.new_zeros((*counts.shape, blocks + 1), dtype=torch.bool)
+    return mask.scatter_(-1, torch.where(valid, indices, blocks).long(), True)[..., :-1]
 
 
 def _four_axes(mask: Tensor) -> Tensor:

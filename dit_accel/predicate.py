@@ -87,13 +87,32 @@ class BoxPredicate:
 
     def _inside(self, lower: Tensor, upper: Tensor, at: Tensor) -> Tensor:
         """Bool `[..., Q, K]` for bounds `[..., Q, A]` and coordinates `[..., K, A]`."""
-        lower, upper, at = lower.unsqueeze(-2), upper.unsqueeze(-2), at.unsqueeze(-3)
-        stride = torch.tensor(self.stride, dtype=at.dtype, device=at.device)
-        inside = ((at >= lower) & (at < upper) & ((at - lower) % stride == 0)).all(-1)
-        if self.ball is None:
-            return inside
-        offset = (2 * at - lower - upper + 1).to(self.ball.dtype)
-        return inside & ((self.ball[:-1] * offset.square()).sum(-1) < self.ball[-1])
+        inside: Tensor | None = None
+        squared: Tensor | float = 0.0
+        # One axis at a time: tensors with a short last axis are slow.
+        for axis, step in enumerate(self.stride):
+            low, high, place = (
+                lower[..., axis].unsqueeze(-1),
+                upper[..., axis].unsqueeze(-1),
+                at[..., axis].unsqueeze(-2),
+            )
+            # An axis that holds all is skipped. On a GPU asking would make the host wait.
+            is_free = place.device.type == "cpu" and bool((low.amax() <= place.amin()) & (place.amax() < high.amin()))
+            if not is_free:
+                kept = (place >= low) & (place < high)
+                inside = kept if inside is None else inside & kept
+            if step != 1:
+                kept = (place - low) % step == 0
+                inside = kept if inside is None else inside & kept
+            if self.ball is not None:
+                offset = (2 * place).to(self.ball.dtype) - (low + high - 1).to(self.ball.dtype)
+                squared = squared + offset.square_().mul_(self.ball[axis])
+        if self.ball is not None:
+            kept = squared < self.ball[-1]
+            inside = kept if inside is None else inside & kept
+        if inside is None:
+            return (lower[..., 0].unsqueeze(-1) == at[..., 0].unsqueeze(-2)).fill_(True)
+        return inside
 
     def of_head(self, item: int, head: int) -> BoxPredicate:
         """The boxes `[Nq, A]` of one head of one batch item; itself when they are shared."""
@@ -112,3 +131,8 @@ class BoxPredicate:
         ball = None if self.ball is None else self.ball.to(device)
         lower, upper, coordinates = (x.to(device) for x in (self.lower, self.upper, self.coordinates))
         return replace(self, lower=lower, upper=upper, coordinates=coordinates, ball=ball)
+
+
+def _holds_all(low: Tensor, high: Tensor, place: Tensor) -> bool:
+    """Whether an axis need not be looked at. On a GPU asking would make the host wait."""
+    return place.device.type == "cpu" and bool((low.amax() <= place.amin()) & (place.amax() < high.amin()))

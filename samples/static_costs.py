@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from dit_accel.families.hoisting import permute_tokens
+from dit_accel.kernels import block_attention
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method, list_methods, method_class
 from dit_accel.methods.svg import SVG, plans_of_kinds
@@ -32,6 +33,10 @@ GRIDS = ((16, 16, 16), (16, 16, 32), (16, 32, 32))
 _TILE = (4, 4, 4)
 # With a density, radial and clear search: that is their slowest case.
 _VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {"radial": ({}, {"density": 0.3}), "grat": ({}, {"density": 0.3})}
+_RIMS: tuple[tuple[str, dict[str, Any], tuple[int, int, int]], ...] = (
+    ("clear", {"radius": 16.0}, (1, 64, 64)),
+    ("svg", {"density": 0.25}, (8, 24, 32)),
+)
 _OTHERS = ("dense", "composed")
 
 
@@ -111,6 +116,26 @@ def order_rows(repeats: int, heads: int, dim: int, layers: int) -> list[str]:
     return rows
 
 
+def rim_rows(repeats: int, heads: int, dim: int) -> list[str]:
+    """A line of the table per method with a rim: attention with its blocks cut token by token, and whole."""
+    rows = []
+    for name, parameters, grid in _RIMS:
+        layout = TokenLayout(grid)
+        q, k, v = torch.randn(3, 1, heads, layout.tokens, dim).unbind()
+        cells = []
+        for rim in ("exact", "whole"):
+            order, plan = get_method(name, rim=rim, **parameters).plan(layout, q, k, v)
+            ordered = (q, k, v) if order is None else order.apply(q, k, v)
+
+            def attend(ordered: Any = ordered, plan: BlockPlan = plan) -> None:
+                block_attention(ordered[0], ordered[1], ordered[2], plan)
+
+            cells.append(f"{milliseconds(attend, repeats):.0f} ms")
+        what = ", ".join(f"{key}={value}" for key, value in parameters.items())
+        rows.append(f"| `{name}` ({what}) | {' x '.join(map(str, grid))} | {plan.density:.3f} | {' | '.join(cells)} |")
+    return rows
+
+
 def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -140,6 +165,14 @@ def main() -> None:
         f"| tokens | dense attention | order in every layer | hoisted, per layer of {given.layers} |",
         "|---|---|---|---|",
         *order_rows(given.repeats, given.heads, 128, given.layers),
+        "",
+        "## Rims",
+        "",
+        "Attention with the blocks at the rim cut token by token, and computed whole; the same blocks.",
+        "",
+        "| method | grid | density | exact | whole |",
+        "|---|---|---|---|---|",
+        *rim_rows(given.repeats, given.heads, 128),
     ]
     given.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

@@ -32,6 +32,7 @@ def test_a_pass_in_tiles_equals_stock_and_leaves_nothing_behind(name):
         torch.testing.assert_close(run(model, values), stock, atol=2e-5, rtol=1e-4)
         assert acc.report().dense_reasons == {}
         assert orders(acc) == [None]
+        assert "from the first block to the last" in acc.summary()
         first, *others = acc.report().calls
         assert first.milliseconds("order") > 0
         assert all(call.milliseconds("order") == 0 for call in others)
