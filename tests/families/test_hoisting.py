@@ -87,6 +87,21 @@ def test_an_adapter_that_wraps_a_port_later_is_followed():
     torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-4)
 
 
+def test_heads_of_a_table_with_one_tile_share_the_order():
+    model, values = captured("wan2.1-t2v")
+    layers, heads = len(model.blocks), model.config.num_attention_heads
+    window = {"method": "sliding_tile", "parameters": {"window": [1, 1, 3], "tile": [2, 2, 2]}}
+    modes = {"near": window, "own": {}, "full": {"method": "dense"}, "none": {"method": "skip"}}
+    rows = [[("near", "own", "full", "none")[(layer + head) % 4] for head in range(heads)] for layer in range(layers)]
+    found = []
+    for hoist in (True, False):
+        table = {"modes": modes, "heads": rows}
+        with dit_accel.accelerate(model, **TILES, window=[1, 1, 1], head_table=table, hoist=hoist) as acc:
+            found.append(run(model, values))
+            assert acc.engines["transformer"].standing.is_hoisted == hoist
+    torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-4)
+
+
 def test_a_layer_with_a_processor_of_its_own_finds_the_raster():
     model, values = captured("wan2.1-t2v")
     seen = []
