@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -121,3 +122,26 @@ def test_stream_grows_and_takes_a_new_prompt(page):
     page.locator("#stream-cancel").click()
     api.expect(status).to_contain_text("Cancelled")
     api.expect(page.locator("#stream-video video")).to_be_visible()
+
+
+def test_a_history_is_replayed(page, tmp_path):
+    changes = [{"chunk": 0, "prompt": "a green star"}, {"chunk": 1, "prompt": "a yellow star", "mode": "recache"}]
+    history = {"seed": 3, "height": 32, "width": 32, "chunks": 2, "changes": changes}
+    (tmp_path / "history.json").write_text(json.dumps(history))
+    page.get_by_role("tab", name="Stream").click()
+    page.locator("#stream-replay input[type=file]").set_input_files(tmp_path / "history.json")
+    api.expect(page.locator("#stream-replay")).to_contain_text("history")
+    page.locator("#stream-start").click()
+    status = page.locator("#stream-status")
+    api.expect(status).to_contain_text(re.compile(r"Done\. Chunk 2 of 2.*Prompt: a yellow star"))
+    saved = page.request.get(page.locator("#stream-history a").first.get_attribute("href"))
+    assert [change["prompt"] for change in saved.json()["changes"]] == ["a green star", "a yellow star"]
+
+
+def test_the_page_is_for_this_machine_and_takes_no_large_files(page, address):
+    assert address.startswith("http://127.0.0.1:")
+    sizes = {}
+    for size in (1, 9):
+        file = {"name": "x.json", "mimeType": "application/json", "buffer": b" " * (size << 20)}
+        sizes[size] = page.request.post(f"{address}gradio_api/upload", multipart={"files": file}).status
+    assert sizes == {1: 200, 9: 413}

@@ -245,6 +245,27 @@ def test_a_killed_writer_leaves_a_playable_file(tmp_path):
     assert len(imageio.mimread(path)) >= 8
 
 
+def test_a_killed_stream_leaves_a_playable_file(tmp_path, pipeline_folder):
+    (tmp_path / "stream.yaml").write_text(SETTINGS)
+    words = ["--stream", "--model", pipeline_folder, "--height", "16", "--width", "24", "--prompt", "a red ball"]
+    words += ["--stream-settings", "stream.yaml", "--num-chunks", "5000", "--output", "o.mp4", "--fps", "4"]
+    child = subprocess.Popen(
+        [sys.executable, "-u", "-m", "dit_accel.cli", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+        start_new_session=True,
+        text=True,
+    )
+    for line in child.stdout:
+        if line.startswith("chunk 12:"):
+            break
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    # Every second of video is a fragment that is complete in itself.
+    assert len(imageio.mimread(tmp_path / "o.mp4")) >= 4
+
+
 def test_a_file_without_frames_leaves_nothing(tmp_path):
     with StreamingVideoFile(tmp_path / "new" / "o.mp4", 8):
         pass
