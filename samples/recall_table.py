@@ -2,7 +2,7 @@
 
 One prompt is generated dense; queries and keys of all layers are taken at two steps; every method that can be asked
 for a density makes its plan from them, and the share of the attention mass that the plan covers is computed exactly
-on sampled query rows. Writes `docs/results/recall.md`.
+on sampled query rows. Writes `docs/results/recall.md`, and the index of all methods with that table, `docs/methods.md`.
 """
 
 from __future__ import annotations
@@ -14,28 +14,27 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import dit_accel
 from dit_accel.errors import DitAccelError
-from dit_accel.generation import call_pipeline
-from dit_accel.layout import TokenLayout
-from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method, list_methods, method_class
 from dit_accel.models import load_pipeline
 from dit_accel.order import TokenOrder
 from dit_accel.plan import BlockPlan
+from dit_accel.presets import load_preset
 from dit_accel.report import environment
+from dit_accel.samples.captured_attention import Call, captured
 from dit_accel.selection import TopK, generator_for, select_plan
 from dit_accel.selection.scores import block_mass, log_mass
 from dit_accel.state import CallContext
 
 Planner = Callable[[Tensor, Tensor, CallContext, float], tuple[TokenOrder | None, BlockPlan]]
 _BLOCK = 64
+_PAGES = ("static", "dynamic", "remainder")
 # Besides the defaults: what the published block sizes and gates cost or gain on so small a video.
 _VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("sparge", {"similarity": -1.0}),
@@ -45,34 +44,6 @@ _VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("svg2", {"heads": "adaptive"}),
     ("composed", {"order": "raster"}),
 )
-
-
-@dataclass
-class Captured:
-    """Queries and keys of one attention call, `[B, H, N, D]`."""
-
-    layer: int
-    step: int
-    layout: TokenLayout
-    q: Tensor
-    k: Tensor
-
-
-class Capture(Method):
-    """Takes queries and keys of the conditional branch at some steps and asks for dense attention."""
-
-    name: ClassVar[str] = "capture"
-    source: ClassVar[str] = "this project"
-    taken: ClassVar[list[Captured]] = []
-
-    steps: tuple[int, ...]
-
-    def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
-        """The full plan."""
-        if call.step in self.steps and call.branch != "uncond":
-            self.taken.append(Captured(call.layer, call.step, call.layout, q.clone(), k.clone()))
-        blocks = call.layout.blocks(_BLOCK)
-        return BlockPlan.full(blocks, blocks)
 
 
 @dataclass
@@ -140,47 +111,46 @@ def planners() -> Iterator[tuple[str, Planner]]:
             yield f"{base} {text}", by_method(base, parameters)
 
 
-def measure(label: str, plan: Planner, captured: list[Captured], densities: list[float], rows: int) -> Row:
+def measure(label: str, plan: Planner, calls: list[Call], densities: list[float], rows: int) -> Row:
     """Recall, density and time of one method over all captured calls; what it keeps is carried from step to step."""
     row = Row(label)
-    shared: list[dict[str, Any]] = [{} for _ in captured]
+    shared: list[dict[str, Any]] = [{} for _ in calls]
     for density in densities:
         row.recalls[density], row.densities[density] = [], []
         memories: dict[int, dict[str, Any]] = {}
-        for call, common in zip(captured, shared, strict=True):
+        for call, common in zip(calls, shared, strict=True):
             times = row.later if call.layer in memories else row.first
-            memory = memories.setdefault(call.layer, {})
+            memory, (q, k, _) = memories.setdefault(call.layer, {}), call.qkv
             context = CallContext(call.layout, call.layer, call.step, memory=memory, shared=common)
             begun = time.perf_counter()
-            order, made = plan(call.q, call.k, context, density)
+            order, made = plan(q, k, context, density)
             if plan is not oracle_plan:
                 times.append((time.perf_counter() - begun) * 1e3)
-            q, k = (call.q, call.k) if order is None else order.apply(call.q, call.k, call.k)[:2]
+            q, k = (q, k) if order is None else order.apply(q, k, k)[:2]
             row.recalls[density] += made.recall(q, k, rows=rows).flatten().tolist()
             row.densities[density].append(made.density)
     return row
 
 
-def capture(preset_name: str, model: str | None, prompt: str, seed: int) -> tuple[list[Captured], str]:
-    """Queries and keys at a quarter and three quarters of the steps, and a line that says of what."""
-    preset = dit_accel.load_preset(preset_name)
+def capture(name: str, model: str | None, prompt: str, seed: int, steps: int) -> tuple[list[Call], str]:
+    """Queries and keys at a quarter and three quarters of `steps` steps, and a line that says of what."""
+    preset = load_preset(name)
     pipe = load_pipeline(model or preset.repository)
-    steps = preset.generation.num_inference_steps
-    Capture.taken.clear()
-    with dit_accel.accelerate(pipe, method=Capture(steps=(steps // 4, 3 * steps // 4)), seed=seed):
-        call_pipeline(pipe, preset.generation, prompt, seed)
-    grid, heads = Capture.taken[0].layout.grid, Capture.taken[0].q.shape[1]
-    layers = len({c.layer for c in Capture.taken})
-    taken = f"steps {steps // 4} and {3 * steps // 4} of {steps}, {layers} layers of {heads} heads, grid {grid}"
-    return list(Capture.taken), f'preset {preset.name}, "{prompt}", seed {seed}: {taken}'
+    generation = preset.generation.model_copy(update={"num_inference_steps": steps})
+    taken = sorted({steps // 4, 3 * steps // 4})
+    calls = captured(pipe, generation, prompt, seed, taken)
+    layers, heads = len({call.layer for call in calls}), calls[0].qkv[0].shape[1]
+    at = f"steps {' and '.join(map(str, taken))} of {steps}, {layers} layers of {heads} heads, "
+    at += f"grid {calls[0].layout.grid}"
+    return calls, f'preset {preset.name}, "{prompt}", seed {seed}: {at}'
 
 
-def dense_milliseconds(call: Captured) -> float:
+def dense_milliseconds(call: Call) -> float:
     """Median time of PyTorch's dense attention on the captured shape."""
     times = []
     for _ in range(5):
         begun = time.perf_counter()
-        F.scaled_dot_product_attention(call.q, call.k, call.k)
+        F.scaled_dot_product_attention(*call.qkv)
         times.append((time.perf_counter() - begun) * 1e3)
     return statistics.median(times)
 
@@ -193,33 +163,62 @@ def main() -> None:
     parser.add_argument("--prompt", default="a red ball moving right")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.125, 0.25, 0.5])
+    parser.add_argument("--steps", type=int, default=8, help="of the generation that queries and keys are taken from")
     parser.add_argument("--rows", type=int, default=128, help="query rows per call on which recall is computed")
     parser.add_argument("--methods", nargs="+", default=None, help="lines to measure, by the start of their names")
     parser.add_argument("--output", type=Path, default=Path("docs/results/recall.md"))
+    parser.add_argument("--index", type=Path, default=Path("docs/methods.md"))
     arguments = parser.parse_args()
-    captured, source = capture(arguments.preset, arguments.model, arguments.prompt, arguments.seed)
-    dense = dense_milliseconds(captured[0])
+    torch.set_num_threads(1)
+    calls, source = capture(arguments.preset, arguments.model, arguments.prompt, arguments.seed, arguments.steps)
+    dense = dense_milliseconds(calls[0])
     head = ["method", *(f"{100 * d:g} %" for d in arguments.densities), "ms, first", "ms, later", "of dense"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for label, plan in planners():
         if arguments.methods and not label.startswith(tuple(arguments.methods)):
             continue
         try:
-            row = measure(label, plan, captured, arguments.densities, arguments.rows)
+            row = measure(label, plan, calls, arguments.densities, arguments.rows)
             lines.append("| " + " | ".join(row.cells(arguments.densities, dense)) + " |")
         except DitAccelError as error:
             lines.append(f"| {label} | {error} |" + " |" * (len(head) - 2))
         print(lines[-1], flush=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text("\n".join([*_preamble(source, dense), *lines, ""]), encoding="utf-8")
+    made = [*_preamble(source, dense), *lines, ""]
+    arguments.output.write_text("\n".join(["# Recall of selections on the small model", "", *made]), encoding="utf-8")
+    arguments.index.write_text("\n".join([*index(), "## Recall on the small model", "", *made]), encoding="utf-8")
+
+
+def index() -> list[str]:
+    """All methods with a link to what is said about them."""
+    lines = [
+        "# All methods",
+        "",
+        "Made by `python samples/recall_table.py` from the registry. `dit-accel methods NAME` prints the parameters of",
+        "a method; [adding a method](adding-a-method.md) says how to write one.",
+        "",
+        "| name | what it does | source | more |",
+        "|---|---|---|---|",
+    ]
+    for name in list_methods():
+        about = method_class(name)
+        page = next((p for p in _PAGES if f"`{name}`" in Path(f"docs/methods/{p}.md").read_text("utf-8")), None)
+        link = "" if page is None else f"[{page}](methods/{page}.md)"
+        lines.append(f"| `{name}` | {(about.__doc__ or '').strip().splitlines()[0]} | {about.source} | {link} |")
+    return [
+        *lines,
+        "",
+        "What is closest to dense is judged by renders paired with dense attention on the same dense kernel, over at",
+        "least 16 prompts: `python samples/rank_methods.py` makes that ranking (closeness, prompt following and time).",
+        "Recall is a unit test beside it.",
+        "",
+    ]
 
 
 def _preamble(source: str, dense: float) -> list[str]:
     command = " ".join(["python samples/recall_table.py", *sys.argv[1:]])
     versions = ", ".join(f"{name} {value}" for name, value in environment().items())
     return [
-        "# Recall of selections on the small model",
-        "",
         f"Made by `{command}`, {time.strftime('%Y-%m-%d')}.",
         "",
         versions,

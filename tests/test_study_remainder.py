@@ -31,3 +31,16 @@ def test_the_page_holds_the_bar_and_every_method(tmp_path, monkeypatch):
         "remainder-error-over-density.png",
         "remainder-error-over-time.png",
     }
+
+
+def test_the_index_of_methods_links_all_of_them(monkeypatch):
+    from pathlib import Path
+
+    from dit_accel.methods.registry import list_methods
+    from dit_accel.samples.recall_table import index
+
+    monkeypatch.chdir(Path(__file__).parents[1])
+    lines = index()
+    for name in set(list_methods()) - {"dense"}:
+        row = next(line for line in lines if line.startswith(f"| `{name}` |"))
+        assert "(methods/" in row, name

@@ -18,14 +18,15 @@ class Aurora(Composed):
 
     A composition of four parts, each of which the study in docs/study-remainder.md ablates:
 
-    - boxes of the video of exactly `block` tokens, on any grid;
-    - blocks chosen by mass times what their mean key hides, so that exact work goes where the rest would err;
+    - boxes of the video of exactly `block` tokens, on any grid, long in the direction of a row;
+    - blocks chosen by what their expansion would get wrong, with one budget for all rows and heads of a layer, so that
+      exact work goes where the rest would err;
     - every other block enters the softmax with the exact mass and value that the mean query of the query block gets
       from it, so that outlier channels and large logits need no cap;
     - a first-order term in the distance from the mean query, mixed per query block.
 
     Args:
-        density: share of key blocks that are exact. Default 0.125.
+        density: share of key blocks that are exact, mean over the rows and heads of a layer. Default 0.125.
         rounding: number of blocks, default "floor": never denser than asked.
     """
 
