@@ -24,9 +24,9 @@ import torch
 from dit_accel.bench.attention import stamp
 from dit_accel.bench.random_blocks import RandomBlocks
 from dit_accel.compare.candidates import Candidate, parse_candidate, references
-from dit_accel.compare.runner import run_task
+from dit_accel.compare.runner import Task, run_task
 from dit_accel.compare.tables import summarise, to_markdown
-from dit_accel.compare.tasks import Task, make_tasks
+from dit_accel.compare.tasks import make_tasks
 from dit_accel.models import check_model, load_pipeline
 from dit_accel.presets import Generation, Preset, load_preset
 from dit_accel.schedule import Schedule
@@ -46,7 +46,7 @@ METHODS = (
     "radial",
 )
 _NUMBERS = ("seconds", "ratio", "ratio_low", "ratio_high", "density", "psnr", "ssim", "lpips", "flicker")
-_NUMBERS += ("flicker_dense", "error_bound", "peak_mib")
+_OTHER_NUMBERS = ("flicker_dense", "error_bound", "peak_mib")
 
 
 def candidates_of(texts: Sequence[str], base: Preset, density: float, dense_steps: int) -> list[Candidate]:
@@ -81,7 +81,7 @@ def kept_rows(path: Path, run: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = [row for row in csv.DictReader(file) if row["run"] == run]
     for row in rows:
         for name, value in row.items():
-            if name in _NUMBERS:
+            if name in (*_NUMBERS, *_OTHER_NUMBERS):
                 row[name] = float(value) if value else None
             elif value in ("True", "False"):
                 row[name] = value == "True"
