@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,15 +12,17 @@ from torch import Tensor, nn
 from dit_accel.guard import Guard
 from dit_accel.hoisting import Standing
 from dit_accel.kernels.attention import request_of
-from dit_accel.kernels.registry import Backend, choose_backend
+from dit_accel.kernels.dense import fastest_first
+from dit_accel.kernels.registry import choose_backend
 from dit_accel.layout import TextPosition, TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method
+from dit_accel.parts import Part, join, of_heads
 from dit_accel.plan_picture import PlanPicture, picture
-from dit_accel.planner import QKV, Planned, Planner
+from dit_accel.planner import QKV, Planner
 from dit_accel.report import CallRecord
 from dit_accel.schedule import Schedule
-from dit_accel.state import CallContext, RunState
+from dit_accel.state import RunState
 
 
 @dataclass(frozen=True)
@@ -29,23 +32,6 @@ class HeadShard:
     first: int
     count: int
     total: int
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Heads that run under one method (`heads` None: all of them), with q, k, v `[B, H', N, D]` in its order."""
-
-    heads: Tensor | None
-    method: Method
-    planned: Planned
-    qkv: tuple[Tensor, Tensor, Tensor]
-    call: CallContext
-    backend: Backend
-
-    def compute(self) -> Tensor:
-        """Its output `[B, H', N, D]`, in the raster's order."""
-        out = self.method.compute(*self.qkv, self.planned.plan, self.call, backend=self.backend.name)
-        return out if self.planned.order is None else self.planned.order.restore(out)
 
 
 @dataclass(frozen=True)
@@ -173,7 +159,8 @@ class Engine:
                 self._search(groups, layer, layout, qkv, record)
             elif (out := self._attend(groups, layer, layout, *qkv, record)) is not None:
                 return out.transpose(1, 2)
-        with record.timed("attend", q.device):
+        # A method that is dense throughout leaves the call as it is without this library.
+        with record.timed("attend", q.device), nullcontext() if self.is_dense else fastest_first(q):
             out = dense()
         if self.observer is not None and reason is None and q.shape[1] == layout.tokens:
             heads_first = self.standing.in_raster(layout, *(x.transpose(1, 2) for x in (q, k, v, out)))
@@ -191,7 +178,7 @@ class Engine:
         parts = [self._part(*group, layer, layout, q, k, v, record) for group in groups]
         shares = [1.0 if part.heads is None else len(part.heads) / q.shape[1] for part in parts]
         density = sum((s * part.planned.density for s, part in zip(shares, parts, strict=True)), start=0.0)
-        names = ", ".join(dict.fromkeys(part.backend.name for part in parts))
+        names = ", ".join(dict.fromkeys(part.computed_by for part in parts))
         limit = max((part.backend.break_even for part in parts), default=1.0)
         limit = limit if self.break_even is None else self.break_even
         if isinstance(density, float) and density > limit:
@@ -199,11 +186,12 @@ class Engine:
             if self.guard is not None:
                 self.guard.ran_dense((layer, record.branch), tuple(method for method, _ in groups), record.step)
             return None
+        density = sum((s * part.density for s, part in zip(shares, parts, strict=True)), start=0.0)
         record.density, record.backend = density, names or "none"
         if layer not in self.pictures:
             self.pictures[layer] = [picture(part.planned.plan, record, part.method.name) for part in parts]
         with record.timed("attend", q.device):
-            out = _join(parts, q)
+            out = join(parts, q)
         record.density = density + sum(s * part.call.extra_density for s, part in zip(shares, parts, strict=True))
         if self.guard is not None:
             with record.timed("guard", q.device):
@@ -229,14 +217,19 @@ class Engine:
         k: Tensor,
         v: Tensor,
         record: CallRecord,
-    ) -> _Part:
+    ) -> Part:
         """Order, plan and backend of one group of heads; q, k, v `[B, H, N, D]` of all heads."""
         state = self.running
-        qkv = _of_heads((q, k, v), heads)
+        qkv = of_heads((q, k, v), heads)
         planned, qkv = self._planner.plan(method, layer, layout, state, qkv, record, self.standing.order(layout))
         request = request_of(qkv[0], planned.plan, method.remainder, method.completes, method.precision)
         call = self._planner.call(method, layer, layout, state, len(q))
-        return _Part(heads, method, planned, qkv, call, choose_backend(self.backend, request))
+        backend = choose_backend(self.backend, request)
+        limit = backend.break_even if self.break_even is None else self.break_even
+        # An explicit backend computes every head, and padding needs the lengths that only it knows.
+        may_be_dense = self.backend == "auto" and heads is not None and not layout.is_padded
+        is_dense = may_be_dense and isinstance(planned.density, float) and planned.density > limit
+        return Part(heads, method, planned, qkv, call, backend, is_dense)
 
     def _groups(self, method: Method, layer: int, shard: HeadShard, device: torch.device) -> _Groups:
         """The methods of a layer and which heads of the shard run under each, int64 on `device`; None: all of them."""
@@ -260,7 +253,7 @@ class Engine:
 
     def _search(self, groups: _Groups, layer: int, layout: TokenLayout, qkv: QKV, record: CallRecord) -> None:
         for member, heads in groups:
-            self._planner.search(member, layer, layout, self.running, _of_heads(qkv, heads), record)
+            self._planner.search(member, layer, layout, self.running, of_heads(qkv, heads), record)
 
     def _reason(self, method: Method, layer: int, state: RunState, layout: TokenLayout, q: Tensor) -> str | None:
         if self.is_dense:
@@ -302,20 +295,3 @@ class Engine:
                 "attention was called outside the transformer's forward pass, so its geometry is unknown"
             )
         return self.state
-
-
-def _of_heads(qkv: QKV, heads: Tensor | None) -> QKV:
-    """q, k, v `[B, H, N, D]` of some heads, int64 `[H']`; None: of all."""
-    q, k, v = qkv
-    return qkv if heads is None else (q.index_select(1, heads), k.index_select(1, heads), v.index_select(1, heads))
-
-
-def _join(parts: list[_Part], q: Tensor) -> Tensor:
-    """The outputs of all parts as one, like q `[B, H, N, D]`; zero for skipped heads."""
-    if parts and parts[0].heads is None:
-        return parts[0].compute()
-    out = torch.zeros_like(q)
-    for part in parts:
-        if part.heads is not None:
-            out.index_copy_(1, part.heads, part.compute())
-    return out

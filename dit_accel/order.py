@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import PlanError
+from dit_accel.kernels.moving import gather_tokens, scatter_in_triton
+from dit_accel.kernels.operations import uses_triton
 from dit_accel.layout import TokenLayout
 
 
@@ -58,6 +60,8 @@ class TokenOrder:
 
     def restore(self, out: Tensor) -> Tensor:
         """Put an output `[B, H, N, D]` (or statistics `[B, H, N]`) back into the order of the queries."""
+        if out.ndim == 4 and uses_triton("move", out):
+            return scatter_in_triton(out, self.query)
         return permute(out, self.inverse)
 
     def validate(self) -> TokenOrder:
@@ -77,15 +81,9 @@ class TokenOrder:
 
 def permute(x: Tensor, index: Tensor) -> Tensor:
     """Gather the token axis of `x` `[B, H, N, D]` or `[B, H, N]` by `index` `[N]` or `[B or 1, H or 1, N]`."""
-    if index.ndim == 1:
-        return x.index_select(2, index)
-    batch, heads, tokens = x.shape[:3]
-    if x.ndim == 3:
-        return x.gather(2, index.expand(batch, heads, -1))
-    # Whole rows are copied; `gather` would read an index for every element.
-    first = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * tokens
-    rows = x.reshape(-1, x.shape[-1]).index_select(0, (index + first).flatten())
-    return rows.view(batch, heads, -1, x.shape[-1])
+    if x.ndim == 4:
+        return gather_tokens(x, index)
+    return x.index_select(2, index) if index.ndim == 1 else x.gather(2, index.expand(*x.shape[:2], -1))
 
 
 def video_order(layout: TokenLayout, video_index: Tensor) -> TokenOrder:

@@ -169,16 +169,21 @@ class BlockPlan:
                 f"BlockPlan.from_mask: expected [..., {q_blocks.count}, {k_blocks.count}], got {tuple(mask.shape)}"
             )
         counts = mask.sum(-1, dtype=torch.int32)
-        if int(counts.min()) < 1:
+        # The host waits for the device once, for both numbers.
+        fewest, most = torch.stack([counts.min(), counts.max()]).tolist()
+        if fewest < 1:
             raise PlanError("BlockPlan.from_mask: every query block must select at least one key block")
-        # A stable sort puts whole blocks first, then partial ones, then what is not selected; each group ascends.
-        rank = (~mask).to(torch.uint8) * 2
         full_counts = None
+        place = mask.cumsum(-1)
         whole = None if whole is None else _four_axes(whole) & mask
         if whole is not None and not torch.equal(whole, mask):
-            rank += mask.to(torch.uint8) - whole.to(torch.uint8)
+            # Whole blocks first, then partial ones; each group ascends.
             full_counts = whole.sum(-1, dtype=torch.int32)
-        indices = rank.argsort(dim=-1, stable=True)[..., : int(counts.max())].to(torch.int32).contiguous()
+            place = torch.where(whole, whole.cumsum(-1), full_counts.unsqueeze(-1) + (mask & ~whole).cumsum(-1))
+        # Column 0 takes what is not selected.
+        indices = counts.new_zeros(*counts.shape, most + 1)
+        columns = torch.arange(k_blocks.count, dtype=torch.int32, device=mask.device).expand_as(mask)
+        indices = indices.scatter_(-1, place.masked_fill_(~mask, 0), columns)[..., 1:].contiguous()
         return cls(q_blocks, k_blocks, indices, counts, full_counts, None if full_counts is None else predicate)
 
     @classmethod

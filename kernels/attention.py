@@ -10,7 +10,7 @@ from torch import Tensor
 from dit_accel.errors import PlanError
 from dit_accel.kernels import custom_op
 from dit_accel.kernels.registry import Request, choose_backend
-from dit_accel.kernels.spec import Precision, Remainder
+from dit_accel.kernels.spec import AttentionCall, Precision, Remainder
 from dit_accel.plan import BlockPlan
 
 
@@ -83,14 +83,12 @@ def block_attention(
     if torch.compiler.is_compiling():
         # The checks read the contents of tensors; they run inside the operator.
         factor = q.shape[-1] ** -0.5 if scale is None else scale
-        out, lse = custom_op.call(q, k, v, plan, factor, remainder, precision, kv_len, backend)
+        out, lse = custom_op.enter(q, k, v, AttentionCall(plan, factor, remainder, precision, kv_len), backend)
         return (out, lse) if return_lse else out
     _check(q, k, v, plan, kv_len)
     chosen = choose_backend(backend, request_of(q, plan, remainder, return_lse, precision))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = chosen.run(
-        q, k, v, plan.to(q.device), scale=scale, remainder=remainder, precision=precision, kv_len=kv_len
-    )
+    out, lse = chosen.run(q, k, v, AttentionCall(plan.to(q.device), scale, remainder, precision, kv_len))
     return (out, lse) if return_lse else out
 
 

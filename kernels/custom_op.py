@@ -12,31 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.spec import Precision, Remainder
+from dit_accel.kernels.spec import AttentionCall, Precision, Remainder
 from dit_accel.plan import Blocking, BlockPlan, BoxPredicate
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, Tensor? full_counts, "
     "Tensor? lower, Tensor? upper, Tensor? coordinates, int[] stride, Tensor? ball, "
     "Tensor q_starts, int q_size, Tensor k_starts, int k_size, Tensor? kv_len, float scale, "
-    "str mass, str first_order, int group, str about, str qk, bool smooth_k, str backend) -> (Tensor, Tensor)"
+    "str mass, str first_order, int group, str about, str qk, bool smooth_k, float? skip, str backend) "
+    "-> (Tensor, Tensor)"
 )
 _NO_REST = "drop"
 
 
-def call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan,
-    scale: float,
-    remainder: Remainder | None,
-    precision: Precision | None,
-    kv_len: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def enter(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
     """Enter the operator: output `[B, H, Nq, D]` and log-sum-exp `[B, H, Nq]` for q, k, v `[B, H, N, D]`."""
-    box, precision = plan.predicate, precision or Precision()
+    plan, remainder, precision = call.plan, call.remainder, call.precision or Precision()
+    box = plan.predicate
     return torch.ops.dit_accel.block_attention(
         q,
         k,
@@ -53,14 +45,15 @@ def call(
         plan.q_blocks.size,
         plan.k_blocks.starts,
         plan.k_blocks.size,
-        kv_len,
-        scale,
+        call.kv_len,
+        call.scale,
         _NO_REST if remainder is None else remainder.mass,
         "none" if remainder is None else remainder.first_order,
         1 if remainder is None else remainder.group,
         "key" if remainder is None else remainder.about,
         precision.qk,
         precision.smooth_k,
+        precision.skip,
         backend,
     )
 
@@ -90,6 +83,7 @@ def _block_attention(
     about: Any,
     qk: Any,
     smooth_k: bool,
+    skip: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     from dit_accel.kernels.attention import block_attention
@@ -105,7 +99,7 @@ def _block_attention(
         BlockPlan(q_blocks, k_blocks, indices, counts, full_counts, box),
         scale=scale,
         remainder=None if mass == _NO_REST else Remainder(mass, first_order, group, about),
-        precision=Precision(qk, smooth_k),
+        precision=Precision(qk, smooth_k, skip),
         kv_len=kv_len,
         return_lse=True,
         backend=backend,

@@ -6,7 +6,8 @@ Which one is fastest was measured by others and is stated where it decides; noth
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dit_accel.errors import UnsupportedError, near_matches
 
 _HALF = (torch.float16, torch.bfloat16)
+_FROM_CUDNN_ON = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,19 @@ def preferred(q: Tensor) -> str:
     """
     on_descriptors = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
     return "cudnn" if on_descriptors and _BACKENDS["cudnn"].why_not(q) is None else "sdpa"
+
+
+@contextmanager
+def fastest_first(q: Tensor) -> Iterator[None]:
+    """Have torch's own attention try first what "auto" takes, for calls inside on queries like q `[..., D]`.
+
+    Where that kernel cannot serve a call (a mask, an odd head size), torch takes another, as without this.
+    """
+    if preferred(q) != "cudnn":
+        yield
+        return
+    with sdpa_kernel(_FROM_CUDNN_ON, set_priority=True):
+        yield
 
 
 def _forced(kind: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:

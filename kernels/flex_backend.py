@@ -15,23 +15,13 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dit_accel.kernels.registry import Backend, Request
-from dit_accel.kernels.spec import Precision, Remainder
+from dit_accel.kernels.spec import AttentionCall, Precision
 from dit_accel.plan import BlockPlan
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan,
-    *,
-    scale: float,
-    remainder: Remainder | None,
-    precision: Precision | None,
-    kv_len: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def run(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
     """See `BackendFunction`. q `[B, H, Nq, D]`; k, v `[B, H, Nk, D]`."""
-    return attend(q, k, v, plan, scale, kv_len, _compiled())
+    return attend(q, k, v, call.plan, call.scale, call.kv_len, _compiled())
 
 
 @cache
@@ -88,8 +78,8 @@ def _why_not(request: Request) -> str | None:
         return "only its compiled form skips blocks, and compiled for the CPU it is slower than the torch backend"
     if request.remainder is not None:
         return "FlexAttention has no remainder"
-    if request.precision is not None and request.precision.qk != "input":
-        return "FlexAttention does not quantise"
+    if request.precision is not None and request.precision != Precision():
+        return "FlexAttention neither quantises nor skips tiles"
     if request.has_predicate or not request.is_uniform:
         return "only whole blocks of one length map to its lists"
     if request.q_size % 128 or request.k_size % 64:

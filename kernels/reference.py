@@ -6,30 +6,23 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.registry import Backend, Request
-from dit_accel.kernels.spec import Precision, Remainder
+from dit_accel.kernels.spec import AttentionCall, Precision, Remainder
 from dit_accel.plan import Blocking, BlockPlan
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan,
-    *,
-    scale: float,
-    remainder: Remainder | None,
-    precision: Precision | None,
-    kv_len: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def run(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
     """See `BackendFunction`. q `[B, H, Nq, D]`; k, v `[B, H, Nk, D]`."""
+    plan, scale, remainder, kv_len = call.plan, call.scale, call.remainder, call.kv_len
     work = q.dtype if q.dtype == torch.float64 else torch.float32
     real = torch.ones(k.shape[0], 1, 1, k.shape[2], dtype=torch.bool, device=k.device)
     if kv_len is not None:
         real = (torch.arange(k.shape[2], device=k.device) < kv_len[:, None]).view(real.shape)
     queries = q.to(work)
     keys, values = (x.to(work).masked_fill(~real.transpose(-1, -2), 0) for x in (k, v))
-    logits = scale * _scores(queries, keys, real, plan, precision)
+    logits = scale * _scores(queries, keys, real, plan, call.precision)
     logits = logits.masked_fill(~(plan.to_token_mask() & real), -torch.inf)
+    if call.precision is not None and call.precision.skip is not None:
+        logits = _without_far_tiles(logits, plan, call.precision.skip)
     if remainder is None:
         lse, weights = _softmax(logits)
         return (weights @ values).to(q.dtype), lse
@@ -76,6 +69,23 @@ def _int8(x: Tensor, blocks: Blocking) -> Tensor:
         step = part.abs().amax((2, 3), keepdim=True) / 127 + 1e-7
         parts.append((part / step + 0.5 * part.sign()).trunc() * step)
     return torch.cat(parts, 2)
+
+
+def _without_far_tiles(logits: Tensor, plan: BlockPlan, skip: float) -> Tensor:
+    """-inf where a selected block lies `skip` below what each query of a query block has seen before in the list."""
+    logits = logits.clone()
+    queries, keys = plan.q_blocks.starts.tolist(), plan.k_blocks.starts.tolist()
+    for item, head, block in torch.cartesian_prod(*(torch.arange(n) for n in (*logits.shape[:2], len(queries) - 1))):
+        rows = logits[item, head, queries[block] : queries[block + 1]]
+        at = (min(int(item), len(plan.counts) - 1), min(int(head), plan.counts.shape[1] - 1), block)
+        top = torch.full_like(rows[:, 0], -1e30)
+        for j in plan.indices[at][: plan.counts[at]].tolist():
+            tile = rows[:, keys[j] : keys[j + 1]]
+            largest = tile.amax(-1)
+            if (largest - top).max() <= -skip:
+                tile.fill_(-torch.inf)
+            top = top.maximum(largest)
+    return logits
 
 
 def _summaries(

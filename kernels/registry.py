@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import UnsupportedError, near_matches
-from dit_accel.kernels.spec import Precision, Remainder
-from dit_accel.plan import BlockPlan
+from dit_accel.kernels.spec import AttentionCall, Precision, Remainder
 
 
 @dataclass(frozen=True)
@@ -46,20 +45,9 @@ class Request:
 
 
 class BackendFunction(Protocol):
-    """What a backend implements; see `dit_accel.kernels.block_attention` for the meaning of the arguments."""
+    """What a backend implements."""
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: BlockPlan,
-        *,
-        scale: float,
-        remainder: Remainder | None,
-        precision: Precision | None,
-        kv_len: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """Return the output `[B, H, Nq, D]` and the log-sum-exp, fp32 (fp64 for fp64 inputs) `[B, H, Nq]`."""
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dit_accel.kernels import torch_backend
 from dit_accel.kernels.registry import Backend, Request
+from dit_accel.kernels.spec import AttentionCall
 from dit_accel.plan import Blocking, BlockPlan, BoxPredicate
 
 # Largest accepted difference: the rounding of inputs and weights, far below what a wrong block or mask causes.
@@ -27,11 +28,11 @@ def fault_of(backend: Backend, request: Request) -> str | None:
         None when output and log-sum-exp agree, else what went wrong, in one clause.
     """
     q, k, v, plan, kv_len = _case(request)
-    options = {"scale": request.head_dim**-0.5, "remainder": request.remainder, "precision": request.precision}
+    call = AttentionCall(plan, request.head_dim**-0.5, request.remainder, request.precision, kv_len)
     exact = torch.float64 if request.dtype == torch.float64 else torch.float32
-    expected = torch_backend.run(q.to(exact), k.to(exact), v.to(exact), plan, kv_len=kv_len, **options)
+    expected = torch_backend.run(q.to(exact), k.to(exact), v.to(exact), call)
     try:
-        got = backend.run(q, k, v, plan, kv_len=kv_len, **options)
+        got = backend.run(q, k, v, call)
         return _difference(got, expected, request.dtype)
     except Exception as error:  # Any failure, in a compiler or a driver, means the same: not usable here.
         return f"its self-test failed on {request.device.type}: {type(error).__name__}: {error}".splitlines()[0]

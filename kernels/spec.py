@@ -1,11 +1,14 @@
-"""What tells a kernel how to compute: remainder and precision. Methods name them, backends obey them."""
+"""What tells a kernel what to compute: plan, remainder and precision. Methods name them, backends obey them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from dit_accel.errors import PlanError
+from dit_accel.plan import BlockPlan
 
 FirstOrder = Literal["none", "block", "mixed", "grouped", "global"]
 
@@ -72,7 +75,39 @@ class Precision:
             per block of the plan: max|x| / 127 + 1e-7, rounded half away from zero (arXiv 2410.02367).
         smooth_k: with "int8", subtract the mean of all real keys of a head first; the softmax does not change, and
             the log-sum-exp is corrected for it.
+        skip: leave out a tile (a selected key block, or a part of it, seen by the queries of a query block, or by some
+            of them) where the largest logit of each query lies at least this far below the largest one of the tiles
+            before it in the list, natural logarithm. Default None: never. A tile left out is as if not selected, but
+            no summary stands for it. Sequential by nature: which tiles are left out depends on the order of the list
+            and on how a backend cuts blocks into tiles (arXiv 2502.18137, as released).
+
+    Raises:
+        PlanError: `skip` is negative or NaN.
     """
 
     qk: Literal["input", "int8"] = "input"
     smooth_k: bool = True
+    skip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.skip is not None and not self.skip >= 0:
+            raise PlanError(f"Precision.skip: expected at least 0, got {self.skip}")
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One call of `block_attention` without q, k and v, as every backend takes it.
+
+    Args:
+        plan: which key blocks each query block attends, on the device of q.
+        scale: factor on the logits.
+        remainder: what becomes of the others; None drops them.
+        precision: see `Precision`; None is that of the inputs.
+        kv_len: int `[B]`, how many leading keys are real; None: all.
+    """
+
+    plan: BlockPlan
+    scale: float
+    remainder: Remainder | None = None
+    precision: Precision | None = None
+    kv_len: Tensor | None = None

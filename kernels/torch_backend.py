@@ -18,7 +18,7 @@ from dit_accel.kernels.padding import from_blocks, pair_blocks, real_slots, to_b
 from dit_accel.kernels.quantize import mean_key, round_to_int8
 from dit_accel.kernels.registry import Backend, Request
 from dit_accel.kernels.remainder import Summary, add_remainder
-from dit_accel.kernels.spec import Precision, Remainder
+from dit_accel.kernels.spec import AttentionCall, Remainder
 from dit_accel.plan import BlockPlan
 
 # Gathered keys and values per thread: larger chunks leave the cache, smaller ones synchronise the threads too often.
@@ -56,18 +56,9 @@ class _Rows:
     items: Tensor | None
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan,
-    *,
-    scale: float,
-    remainder: Remainder | None,
-    precision: Precision | None,
-    kv_len: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def run(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
     """See `BackendFunction`. q `[B, H, Nq, D]`; k, v `[B, H, Nk, D]`. Half precision is computed in fp32."""
+    plan, scale, precision, kv_len = call.plan, call.scale, call.precision, call.kv_len
     batch, heads, tokens, dim = k.shape
     dtype, work = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
     q = q.to(work)
@@ -76,14 +67,14 @@ def run(
     # One vector taken from every key of a head moves all logits of a query alike: the softmax does not see it.
     shift = mean_key(k.to(work), real) if precision is not None and is_int8 and precision.smooth_k else None
     operands = _prepare(q, k if shift is None else k - shift, v, plan, scale, kv_len)
-    rows = _lists(plan, batch, heads, operands)
     exact = operands
     if is_int8:
         keys, values = operands.kv.split(dim, -1)
         exact = replace(operands, q=round_to_int8(operands.q), kv=torch.cat([round_to_int8(keys), values], -1))
+    rows = _lists(plan, batch, heads, exact, None if precision is None else precision.skip)
     out, lse = _attend_exact(exact, rows, plan)
-    if remainder is not None:
-        _attend_rest(operands, out, lse, plan, remainder, batch, heads)
+    if call.remainder is not None:
+        _attend_rest(operands, out, lse, plan, call.remainder, batch, heads)
     shape = (batch, heads, plan.q_blocks.count, plan.q_blocks.size)
     out, lse = from_blocks(out.view(*shape, dim), plan.q_blocks), from_blocks(lse.view(shape), plan.q_blocks)
     if shift is not None:
@@ -104,8 +95,8 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, kv_
     return _Operands(to_blocks(q, plan.q_blocks).view(-1, plan.q_blocks.size, dim), kv, real, scale)
 
 
-def _lists(plan: BlockPlan, batch: int, heads: int, operands: _Operands) -> _Rows:
-    """The plan as one list per row: entries sorted by what they need, those without a real key last."""
+def _lists(plan: BlockPlan, batch: int, heads: int, operands: _Operands, skip: float | None) -> _Rows:
+    """The plan as one list per row: entries sorted by what they need, those without a real key, or skipped, last."""
     nq, nk = plan.q_blocks.count, plan.k_blocks.count
     device, valid = plan.indices.device, plan.valid
     # Entries that do not count may hold anything; block 0 is always there to point to.
@@ -121,13 +112,34 @@ def _lists(plan: BlockPlan, batch: int, heads: int, operands: _Operands) -> _Row
         filled = operands.real.sum(-1)
         state = (filled < operands.real.shape[-1]).to(torch.int8).masked_fill_(filled == 0, _VOID)
         kinds = kinds.maximum(state[columns])
-    if operands.real is not None or plan.full_counts is not None:
-        kinds, order = kinds.sort(stable=True, dim=-1)
-        columns = columns.gather(-1, order)
     items = None
     if plan.predicate is not None and not plan.predicate.is_shared:
         items = plan.predicate.items(batch, heads).repeat_interleave(nq)
+    if skip is not None:
+        _skip_far_tiles(operands, plan, columns, kinds, items, skip)
+    if operands.real is not None or plan.full_counts is not None or skip is not None:
+        kinds, order = kinds.sort(stable=True, dim=-1)
+        columns = columns.gather(-1, order)
     return _Rows(columns, kinds, (kinds < _VOID).sum(-1), (kinds == _WHOLE).sum(-1), items)
+
+
+def _skip_far_tiles(
+    operands: _Operands, plan: BlockPlan, columns: Tensor, kinds: Tensor, items: Tensor | None, skip: float
+) -> None:
+    """Void the entries `[R, C]` whose logits lie far below those before them, in place; see `Precision.skip`.
+
+    Every logit is computed for the sake of the decision: this says what the kernel does, and saves nothing here.
+    """
+    lengths = plan.q_blocks.on(kinds.device)[1].long()
+    for row in range(len(columns)):
+        keys = operands.kv[columns[row], :, : operands.q.shape[-1]]
+        logits = operands.scale * torch.einsum("td,csd->tcs", operands.q[row, : lengths[row % len(lengths)]], keys)
+        chunk = torch.tensor([row], device=kinds.device)
+        keep = _keep(operands, items, plan, chunk, columns[chunk], kinds[chunk])[0, : len(logits)]
+        keep = keep.unflatten(-1, keys.shape[:2]) & (kinds[row] < _VOID).unsqueeze(-1)
+        largest = logits.masked_fill(~keep, -torch.inf).amax(-1)
+        before = torch.nn.functional.pad(largest.cummax(1).values, (1, 0), value=-torch.inf)[:, :-1].clamp(min=-1e30)
+        kinds[row].masked_fill_(~((largest - before) > -skip).any(0), _VOID)
 
 
 def _attend_exact(operands: _Operands, rows: _Rows, plan: BlockPlan) -> tuple[Tensor, Tensor]:
@@ -165,7 +177,7 @@ def _attend_chunk(
     whole = int(rows.whole[chunk].min())
     bias = None
     if whole < wide:
-        keep = _keep(operands, rows, plan, chunk, index[:, whole:], rows.kinds[chunk, whole:wide])
+        keep = _keep(operands, rows.items, plan, chunk, index[:, whole:], rows.kinds[chunk, whole:wide])
         bias = k.new_zeros(len(chunk), keep.shape[1], k.shape[1])
         bias[..., -keep.shape[2] :].masked_fill_(~keep, -torch.inf)
     out, lse = attend_chunk(operands.q[chunk], k, v, bias, operands.scale)
@@ -176,7 +188,9 @@ def _attend_chunk(
     return out, lse
 
 
-def _keep(operands: _Operands, rows: _Rows, plan: BlockPlan, chunk: Tensor, index: Tensor, kinds: Tensor) -> Tensor:
+def _keep(
+    operands: _Operands, items: Tensor | None, plan: BlockPlan, chunk: Tensor, index: Tensor, kinds: Tensor
+) -> Tensor:
     """Which keys of the entries `index` `[r, c]` count: bool `[r, 1 or Tq, c * Tk]`."""
     size = plan.k_blocks.size
     keep = torch.ones(1, 1, 1, dtype=torch.bool, device=index.device).expand(len(chunk), 1, index.shape[1] * size)
@@ -190,10 +204,10 @@ def _keep(operands: _Operands, rows: _Rows, plan: BlockPlan, chunk: Tensor, inde
     queries = q_start + torch.arange(plan.q_blocks.size, device=index.device).minimum(q_length - 1)
     keys = k_start + torch.arange(size, device=index.device).minimum(k_length - 1)
     queries, keys = queries.long(), keys.flatten(1).long()
-    if rows.items is None:
+    if items is None:
         inside = plan.predicate.keeps(queries, keys)
     else:
-        inside = plan.predicate.keeps_of(rows.items[chunk], queries, keys)
+        inside = plan.predicate.keeps_of(items[chunk], queries, keys)
     return keep & (inside | (kinds < _PARTIAL).repeat_interleave(size, dim=-1).unsqueeze(1))
 
 
@@ -213,6 +227,8 @@ def _attend_rest(
 def _why_not(request: Request) -> str | None:
     if not request.dtype.is_floating_point:
         return f"dtype {request.dtype} is not a floating-point type"
+    if request.precision is not None and request.precision.skip is not None and request.device.type != "cpu":
+        return "it decides block by block which tiles to skip, which is for tests on the CPU"
     return None
 
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dit_accel.kernels.triton_summaries import add_moment, second_order
+from dit_accel.kernels.triton_tiles import block_span, inside_box, softmax_step, tile_logits, tile_rows
+
 # Stands for "no key seen yet": finite, so that no difference of two infinities arises.
 _NOTHING = tl.constexpr(-1e30)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_HALF_LOG2_E = tl.constexpr(0.7213475204444817)
 
 # Arguments that change from call to call: none of their values may lead to another compilation.
 VARYING = (
@@ -42,162 +44,6 @@ VARYING = (
 )
 
 
-@triton.jit
-def tile_rows(
-    base: tl.tensor,
-    first: tl.tensor,
-    limit: tl.tensor,
-    row: tl.tensor,
-    ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-) -> tl.tensor:
-    """`[ROWS, PADDED_DIM]` from row `first` of a matrix with stride `row`; zero from row `limit` of the tile on."""
-    at, column = tl.arange(0, ROWS), tl.arange(0, PADDED_DIM)
-    mask = (at < limit)[:, None]
-    if HEAD_DIM != PADDED_DIM:
-        mask = mask & (column < HEAD_DIM)[None, :]
-    pointers = base + tl.cast(first, tl.int64) * row + at[:, None] * row + column[None, :]
-    return tl.load(pointers, mask=mask, other=0.0)
-
-
-@triton.jit
-def _logits(
-    q_tile: tl.tensor, k_tile: tl.tensor, factor: tl.tensor, INT8: tl.constexpr, DOT: tl.constexpr
-) -> tl.tensor:
-    """factor * q·k `[M, N]`, accumulated in int32 or fp32."""
-    if INT8:
-        return tl.dot(q_tile, tl.trans(k_tile)).to(tl.float32) * factor
-    else:
-        return tl.dot(q_tile, tl.trans(k_tile), input_precision=DOT) * factor
-
-
-@triton.jit
-def _softmax_step(
-    acc: tl.tensor, top: tl.tensor, total: tl.tensor, logits: tl.tensor, values: tl.tensor, DOT: tl.constexpr
-) -> tl.tensor:
-    """One tile into the online softmax: accumulator, maximum, sum, fading factor `[M]` and weights `[M, N]`."""
-    new_top = tl.maximum(top, tl.max(logits, 1))
-    weights = tl.exp2(logits - new_top[:, None])
-    fade = tl.exp2(top - new_top)
-    acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision=DOT)
-    return acc, new_top, total * fade + tl.sum(weights, 1), fade, weights
-
-
-@triton.jit
-def block_span(
-    block: tl.tensor, starts: tl.tensor, lengths: tl.tensor, size: tl.tensor, tokens: tl.tensor, UNIFORM: tl.constexpr
-) -> tl.tensor:
-    """First token of a key block, and how many of its tokens are real."""
-    if UNIFORM:
-        start = block * size
-        length = tl.minimum(size, tokens - start)
-    else:
-        start = tl.load(starts + block)
-        length = tl.minimum(tl.load(lengths + block), tokens - start)
-    return start, length
-
-
-@triton.jit
-def _box(
-    keep: tl.tensor,
-    lower: tl.tensor,
-    upper: tl.tensor,
-    coordinates: tl.tensor,
-    ball: tl.tensor,
-    query: tl.tensor,
-    key: tl.tensor,
-    is_query: tl.tensor,
-    is_key: tl.tensor,
-    AXES: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BALL: tl.constexpr,
-) -> tl.tensor:
-    """Narrow `keep` `[M, N]` to the keys in the box, or ball, of each query; query `[M]` and key `[N]` are tokens."""
-    squared = 0.0
-    for axis in tl.static_range(AXES):
-        low = tl.load(lower + query * AXES + axis, mask=is_query, other=0)[:, None]
-        high = tl.load(upper + query * AXES + axis, mask=is_query, other=0)[:, None]
-        place = tl.load(coordinates + key * AXES + axis, mask=is_key, other=0)[None, :]
-        keep = keep & (place >= low) & (place < high)
-        if STRIDE[axis] != 1:
-            keep = keep & ((place - low) % STRIDE[axis] == 0)
-        if BALL:
-            offset = (2 * place - low - high + 1).to(tl.float32)
-            squared += tl.load(ball + axis) * offset * offset
-    if BALL:
-        keep = keep & (squared < tl.load(ball + AXES))
-    return keep
-
-
-@triton.jit
-def some_columns(
-    base: tl.tensor,
-    first: tl.tensor,
-    limit: tl.tensor,
-    row: tl.tensor,
-    column: tl.tensor,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-) -> tl.tensor:
-    """Some columns `[ROWS, COLUMNS]` of what `tile_rows` gives, in fp32."""
-    at, dim = tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-    mask = (at < limit)[:, None] & (dim < HEAD_DIM)[None, :]
-    pointers = base + tl.cast(first, tl.int64) * row + at[:, None] * row + dim[None, :]
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _second_order(
-    q: tl.tensor,
-    start: tl.tensor,
-    length: tl.tensor,
-    q_n: tl.tensor,
-    variance: tl.tensor,
-    first: tl.tensor,
-    limit: tl.tensor,
-    scale: tl.tensor,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SLICE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    DOT: tl.constexpr,
-) -> tl.tensor:
-    """½ Σ_d (scale * q_d)² var_d in units of log 2, `[M, N]`, a slice of channels at a time to spare registers."""
-    second = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for column in tl.range(0, PADDED_DIM, SLICE, num_stages=1):
-        squares = some_columns(q, start, length, q_n, column, BLOCK_M, SLICE, HEAD_DIM) * scale
-        squares = (squares * squares * _HALF_LOG2_E).to(variance.dtype.element_ty)
-        spread = some_columns(variance, first, limit, PADDED_DIM, column, BLOCK_N, SLICE, HEAD_DIM)
-        second = tl.dot(squares, tl.trans(spread.to(variance.dtype.element_ty)), second, input_precision=DOT)
-    return second
-
-
-@triton.jit
-def _add_moment(
-    acc: tl.tensor,
-    mass: tl.tensor,
-    q: tl.tensor,
-    start: tl.tensor,
-    length: tl.tensor,
-    q_n: tl.tensor,
-    moment: tl.tensor,
-    BLOCK_M: tl.constexpr,
-    SLICE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    DOT: tl.constexpr,
-) -> tl.tensor:
-    """Add mass `[M]` times q·`moment` `[PADDED_DIM, PADDED_DIM]`, a slice of channels at a time to spare registers."""
-    for column in tl.range(0, PADDED_DIM, SLICE, num_stages=1):
-        lifted = some_columns(q, start, length, q_n, column, BLOCK_M, SLICE, HEAD_DIM) * mass[:, None]
-        part = tile_rows(moment, column, SLICE, PADDED_DIM, SLICE, PADDED_DIM, PADDED_DIM)
-        acc = tl.dot(lifted.to(part.dtype), part, acc, input_precision=DOT)
-    return acc
-
-
 # fmt: off
 @triton.jit(do_not_specialize=VARYING)
 def attention(
@@ -207,8 +53,8 @@ def attention(
     lower: tl.tensor, upper: tl.tensor, coordinates: tl.tensor, ball: tl.tensor,
     q_step: tl.tensor, k_step: tl.tensor,
     chosen: tl.tensor, log_tokens: tl.tensor, mean_k: tl.tensor, mean_v: tl.tensor,
-    variance: tl.tensor, moments: tl.tensor,
-    scale: tl.tensor,
+    variance: tl.tensor, moments: tl.tensor, bias: tl.tensor, centres: tl.tensor,
+    scale: tl.tensor, skip: tl.float32,
     q_b: tl.int64, q_h: tl.int64, q_n: tl.tensor,
     k_b: tl.int64, k_h: tl.int64, k_n: tl.tensor,
     v_b: tl.int64, v_h: tl.int64, v_n: tl.tensor,
@@ -222,12 +68,11 @@ def attention(
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     UNIFORM: tl.constexpr, ONE_TILE: tl.constexpr, NESTED: tl.constexpr, HAS_LENGTH: tl.constexpr,
     AXES: tl.constexpr, STRIDE: tl.constexpr, BALL: tl.constexpr,
-    INT8: tl.constexpr, REST: tl.constexpr, FIRST_ORDER: tl.constexpr,
+    INT8: tl.constexpr, REST: tl.constexpr, FIRST_ORDER: tl.constexpr, SKIP: tl.constexpr,
     TMA: tl.constexpr, SPECIALIZE: tl.constexpr, DOT: tl.constexpr,
-
 ) -> None:
     # fmt: on
-    """See `triton_backend.launch` for the arguments, and `triton_configs` for the constants."""
+    """See `triton_launch.launch` for the arguments, and `triton_configs` for the constants."""
     head, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
     block = tl.program_id(0) // q_tiles
@@ -263,8 +108,9 @@ def attention(
     count = tl.where((length > 0) & (tokens > 0), count, 0)
     full = tl.minimum(full, count)
     flat = item * heads + head
+    row_of_plan = flat * (tl.num_programs(0) // q_tiles) + block
     if INT8:
-        factor *= tl.load(q_step + flat * (tl.num_programs(0) // q_tiles) + block)
+        factor *= tl.load(q_step + row_of_plan)
         k_step += flat * blocks
 
     acc = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
@@ -278,9 +124,15 @@ def attention(
     steps = exact_steps
     if REST:
         steps += tl.where(length > 0, tl.cdiv(blocks, BLOCK_N), 0)
+        mean_k += flat * blocks * PADDED_DIM
+    if REST == 3:
+        # About the mean query: another bias and other values for each query block.
+        bias += row_of_plan * blocks
+        mean_v += row_of_plan * blocks * PADDED_DIM
+        centres += row_of_plan * PADDED_DIM
+    elif REST:
         chosen += item * chosen_b + head * chosen_h + block.to(tl.int64) * blocks
         log_tokens += item * blocks
-        mean_k += flat * blocks * PADDED_DIM
         mean_v += flat * blocks * PADDED_DIM
     if REST == 2:
         variance += flat * blocks * PADDED_DIM
@@ -323,24 +175,34 @@ def attention(
                 k_row, v_row = tl.where(is_rest, PADDED_DIM, k_n), tl.where(is_rest, PADDED_DIM, v_n)
             k_tile = tile_rows(k_base, first, limit, k_row, BLOCK_N, HEAD_DIM, PADDED_DIM)
             v_tile = tile_rows(v_base, first, limit, v_row, BLOCK_N, HEAD_DIM, PADDED_DIM)
-        bias = tl.where(column < limit, 0.0, float("-inf"))
+        extra = tl.where(column < limit, 0.0, float("-inf"))
         if REST:
             mask = is_rest & (column < limit)
-            taken = tl.load(chosen + summary + column, mask=mask, other=1)
-            mass = tl.load(log_tokens + summary + column, mask=mask, other=float("-inf"))
-            bias = tl.where(is_rest, tl.where(taken != 0, float("-inf"), mass), bias)
+            if REST == 3:
+                mass = tl.load(bias + summary + column, mask=mask, other=float("-inf"))
+                extra = tl.where(is_rest, mass, extra)
+            else:
+                taken = tl.load(chosen + summary + column, mask=mask, other=1)
+                mass = tl.load(log_tokens + summary + column, mask=mask, other=float("-inf"))
+                extra = tl.where(is_rest, tl.where(taken != 0, float("-inf"), mass), extra)
         block_factor = factor
         if INT8:
             block_factor *= tl.load(k_step + chosen_block)
-        logits = _logits(q_tile, k_tile, block_factor, INT8, DOT) + bias[None, :]
+        logits = tile_logits(q_tile, k_tile, block_factor, INT8, DOT) + extra[None, :]
         if REST == 2:
             if is_rest:
-                second = _second_order(
+                second = second_order(
                     q, start, length, q_n, variance, summary, limit, scale,
                     BLOCK_M, BLOCK_N, SLICE, HEAD_DIM, PADDED_DIM, DOT,
                 )
                 logits += tl.minimum(second, tl.where(mass > 0.0, mass, 0.0)[None, :])
-        acc, top, total, fade, weights = _softmax_step(acc, top, total, logits, v_tile, DOT)
+        if SKIP:
+            # A tile far below what every query has seen is left out; the first one never is.
+            gain = tl.max(tl.where(is_query, tl.max(logits, 1) - top, float("-inf")), 0)
+            if gain > skip:
+                acc, top, total, _, _ = softmax_step(acc, top, total, logits, v_tile, DOT)
+        else:
+            acc, top, total, fade, weights = softmax_step(acc, top, total, logits, v_tile, DOT)
         if FIRST_ORDER == 1:
             rest_total = rest_total * fade + tl.where(is_rest, tl.sum(weights, 1), 0.0)
         if FIRST_ORDER == 2:
@@ -352,9 +214,9 @@ def attention(
                     here = ((summary + column) // group == index)[None, :]
                     group_mass = tl.sum(tl.where(here, weights, 0.0), 1) * scale
                     at = moments + (flat * tl.cdiv(blocks, group) + index) * (PADDED_DIM * PADDED_DIM)
-                    acc = _add_moment(
-                        acc, group_mass, q, start, length, q_n, at,
-                        BLOCK_M, SLICE, HEAD_DIM, PADDED_DIM, DOT,
+                    acc = add_moment(
+                        acc, group_mass, q, start, length, q_n, centres, at,
+                        BLOCK_M, SLICE, HEAD_DIM, PADDED_DIM, REST == 3, DOT,
                     )
 
     if AXES or NESTED:
@@ -376,14 +238,19 @@ def attention(
                 keep = is_query[:, None] & is_key[None, :]
                 if AXES:
                     key = at + tl.arange(0, PART_N)
-                    inside = _box(
+                    inside = inside_box(
                         keep, lower, upper, coordinates, ball, query, key, is_query, is_key, AXES, STRIDE, BALL
                     )
                     keep = inside | (keep & (entry < full))
-                logits = tl.where(keep, _logits(q_tile, k_tile, block_factor, INT8, DOT), float("-inf"))
-                acc, top, total, fade, weights = _softmax_step(acc, top, total, logits, v_tile, DOT)
-                if FIRST_ORDER == 1:
-                    rest_total = rest_total * fade
+                logits = tl.where(keep, tile_logits(q_tile, k_tile, block_factor, INT8, DOT), float("-inf"))
+                if SKIP:
+                    gain = tl.max(tl.where(is_query, tl.max(logits, 1) - top, float("-inf")), 0)
+                    if gain > skip:
+                        acc, top, total, _, _ = softmax_step(acc, top, total, logits, v_tile, DOT)
+                else:
+                    acc, top, total, fade, weights = softmax_step(acc, top, total, logits, v_tile, DOT)
+                    if FIRST_ORDER == 1:
+                        rest_total = rest_total * fade
 
     seen = total > 0.0
     total = tl.where(seen, total, 1.0)
@@ -392,8 +259,9 @@ def attention(
     if FIRST_ORDER == 1:
         at = moments + flat * (PADDED_DIM * PADDED_DIM)
         share = rest_total / total * scale
-        acc = _add_moment(
-            acc, share, q, start, length, q_n, at, BLOCK_M, SLICE, HEAD_DIM, PADDED_DIM, DOT
+        acc = add_moment(
+            acc, share, q, start, length, q_n, centres, at,
+            BLOCK_M, SLICE, HEAD_DIM, PADDED_DIM, REST == 3, DOT,
         )
     at = out + item * out_b + head * out_h + tl.cast(start, tl.int64) * out_n
     mask = is_query[:, None]

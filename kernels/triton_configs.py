@@ -52,10 +52,11 @@ class Features:
         has_length: valid keys are given per batch item.
         stride: step of the box predicate per axis; empty without partial blocks.
         int8: queries and keys are quantised.
-        rest: 0: the rest is dropped; 1: summary tiles; 2: summary tiles with second-order mass.
+        rest: 0: the rest is dropped; 1: summary tiles; 2: summary tiles with second-order mass; 3: about mean queries.
         first_order: 0: none; 1: one product at the end, for the whole head; 2: one per group of blocks.
         aligned: rows of k and v begin at multiples of 16 bytes.
         ball: partial blocks are cut by a ball inside the box.
+        skip: tiles far below the running maximum are left out.
     """
 
     head_dim: int
@@ -68,6 +69,7 @@ class Features:
     first_order: int = 0
     aligned: bool = True
     ball: bool = False
+    skip: bool = False
 
     @property
     def padded_dim(self) -> int:
@@ -76,11 +78,11 @@ class Features:
 
     @property
     def level(self) -> int:
-        """Demand for registers. 0: exact blocks; 1: summaries too; 2: windows, second-order mass, first-order terms.
+        """Demand for registers. 0: exact blocks; 1: summaries too; 2: windows, second order, first order, skips.
 
         A first-order term after a specialised loop does not compile for sm_90 either (Triton 3.6).
         """
-        return 2 if self.stride or self.rest == 2 or self.first_order else int(self.rest > 0)
+        return 2 if self.stride or self.rest == 2 or self.first_order or self.skip else int(self.rest > 0)
 
     @property
     def takes_descriptors(self) -> bool:
@@ -95,8 +97,12 @@ _WIDE_HEADS = (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, fp32=True))
 
 def _mma_sync() -> dict[int, tuple[Tile, ...]]:
     """Tiles for devices whose matrix unit reads registers."""
-    tiles = (Tile(128, 64, 8, 2, level=0), Tile(64, 64, 4, 2, level=1), Tile(32, 32, 8, 1), _FP32)
-    return {64: tiles, 128: tiles, 256: _WIDE_HEADS}
+    common = (Tile(128, 64, 8, 2, level=0), Tile(64, 64, 4, 2, level=1))
+    return {
+        64: (*common, Tile(64, 64, 8, 1), _FP32),
+        128: (*common, Tile(64, 32, 8, 1), _FP32),
+        256: _WIDE_HEADS,
+    }
 
 
 def _descriptors(specialized: Tile) -> dict[int, tuple[Tile, ...]]:
@@ -118,6 +124,8 @@ SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Largest shared memory of one program, in bytes."""
 
 MAX_HEAD_DIM = 256
+NO_SKIP = 100
+"""The architecture for which a product in a condition does not compile (Triton 3.6)."""
 
 DOT_OF = {torch.float16: "tf32", torch.bfloat16: "tf32", torch.float32: "tf32x3"}
 """`input_precision` of dot products: three TF32 products give float32; half precision does not look at it."""
@@ -185,6 +193,7 @@ def constants_of(features: Features, tile: Tile, k_size: int) -> dict[str, Any]:
         "INT8": features.int8,
         "REST": features.rest,
         "FIRST_ORDER": features.first_order,
+        "SKIP": features.skip,
         "TMA": tile.tma,
         "SPECIALIZE": tile.specialize,
         "DOT": DOT_OF[features.dtype],

@@ -1,16 +1,12 @@
-"""Choosing key blocks from scores, and moving tokens into an order and back, in Triton.
+"""Ranking key blocks by their scores, and moving tokens into an order and back, in Triton.
 
-No row is sorted: the cut is found bit by bit in the registers of one program, and a prefix sum writes the indices of
-what lies above it in ascending order.
+No row is sorted: the cut is found bit by bit in the registers of one program, and ties go to the lower index.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-_TOP_K = tl.constexpr(0)
-_TOP_P = tl.constexpr(1)
 
 
 @triton.jit
@@ -21,66 +17,75 @@ def _ordered_bits(x: tl.tensor) -> tl.tensor:
     return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).to(tl.int64) + 2147483648
 
 
+@triton.jit
+def _ranks(scores: tl.tensor, first: tl.tensor, columns: tl.tensor, COLUMNS: tl.constexpr) -> tl.tensor:
+    """Of one row: integers in the order of the ranking, those of `first` on top and of no candidate 0."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
+    inside = column < columns
+    score = tl.load(scores + row * columns + column, mask=inside, other=float("-inf"))
+    forced = tl.load(first + row * columns + column, mask=inside, other=0) != 0
+    bits = _ordered_bits(tl.where(forced, float("inf"), score))
+    return tl.where(inside, bits, 0)
+
+
 # fmt: off
-@triton.jit(do_not_specialize=("rows", "columns", "heads", "keep", "width", "forced_h", "forced_b"))
-def select(
-    scores: tl.tensor, forced: tl.tensor, indices: tl.tensor, counts: tl.tensor,
-    rows: tl.int32, columns: tl.int32, keep: tl.int32, width: tl.int32,
-    share: tl.float32,
-    COLUMNS: tl.constexpr, RULE: tl.constexpr, HAS_FORCED: tl.constexpr,
+@triton.jit(do_not_specialize=("columns",))
+def leading(
+    scores: tl.tensor, first: tl.tensor, counts: tl.tensor, kept: tl.tensor,
+    columns: tl.int32,
+    COLUMNS: tl.constexpr,
 ) -> None:
     # fmt: on
-    """One row of scores `[R, columns]` to ascending indices `[R, width]` and their count `[R]`.
+    """The `counts` best candidates of one row, uint8 `kept`, all `[R, columns]`; counts int32 `[R]`."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
+    bits = _ranks(scores, first, columns, COLUMNS)
+    wanted = tl.minimum(tl.load(counts + row), columns)
+    # The highest cut above which enough candidates lie: its bits from the first to the last.
+    cut = tl.zeros([1], tl.int64)
+    bit = tl.full([1], 2147483648, tl.int64)
+    for _ in range(32):
+        enough = tl.sum(tl.where(bits >= cut + bit, 1, 0), 0) >= wanted
+        cut = tl.where(enough, cut + bit, cut)
+        bit = bit // 2
+    above = bits > cut
+    ties = (bits == cut) & (column < columns)
+    missing = wanted - tl.sum(tl.where(above, 1, 0), 0)
+    taken = above | (ties & (tl.cumsum(tl.where(ties, 1, 0), 0) <= missing))
+    tl.store(kept + row * columns + column, tl.where(taken, 1, 0).to(tl.uint8), mask=column < columns)
 
-    forced: uint8 `[rows, columns]`, always kept; row r of the scores has row `r % rows` of it. RULE 0 keeps the `keep`
-    best, forced ones among them; 1 keeps the fewest whose softmax adds up to `share`; 2 keeps those whose softmax is at
-    least `share`. Ties go to the lower index. -inf is never kept; a row of -inf keeps the block of its own number.
+
+# fmt: off
+@triton.jit(do_not_specialize=("columns",))
+def reaching(
+    scores: tl.tensor, first: tl.tensor, shares: tl.tensor, mass: tl.tensor, counts: tl.tensor,
+    columns: tl.int32,
+    COLUMNS: tl.constexpr, SLACK: tl.constexpr, KEEP: tl.constexpr,
+) -> None:
+    # fmt: on
+    """How many leading candidates of one row hold the share `mass`, fp64 `[R]`, of `shares` `[R, columns]`.
+
+    KEEP: the one that crosses it is counted. Sums are in fp64.
     """
-    row = tl.program_id(0)
-    column = tl.arange(0, COLUMNS)
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
     inside = column < columns
-    score = tl.load(scores + row.to(tl.int64) * columns + column, mask=inside, other=float("-inf"))
-    possible = score > float("-inf")
-    always = column < 0
-    if HAS_FORCED:
-        at = forced + (row % rows).to(tl.int64) * columns + column
-        always = (tl.load(at, mask=inside, other=0) != 0) & possible
-    bits = _ordered_bits(score)
-    top = tl.max(score, 0)
-    mass = tl.where(possible, tl.exp(score - tl.where(top > float("-inf"), top, 0.0)), 0.0)
-    mass = mass / tl.maximum(tl.sum(mass, 0), 1e-30)
-    if RULE == 2:
-        taken = (mass >= share) & possible
-    else:
-        free = possible & (always == 0)
-        if RULE == _TOP_K:
-            weight = tl.where(free, 1.0, 0.0)
-            wanted = tl.maximum(keep - tl.sum(tl.where(always, 1, 0), 0), 0).to(tl.float32)
-        else:
-            weight = tl.where(free, mass, 0.0)
-            # What cannot be reached by rounding is not asked for.
-            wanted = tl.minimum(share - tl.sum(tl.where(always, mass, 0.0), 0), tl.sum(weight, 0))
-        # The highest cut above which enough lies: its bits from the first to the last.
-        cut = tl.zeros([1], tl.int64)
-        bit = tl.full([1], 2147483648, tl.int64)
-        for _ in range(32):
-            enough = tl.sum(tl.where(bits >= cut + bit, weight, 0.0), 0) >= wanted
-            cut = tl.where(enough, cut + bit, cut)
-            bit = bit // 2
-        above = free & (bits > cut)
-        ties = free & (bits == cut)
-        missing = wanted - tl.sum(tl.where(above, weight, 0.0), 0)
-        # A tie counts while those before it have not sufficed.
-        before = tl.cumsum(tl.where(ties, weight, 0.0), 0) - tl.where(ties, weight, 0.0)
-        taken = above | (ties & (before < missing))
-    taken = taken | always
-    count = tl.sum(tl.where(taken, 1, 0), 0)
-    taken = tl.where(count > 0, taken, column == tl.minimum(row % rows, columns - 1))
-    count = tl.maximum(count, 1)
-    place = tl.cumsum(tl.where(taken, 1, 0), 0) - 1
-    at = indices + row.to(tl.int64) * width + place
-    tl.store(at, column, mask=taken & (place < width))
-    tl.store(counts + row, tl.minimum(count, width))
+    bits = _ranks(scores, first, columns, COLUMNS)
+    share = tl.load(shares + row * columns + column, mask=inside, other=0.0).to(tl.float64)
+    wanted = tl.load(mass + row)
+    # The highest cut above which more than what is counted lies.
+    cut = tl.zeros([1], tl.int64)
+    bit = tl.full([1], 2147483648, tl.int64)
+    for _ in range(32):
+        held = tl.sum(tl.where(bits >= cut + bit, share, 0.0), 0)
+        enough = (held >= wanted - SLACK) if KEEP else (held > wanted + SLACK)
+        cut = tl.where(enough, cut + bit, cut)
+        bit = bit // 2
+    above = bits > cut
+    ties = (bits == cut) & inside
+    part = tl.where(ties, share, 0.0)
+    reached = tl.sum(tl.where(above, share, 0.0), 0) + tl.cumsum(part, 0)
+    below = (reached - part < wanted - SLACK) if KEEP else (reached <= wanted + SLACK)
+    count = tl.sum(tl.where(above | (ties & below), 1, 0), 0)
+    tl.store(counts + row, tl.where(wanted >= 1, columns, count))
 
 
 # fmt: off

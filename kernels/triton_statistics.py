@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.triton_attention import block_span, some_columns, tile_rows
+from dit_accel.kernels.triton_tiles import block_span, some_columns, tile_rows
 
 # Arguments that change from call to call: none of their values may lead to another compilation.
 VARYING = ("blocks", "size", "tokens", "chunk", "chunks", "copy_b", "copy_h", "mean_b", "mean_h")
@@ -25,14 +25,16 @@ def statistics(
     mean_b: tl.int64, mean_h: tl.int64, copy_b: tl.int64, copy_h: tl.int64,
     blocks: tl.int32, size: tl.int32, tokens: tl.int32, chunk: tl.int32, chunks: tl.int32,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
-    UNIFORM: tl.constexpr, HAS_LENGTH: tl.constexpr, VARIANCE: tl.constexpr, MOMENTS: tl.constexpr,
-    COPY: tl.constexpr, DOT: tl.constexpr,
+    UNIFORM: tl.constexpr, HAS_LENGTH: tl.constexpr, VALUES: tl.constexpr, VARIANCE: tl.constexpr,
+    MOMENTS: tl.constexpr, NORMS: tl.constexpr, COPY: tl.constexpr, DOT: tl.constexpr,
 ) -> None:
     # fmt: on
     """Means, variance and Σ (k - mean) vᵀ of the blocks `chunk * i ... chunk * (i + 1) - 1`, for program i.
 
     k, v: `[B, H, N, D]`. mean_k, mean_v: `[B, H, nk, P]` with strides mean_b and mean_h; variance likewise, contiguous.
     moments: fp32 `[B, H, chunks, P, P]`; a program computes COLUMNS of its columns, the first of them everything else.
+    With NORMS it is fp32 `[B, H, nk, P / COLUMNS]` instead: sums of the squares of those columns, block by block.
+    VALUES: v and mean_v are given.
     copy_k, copy_v: with COPY, where real keys and values go, `[N, P]` per head, zero where a token is not real.
     """
     head, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -40,7 +42,8 @@ def statistics(
     index, part = tl.program_id(0) % chunks, tl.program_id(0) // chunks
     real = tl.minimum(tokens, tl.load(kv_len + item)) if HAS_LENGTH else tokens
     k += item * k_b + head * k_h
-    v += item * v_b + head * v_h
+    if VALUES:
+        v += item * v_b + head * v_h
     dim = tl.arange(0, PADDED_DIM)
     moment = tl.zeros([PADDED_DIM, COLUMNS], tl.float32)
     for block in range(index * chunk, tl.minimum((index + 1) * chunk, blocks)):
@@ -49,19 +52,22 @@ def statistics(
         sum_k, sum_v = tl.zeros([PADDED_DIM], tl.float32), tl.zeros([PADDED_DIM], tl.float32)
         for at in range(0, limit, BLOCK_N):
             sum_k += tl.sum(tile_rows(k, first + at, limit - at, k_n, BLOCK_N, HEAD_DIM, PADDED_DIM).to(tl.float32), 0)
-            sum_v += tl.sum(tile_rows(v, first + at, limit - at, v_n, BLOCK_N, HEAD_DIM, PADDED_DIM).to(tl.float32), 0)
+            if VALUES:
+                v_tile = tile_rows(v, first + at, limit - at, v_n, BLOCK_N, HEAD_DIM, PADDED_DIM)
+                sum_v += tl.sum(v_tile.to(tl.float32), 0)
         mean = sum_k / count
         place = item * mean_b + head * mean_h + block * PADDED_DIM + dim
         if part == 0:
             tl.store(mean_k + place, mean.to(mean_k.dtype.element_ty))
-            tl.store(mean_v + place, (sum_v / count).to(mean_v.dtype.element_ty))
-        if VARIANCE or MOMENTS:
+            if VALUES:
+                tl.store(mean_v + place, (sum_v / count).to(mean_v.dtype.element_ty))
+        if VARIANCE or MOMENTS or NORMS:
             spread = tl.zeros([PADDED_DIM], tl.float32)
             for at in range(0, limit, BLOCK_N):
                 tile = tile_rows(k, first + at, limit - at, k_n, BLOCK_N, HEAD_DIM, PADDED_DIM).to(tl.float32)
                 delta = tl.where((at + tl.arange(0, BLOCK_N) < limit)[:, None], tile - mean[None, :], 0.0)
                 spread += tl.sum(delta * delta, 0)
-                if MOMENTS:
+                if MOMENTS or NORMS:
                     values = some_columns(
                         v, first + at, limit - at, v_n, part * COLUMNS, BLOCK_N, COLUMNS, HEAD_DIM
                     )
@@ -70,6 +76,10 @@ def statistics(
             if VARIANCE and part == 0:
                 place = (flat * blocks + block) * PADDED_DIM + dim
                 tl.store(variance + place, (spread / count).to(variance.dtype.element_ty))
+        if NORMS:
+            square = tl.sum(tl.sum(moment * moment, 1), 0)
+            tl.store(moments + (flat * blocks + block) * (PADDED_DIM // COLUMNS) + part, square)
+            moment = tl.zeros([PADDED_DIM, COLUMNS], tl.float32)
         if COPY and part == 0:
             length = tl.minimum(size, tokens - first)
             for at in range(0, length, BLOCK_N):

@@ -12,24 +12,32 @@ import hashlib
 import json
 import sys
 import time
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 
-from dit_accel.kernels import triton_attention
-from dit_accel.kernels.aot import Case, Resources, compile_cases, shipped
-from dit_accel.kernels.triton_configs import TILES, constants_of
+from dit_accel.kernels import aot_cases
+from dit_accel.kernels.aot import Resources, compile_cases
+from dit_accel.kernels.aot_cases import Case, shipped
+from dit_accel.kernels.triton_configs import TILES
 from dit_accel.report import environment
 
-# Cases per process: large enough to pay for its start, small enough that an interruption loses little.
-_BATCH = 8
+
+@lru_cache(maxsize=1)
+def source() -> str:
+    """The kernels: of what the compiler reads, all that is ours."""
+    folder = Path(str(aot_cases.__file__)).parent
+    names = ("tiles", "summaries", "attention", "statistics", "selection")
+    return "".join((folder / f"triton_{name}.py").read_text(encoding="utf-8") for name in names)
 
 
+@cache
 def key(case: Case) -> str:
-    """What a result depends on: the case, the constants it compiles with, the kernel's source and the compiler."""
-    constants = constants_of(case.features, case.tile, case.k_size)
-    source = Path(str(triton_attention.__file__)).read_text(encoding="utf-8")
-    digest = hashlib.sha256(f"{constants} {metadata.version('triton')} {source}".encode()).hexdigest()[:16]
-    return f"{digest} {case.arch} {case.tile} {case.name}"
+    """What a result depends on: the case, what it is launched with, the kernels' source and the compiler."""
+    options = sorted(case.launch().options.items(), key=str)
+    text = f"{[item for item in options if item[0].isupper() or item[0].startswith('num_')]}"
+    digest = hashlib.sha256(f"{text} {metadata.version('triton')} {source()}".encode()).hexdigest()[:16]
+    return f"{digest} {case.arch} {case.tile_name} {case.name}"
 
 
 def known(path: Path) -> dict[str, Resources]:
@@ -44,7 +52,7 @@ def known(path: Path) -> dict[str, Resources]:
 
 def row(case: Case, found: Resources) -> str:
     """One line of the table."""
-    cells = [f"sm_{case.arch}", str(case.features.head_dim), str(case.tile), case.name]
+    cells = [f"sm_{case.arch}", case.tile_name, case.name]
     if found.failure is None:
         cells += [str(found.registers), str(found.spilled), f"{found.shared / 1024:.0f}", str(found.warps)]
         cells += [", ".join(found.instructions)]
@@ -55,7 +63,7 @@ def row(case: Case, found: Resources) -> str:
 
 def table(cases: list[Case], found: dict[str, Resources], command: str) -> str:
     """The page: how it was made, the cases that failed, and every case."""
-    faults = [f"- {case.arch} {case.tile} {case.name}: {why}" for case in cases if (why := fault_of(case, found))]
+    faults = [f"- {case.arch} {case.tile_name} {case.name}: {why}" for case in cases if (why := fault_of(case, found))]
     versions = ", ".join(f"{name} {value}" for name, value in environment().items())
     lines = [
         "# What the Triton kernels use of a GPU",
@@ -68,8 +76,8 @@ def table(cases: list[Case], found: dict[str, Resources], command: str) -> str:
         "sm_90, no asynchronous loads, warps not specialised).",
         "",
         *(faults and [*faults, ""]),
-        "| device | D | tile | call | registers | spilled bytes | shared KiB | warps | instructions |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| device | tile | call | registers | spilled bytes | shared KiB | warps | instructions |",
+        "|---|---|---|---|---|---|---|---|",
         *(row(case, found[key(case)]) for case in cases),
     ]
     return "\n".join(lines) + "\n"
@@ -92,12 +100,11 @@ def main() -> None:
     cases = shipped(arguments.architectures, arguments.dims)
     found = known(arguments.keep)
     missing = [case for case in cases if key(case) not in found]
-    for first in range(0, len(missing), _BATCH):
-        for case, result in compile_cases(missing[first : first + _BATCH], timeout=3600):
-            found[key(case)] = result
-            with arguments.keep.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([key(case), dataclasses.asdict(result)]) + "\n")
-            print(row(case, result), file=sys.stderr, flush=True)
+    for case, result in compile_cases(missing, timeout=6 * 3600):
+        found[key(case)] = result
+        with arguments.keep.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([key(case), dataclasses.asdict(result)]) + "\n")
+        print(row(case, result), file=sys.stderr, flush=True)
     text = table(cases, found, "python samples/compile_kernels.py")
     if arguments.output:
         arguments.output.write_text(text, encoding="utf-8")

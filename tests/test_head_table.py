@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dit_accel import parts
 from dit_accel.engine import Engine
 from dit_accel.errors import ConfigError
 from dit_accel.head_table import HeadTable
@@ -30,11 +31,11 @@ def tensors(batch=2, heads=4, dim=8):
     return tuple(torch.randn(batch, tokens, heads, dim, generator=generator) for _ in range(3))
 
 
-def run(layer=0, table=TABLE, method=None, break_even=1.0, **schedule):
+def run(layer=0, table=TABLE, method=None, break_even=1.0, backend="auto", **schedule):
     """One call of `layer` through an engine: the output `[B, N, H, D]` and its record."""
     layers = [nn.Identity() for _ in TABLE["heads"]]
     method = method or get_method("composed", tile=[1, 2, 2], density=0.25, remainder="drop")
-    engine = Engine(method, Schedule.make(head_table=table, **schedule), layers, break_even=break_even)
+    engine = Engine(method, Schedule.make(head_table=table, **schedule), layers, backend=backend, break_even=break_even)
     engine.begin(RunState(GRID, 0, 0.5))
     out = engine.attend(layers[layer], *tensors(), dense=lambda: torch.full((1,), torch.nan))
     return out, engine.calls[-1]
@@ -79,6 +80,23 @@ def test_all_dense_heads_run_the_stock_path_and_all_skipped_give_zero():
     out, record = run(table={"modes": MODES, "heads": [["none"] * 4] * 2})
     assert torch.equal(out, torch.zeros_like(tensors()[0]))
     assert record.density == 0.0
+
+
+def test_heads_above_the_break_even_go_to_dense_attention():
+    block_kernels, record = run()
+    assert record.backend == "torch"
+    mixed, record = run(break_even=0.7)
+    assert record.backend == "dense sdpa, torch"
+    assert record.reason is None
+    torch.testing.assert_close(mixed, block_kernels, atol=1e-6, rtol=1e-6)
+    q, k, v = (x.transpose(1, 2)[:, :1] for x in tensors())
+    assert torch.equal(mixed[:, :, :1].transpose(1, 2), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_an_explicit_backend_computes_every_head(monkeypatch):
+    monkeypatch.setattr(parts, "dense_attention", None)
+    _, record = run(break_even=0.7, backend="torch")
+    assert record.backend == "torch"
 
 
 def test_static_plans_are_shared_by_layers():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor
 from dit_accel.bench.attention import Options, heads_that_fit
 from dit_accel.bench.shapes import Shape
 from dit_accel.bench.timing import DenseRun, Spread, fastest_dense, interleaved, ratios, seconds
-from dit_accel.errors import ConfigError, DitAccelError, near_matches
+from dit_accel.errors import ConfigError, near_matches
 from dit_accel.kernels import Precision, Remainder, block_attention
 from dit_accel.kernels.attention import request_of
 from dit_accel.kernels.registry import choose_backend
@@ -28,6 +29,8 @@ VARIANTS: dict[str, tuple[Remainder | None, Precision | None]] = {
     "diagonal": (Remainder("diagonal"), None),
     "global": (Remainder(first_order="global"), None),
     "grouped": (Remainder(first_order="grouped"), None),
+    "about": (Remainder(about="query"), None),
+    "mixed": (Remainder(first_order="mixed", about="query"), None),
     "int8": (None, Precision("int8")),
 }
 """What is computed, by name: exact blocks alone, with a remainder, or with INT8 queries and keys."""
@@ -67,6 +70,26 @@ class KernelRow:
     efficiency: float | None = None
     extra: float | None = None
     note: str = ""
+
+
+MARKDOWN = {
+    "shape": "",
+    "tokens": "d",
+    "heads": "d",
+    "variant": "",
+    "requested_density": ".1%",
+    "backend": "",
+    "attend_ms": ".2f",
+    "dense_backend": "",
+    "dense_ms": ".2f",
+    "ratio": ".2f",
+    "rate": ".3g",
+    "dense_rate": ".3g",
+    "efficiency": ".2f",
+    "extra": "+.0%",
+    "note": "",
+}
+"""Columns of the table for people, and how their values are written."""
 
 
 def find_variants(names: Sequence[str]) -> list[str]:
@@ -130,8 +153,9 @@ def measure_kernels(
     options: Options,
     blocks: tuple[int, int] = (128, 64),
     pattern: Pattern = "random",
+    deadline: float | None = None,
 ) -> Iterator[KernelRow]:
-    """One row for each density and variant on one shape, in this order.
+    """One row for each density and variant on one shape, in this order; one that fails says so and loses no other.
 
     Args:
         shape: the call.
@@ -140,6 +164,7 @@ def measure_kernels(
         options: where and how often.
         blocks: query and key block size. Default (128, 64).
         pattern: see `pattern_plan`. Default "random".
+        deadline: as `time.monotonic` gives it; what has not begun by then is left out, and its row says so.
     """
     heads, note = heads_that_fit(shape, options)
     tokens = shape.layout.tokens
@@ -149,21 +174,36 @@ def measure_kernels(
     if not heads:
         yield replace(empty, note=note)
         return
-    generator = torch.Generator().manual_seed(options.seed)
-    drawn = (torch.randn(1, heads, tokens, shape.head_dim, generator=generator) for _ in range(3))
-    q, k, v = (x.to(options.device, options.dtype) for x in drawn)
-    dense_name, dense = fastest_dense(q, k, v)
+    prepared: tuple[Tensor, Tensor, Tensor, str, DenseRun] | None = None
     for density in densities:
-        plan = pattern_plan(pattern, tokens, blocks, heads, density, options.device, options.seed)
         exact_ms: float | None = None
+        plan: BlockPlan | None = None
         for variant in variants:
-            row = replace(empty, variant=variant, requested_density=density, dense_backend=dense_name, note=note)
+            row = replace(empty, variant=variant, requested_density=density, note=note)
+            if deadline is not None and time.monotonic() > deadline:
+                yield replace(row, note="left out: the time is up")
+                continue
             try:
-                row = _timed(row, (q, k, v), plan, dense, options, exact_ms)
-            except (DitAccelError, RuntimeError) as failure:
-                row = replace(row, note=str(failure).splitlines()[0])
+                if prepared is None:
+                    q, k, v = _drawn(shape, heads, options)
+                    prepared = (q, k, v, *fastest_dense(q, k, v))
+                *qkv, dense_name, dense = prepared
+                if plan is None:
+                    plan = pattern_plan(pattern, tokens, blocks, heads, density, options.device, options.seed)
+                row = replace(row, dense_backend=dense_name)
+                row = _timed(row, (qkv[0], qkv[1], qkv[2]), plan, dense, options, exact_ms)
+            except Exception as failure:  # Out of memory, a compiler's crash, a driver's error: the rest still runs.
+                row = replace(row, note=f"failed: {type(failure).__name__}: {failure}".splitlines()[0])
             exact_ms = row.attend_ms if variant == "exact" else exact_ms
             yield row
+
+
+def _drawn(shape: Shape, heads: int, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v `[1, heads, N, D]`, drawn on the device, where long ones are drawn in no time."""
+    generator = torch.Generator(options.device).manual_seed(options.seed)
+    size = (1, heads, shape.layout.tokens, shape.head_dim)
+    q, k, v = (torch.randn(size, generator=generator, device=options.device, dtype=options.dtype) for _ in range(3))
+    return q, k, v
 
 
 def _timed(

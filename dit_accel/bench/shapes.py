@@ -42,20 +42,34 @@ SMALL_SHAPES = {
     )
 }
 
+MODEL_SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("wan-1.3b", TokenLayout((21, 30, 52)), 12, 128, "Wan 2.1 1.3B, 480 x 832, 81 frames"),
+        Shape("wan-14b", TokenLayout((21, 45, 80)), 40, 128, "Wan 2.1 14B, 720 x 1280, 81 frames"),
+        Shape("hunyuan", TokenLayout((33, 45, 80), 256, "after"), 24, 128, "HunyuanVideo, 720 x 1280, 129 frames"),
+        Shape("cogvideox", TokenLayout((13, 30, 45), 226, "before"), 48, 64, "CogVideoX 5B, 480 x 720, 49 frames"),
+        Shape("flux-1k", TokenLayout((1, 64, 64), 512, "before"), 24, 128, "FLUX.1, 1024 x 1024"),
+        Shape("flux-2k", TokenLayout((1, 128, 128), 512, "before"), 24, 128, "FLUX.1, 2048 x 2048"),
+        Shape("flux-4k", TokenLayout((1, 256, 256), 512, "before"), 24, 128, "FLUX.1, 4096 x 4096"),
+    )
+}
+"""The shapes that kernels are judged by."""
+
 
 def list_shapes() -> list[str]:
-    """The small shapes, and the recommended preset of every model."""
-    return [*SMALL_SHAPES, *(name for name in list_presets() if "/" not in name)]
+    """The small shapes, those of models, and the recommended preset of every model."""
+    return [*SMALL_SHAPES, *MODEL_SHAPES, *(name for name in list_presets() if "/" not in name)]
 
 
 def find_shape(name: str) -> Shape:
-    """A small shape, or that of a preset: its token geometry at its own size, and the heads of its model.
+    """A small shape, that of a model, or that of a preset at its own size.
 
     Raises:
         ConfigError: there is none; the message offers near matches.
     """
-    if name in SMALL_SHAPES:
-        return SMALL_SHAPES[name]
+    if name in SMALL_SHAPES or name in MODEL_SHAPES:
+        return (SMALL_SHAPES | MODEL_SHAPES)[name]
     if name not in list_presets() and not name.endswith((".yaml", ".yml")):
         raise ConfigError("--shapes", f"unknown shape {name!r}{near_matches(name, list_shapes())}")
     preset = load_preset(name)

@@ -1,4 +1,4 @@
-"""Results as CSV: one file per run, every row with hardware, versions, date and command."""
+"""Results as CSV and Markdown: one file per run, with hardware, versions, date and command."""
 
 from __future__ import annotations
 
@@ -41,3 +41,33 @@ def stream_csv(
             writer.writerow({name: "" if value is None else value for name, value in whole.items()})
             file.flush()
             yield row
+
+
+def stream_markdown(
+    path: Path | None, rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], common: Mapping[str, Any]
+) -> Iterator[Mapping[str, Any]]:
+    """Pass rows on, and write those so far as a table, anew after each one, so that an interrupted run keeps its own.
+
+    Args:
+        path: file to write; its folder is made. None: nothing is written.
+        rows: mappings that have the keys of `columns`.
+        columns: keys of a row and how a value is written: a format specification, "" for text.
+        common: what holds for all rows; stands above the table.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    if path is None:
+        yield from rows
+        return
+    stamp = ", ".join(f"{name} {value}" for name, value in common.items())
+    lines = [stamp, "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = ("" if row[name] in (None, "") else format(row[name], how) for name, how in columns.items())
+        lines.append(f"| {' | '.join(cells)} |")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError("--markdown", f"cannot write {path}: {error.strerror}") from None
+        yield row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,10 +70,12 @@ def attention(
 @bench_app.command("kernels")
 def kernels(
     shapes: Annotated[
-        list[str] | None, typer.Option(help="Shapes: presets, or those of `bench attention --list-shapes`.")
+        list[str] | None,
+        typer.Option(help="See `bench attention --list-shapes`. Default: those of models on a GPU, else cpu-1k."),
     ] = None,
     variants: Annotated[
-        list[str] | None, typer.Option(help="exact, order0, diagonal, global, grouped, int8. Default: all.")
+        list[str] | None,
+        typer.Option(help="exact, order0, diagonal, global, grouped, about, mixed, int8. Default: all."),
     ] = None,
     densities: Annotated[list[float] | None, typer.Option(help="Densities. Default: 5 to 100 %.")] = None,
     q_block: Annotated[int, typer.Option(help="Tokens per query block.", min=1)] = 128,
@@ -85,31 +88,39 @@ def kernels(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of inputs and plans.", min=0)] = 0,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Begin nothing after so many minutes; what is left out is said.", min=0)
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="File for the results, written row by row.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="File for a table of the results, written likewise.")] = None,
 ) -> None:
     """Time block attention alone against the fastest dense attention, after a numerical check of each variant."""
     import torch
 
     from dit_accel.bench.attention import Options, stamp
-    from dit_accel.bench.kernels import DENSITIES, find_pattern, find_variants, measure_kernels
-    from dit_accel.bench.shapes import find_shape
-    from dit_accel.bench.table import stream_csv
+    from dit_accel.bench.kernels import DENSITIES, MARKDOWN, find_pattern, find_variants, measure_kernels
+    from dit_accel.bench.shapes import MODEL_SHAPES, find_shape
+    from dit_accel.bench.table import stream_csv, stream_markdown
     from dit_accel.models import resolve_device
 
-    chosen, names = [find_shape(name) for name in shapes or ["cpu-1k"]], find_variants(variants or [])
     where, kind = resolve_device(device, dtype)
+    usual = list(MODEL_SHAPES) if torch.device(where).type == "cuda" else ["cpu-1k"]
+    chosen, names = [find_shape(name) for name in shapes or usual], find_variants(variants or [])
+    deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     options = Options(torch.device(where), kind, rounds, heads, limit, backend, seed)
     rows = (
         vars(row)
         for shape in chosen
         for row in measure_kernels(
-            shape, densities or DENSITIES, names, options, (q_block, k_block), find_pattern(pattern)
+            shape, densities or DENSITIES, names, options, (q_block, k_block), find_pattern(pattern), deadline
         )
     )
-    for row in stream_csv(csv, rows, {**stamp(), "command": command_line()}):
+    common = {**stamp(), "command": command_line()}
+    for row in stream_markdown(markdown, stream_csv(csv, rows, common), MARKDOWN, common):
         console.print(_kernel_line(row), markup=False)
-    if csv is not None:
-        console.print(f"written: {csv}", markup=False)
+    for path in (csv, markdown):
+        if path is not None:
+            console.print(f"written: {path}", markup=False)
 
 
 def _kernel_line(row: Mapping[str, Any]) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dit_accel.errors import ConfigError
+from dit_accel.kernels.ranking import Ranking, rank
 
 Rounding = Literal["round", "floor", "ceil", "plus_one"]
 Share = float | Tensor
@@ -24,19 +26,29 @@ _SLACK = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """Candidates from best to worst: those forced first, those that must not be chosen last.
+    """Candidates and their ranking: those forced first, those that must not be chosen last.
 
     Args:
         scores: `[..., L]`, -inf where a candidate must not be chosen.
         shares: `[..., L]`, the share of the attention mass that each is thought to hold; rows sum to 1.
-        forced: int64 `[...]`, how many leading candidates are kept whatever the budget says.
+        first: bool `[..., L]`, candidates that are kept whatever the budget says.
         total: int64 `[...]`, how many candidates a share of blocks is a share of.
     """
 
     scores: Tensor
     shares: Tensor
-    forced: Tensor
+    first: Tensor
     total: Tensor
+
+    @cached_property
+    def ranking(self) -> Ranking:
+        """From best to worst, ties to the lower index."""
+        return rank(self.scores, self.first)
+
+    @property
+    def forced(self) -> Tensor:
+        """How many leading candidates are kept whatever the budget says, int64 `[...]`."""
+        return self.first.sum(-1)
 
     @property
     def available(self) -> Tensor:
@@ -107,12 +119,8 @@ class TopP(Budget):
 
     def wanted(self, ranked: Ranked) -> Tensor:
         """See `Budget`."""
-        # In fp64, as many small shares add up to little.
-        shares = ranked.shares.double()
-        reached = shares.cumsum(-1)
         mass = per_head(self.mass, ranked.total).unsqueeze(-1)
-        below = reached - shares < mass - 1e-12 if self.crossing == "keep" else reached <= mass + 1e-12
-        return (below | (mass >= 1)).sum(-1)
+        return ranked.ranking.reaching(ranked.shares, mass, self.crossing)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +139,7 @@ class Threshold(Budget):
         scores, count = ranked.scores.masked_fill(~real, 0), real.sum(-1, keepdim=True).clamp(min=1)
         mean = scores.sum(-1, keepdim=True) / count
         sigma = ((scores - mean).square() * real).sum(-1, keepdim=True).div(count).sqrt()
-        place = torch.arange(scores.shape[-1], device=scores.device)
-        return (real & ((scores > mean + self.tau * sigma) | (place < ranked.forced.unsqueeze(-1)))).sum(-1)
+        return (real & ((scores > mean + self.tau * sigma) | ranked.first)).sum(-1)
 
 
 def rounded(share: Share, total: Tensor, rounding: Rounding) -> Tensor:

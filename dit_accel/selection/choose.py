@@ -77,11 +77,8 @@ def select_blocks(
 
 
 def _keep(rows: Tensor, shares: Tensor, first: Tensor, total: Tensor, budget: Budget) -> Tensor:
-    order = rows.masked_fill(first, torch.inf).argsort(dim=-1, descending=True, stable=True)
-    ranked = Ranked(rows.gather(-1, order), shares.gather(-1, order), first.sum(-1), total)
-    place = torch.arange(rows.shape[-1], device=rows.device)
-    kept = place < budget.counts(ranked).unsqueeze(-1)
-    return torch.zeros_like(first).scatter_(-1, order, kept)
+    ranked = Ranked(rows, shares, first, total)
+    return ranked.ranking.leading(budget.counts(ranked))
 
 
 def select_plan(

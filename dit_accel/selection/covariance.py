@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.block_statistics import covariance_norms_in_triton
+from dit_accel.kernels.operations import uses_triton
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
-from dit_accel.selection.pooling import block_means, gather_blocks, pooled_scores, working
+from dit_accel.selection.pooling import block_means, gather_blocks, lengths_of, pooled_scores, working
 from dit_accel.selection.scores import row_groups
 
 _SHARPNESS = 0.85
@@ -16,6 +18,8 @@ _FLOOR = 1e-5  # of the published code: keeps the logarithm of a block of identi
 
 def covariance_norms(k: Tensor, v: Tensor, blocks: Blocking, layout: TokenLayout) -> Tensor:
     """Frobenius norm of H = Σ (k - k̄) vᵀ over the real tokens of each block, `[B, H, n]`. k, v `[B, H, N, D]`."""
+    if uses_triton("covariance norms", k):
+        return covariance_norms_in_triton(k, v, blocks, lengths_of(layout.valid, k.device))
     return covariance_squares(k, v, blocks, layout).sum(-1).sqrt()
 
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.block_statistics import block_means_in_triton
+from dit_accel.kernels.operations import uses_triton
+from dit_accel.kernels.triton_rest import tokens_of
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
 
@@ -17,6 +20,11 @@ Valid = tuple[int, ...] | None
 def working(x: Tensor) -> Tensor:
     """`x` in the arithmetic of scores, fp32 (fp64 for fp64): in bf16 many scores tie, and ties favour early blocks."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def lengths_of(valid: Valid, device: torch.device) -> Tensor | None:
+    """Leading tokens that count, int32 `[B]`; None: all."""
+    return None if valid is None else torch.tensor(valid, dtype=torch.int32, device=device)
 
 
 def real_tokens(tokens: int, valid: Valid, device: torch.device) -> Tensor:
@@ -67,6 +75,10 @@ def block_means(x: Tensor, blocks: Blocking, valid: Valid = None) -> tuple[Tenso
     Returns:
         Means, fp32 (fp64 for fp64) `[B, H, n, D]`, 0 for a block without valid tokens; counts `[B or 1, 1, n]`.
     """
+    if uses_triton("block means", x):
+        length = lengths_of(valid, x.device)
+        counts = tokens_of(blocks, length, x.device).to(torch.float32).unsqueeze(1)
+        return block_means_in_triton(x, blocks, length), counts
     rows, real = gather_blocks(x, blocks, valid)
     counts = real.sum(-1).to(rows.dtype).unsqueeze(1)
     return rows.sum(3) / counts.clamp(min=1).unsqueeze(-1), counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -43,8 +44,8 @@ def test_a_wrong_backend_is_not_timed(monkeypatch):
     for name in ("_BACKENDS", "_DISABLED", "_TESTED"):
         monkeypatch.setattr(registry, name, type(getattr(registry, name))(getattr(registry, name)))
 
-    def forgets_padding(q, k, v, plan, *, kv_len, **options):
-        return torch_backend.run(q, k, v, plan, kv_len=None, **options)
+    def forgets_padding(q, k, v, call):
+        return torch_backend.run(q, k, v, replace(call, kv_len=None))
 
     wrong = Backend("wrong", forgets_padding, lambda request: None, priority=9, break_even=1.0, needs_self_test=False)
     register_backend(wrong)
@@ -65,6 +66,35 @@ def test_rows_of_a_plan_select_the_same_number_of_blocks(pattern, density):
         assert plan.to_mask()[0, 0, -1, -1]
 
 
+def test_one_failure_loses_no_other_row(monkeypatch):
+    real = kernels.block_attention
+
+    def fails(*arguments, remainder, **options):
+        if remainder is not None:
+            raise MemoryError("out of memory\nsomewhere")
+        return real(*arguments, remainder=remainder, **options)
+
+    monkeypatch.setattr(kernels, "block_attention", fails)
+    rows = list(measure_kernels(TINY, [0.5], ["exact", "order0", "int8"], OPTIONS, (32, 16)))
+    assert [row.attend_ms is None for row in rows] == [False, True, False]
+    assert rows[1].note == "failed: MemoryError: out of memory"
+    monkeypatch.setattr(kernels, "fastest_dense", fails)
+    assert len(list(measure_kernels(TINY, [0.5, 1.0], ["exact"], OPTIONS, (32, 16)))) == 2
+
+
+def test_nothing_begins_after_the_deadline():
+    rows = list(measure_kernels(TINY, [0.5, 1.0], ["exact"], OPTIONS, (32, 16), deadline=0.0))
+    assert [row.note for row in rows] == 2 * ["left out: the time is up"]
+    (row,) = measure_kernels(TINY, [0.5], ["exact"], OPTIONS, (32, 16), deadline=time.monotonic() + 60)
+    assert row.attend_ms > 0
+
+
+def test_the_shapes_of_models_have_their_published_lengths():
+    tokens = {name: shape.layout.tokens for name, shape in shapes.MODEL_SHAPES.items()}
+    videos = {"wan-1.3b": 32_760, "wan-14b": 75_600, "hunyuan": 118_800 + 256, "cogvideox": 17_550 + 226}
+    assert tokens == videos | {"flux-1k": 4_608, "flux-2k": 16_896, "flux-4k": 66_048}
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ConfigError, match="--variants: unknown variant 'int9'; did you mean 'int8'"):
         find_variants(["int9"])
@@ -74,9 +104,10 @@ def test_unknown_names_are_refused():
 
 def test_the_command_writes_what_it_prints(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(shapes.SMALL_SHAPES, "tiny", TINY)
-    path = tmp_path / "rows.csv"
+    path, page = tmp_path / "rows.csv", tmp_path / "pages" / "rows.md"
     words = "bench kernels --shapes tiny --variants exact --densities 0.5 --rounds 1 --q-block 32 --k-block 16"
-    monkeypatch.setattr(sys, "argv", ["dit-accel", *words.split(), "--csv", str(path), "--device", "cpu"])
+    words += f" --csv {path} --markdown {page} --max-minutes 5 --device cpu"
+    monkeypatch.setattr(sys, "argv", ["dit-accel", *words.split()])
     with pytest.raises(SystemExit) as left:
         main.main()
     assert left.value.code == 0
@@ -85,3 +116,7 @@ def test_the_command_writes_what_it_prints(monkeypatch, capsys, tmp_path):
     assert float(row["attend_ms"]) > 0
     assert row["command"].startswith("dit-accel bench kernels")
     assert "tiny exact 50% of 2 heads: torch" in capsys.readouterr().out
+    stamp, _, names, _, cells = page.read_text(encoding="utf-8").splitlines()
+    assert "command dit-accel bench kernels" in stamp
+    assert len(names.split("|")) == len(cells.split("|"))
+    assert "| tiny | 170 | 2 | exact | 50.0% | torch |" in cells

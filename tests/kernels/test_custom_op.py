@@ -7,7 +7,8 @@ import torch
 from kernel_cases import random_plan, tensors, uniform, window_plan
 
 from dit_accel.kernels import Precision, Remainder, block_attention
-from dit_accel.kernels.custom_op import call
+from dit_accel.kernels.custom_op import enter
+from dit_accel.kernels.spec import AttentionCall
 from dit_accel.plan import Blocking
 
 
@@ -88,5 +89,5 @@ def test_the_fake_promises_what_the_operator_gives(transposed):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.dit_accel, "block_attention", record)
-        call(q, k, v, plan, 0.25, None, None, None, "torch")
+        enter(q, k, v, AttentionCall(plan, 0.25), "torch")
     torch.library.opcheck(operator, captured[0], test_utils=("test_schema", "test_faketensor"))

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from kernel_cases import random_plan, tensors, uniform
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
 
+from dit_accel import engine
 from dit_accel.errors import UnsupportedError
-from dit_accel.kernels import Precision, Remainder, backends, block_attention, flex_backend
+from dit_accel.kernels import Precision, Remainder, backends, block_attention, dense, flex_backend
 from dit_accel.kernels.dense import dense_attention, dense_backends, exact_backends, preferred
 from dit_accel.kernels.registry import Request
+from dit_accel.methods.registry import get_method
+from dit_accel.schedule import Schedule
+from dit_accel.state import RunState
 
 CUDA = Request(torch.device("cuda"), torch.bfloat16, 64, q_size=128, k_size=64)
 
@@ -41,7 +47,7 @@ def test_the_lists_of_flex_are_those_of_the_plan():
     [
         ({"device": torch.device("cpu")}, "only its compiled form skips blocks"),
         ({"remainder": Remainder()}, "no remainder"),
-        ({"precision": Precision("int8")}, "does not quantise"),
+        ({"precision": Precision("int8")}, "neither quantises nor skips"),
         ({"has_predicate": True}, "only whole blocks"),
         ({"is_uniform": False}, "only whole blocks"),
         ({"k_size": 32}, "multiple of 128 x 64 tokens"),
@@ -63,6 +69,53 @@ def test_an_explicit_backend_never_falls_back():
             dense_attention(q, k, v, backend=name)
     with pytest.raises(UnsupportedError, match="unknown backend 'cudn'; did you mean 'cudnn'"):
         dense_attention(q, k, v, backend="cudn")
+
+
+def allowed():
+    """Which kernels torch's attention may take now, the first to be tried first."""
+    order = torch._C._get_sdp_priority_order()
+    flags = torch.backends.cuda
+    on = {
+        SDPBackend.CUDNN_ATTENTION: flags.cudnn_sdp_enabled(),
+        SDPBackend.FLASH_ATTENTION: flags.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: flags.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: flags.math_sdp_enabled(),
+    }
+    return [SDPBackend(n) for n in order if on.get(SDPBackend(n))]
+
+
+def test_dense_steps_try_the_fastest_kernel_first_and_leave_no_trace(monkeypatch):
+    q, k, v = (x.float() for x in tensors(queries=40))
+    before = allowed()
+    with dense.fastest_first(q):
+        assert allowed() == before
+    monkeypatch.setattr(dense, "preferred", lambda q: "cudnn")
+    mask = torch.rand(40, 40, generator=torch.Generator().manual_seed(0)) < 0.5
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with dense.fastest_first(q):
+        assert allowed()[0] == SDPBackend.CUDNN_ATTENTION
+        assert set(allowed()) == set(before)
+        # What that kernel cannot serve is still served.
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), wanted)
+    assert allowed() == before
+
+
+@pytest.mark.parametrize(("method", "inside"), [("radial", True), ("dense", False)])
+def test_the_engine_runs_dense_steps_so_but_leaves_a_dense_method_alone(monkeypatch, method, inside):
+    entered = []
+
+    @contextmanager
+    def watched(q):
+        entered.append(q.shape)
+        yield
+
+    monkeypatch.setattr(engine, "fastest_first", watched)
+    layers = [torch.nn.Identity()]
+    machine = engine.Engine(get_method(method), Schedule.make(dense_layers=[(0, 1)]), layers)
+    machine.begin(RunState((2, 4, 4), 0, 0.5))
+    q = torch.zeros(1, 32, 2, 8)
+    machine.attend(layers[0], q, q, q, dense=lambda: q)
+    assert len(entered) == inside
 
 
 def test_dense_attention_here_is_that_of_torch():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import both, random_plan, tensors, uniform
+from kernel_cases import both, random_plan, tensors, uniform, window_plan
 from torch.nn import functional as F
 
+from dit_accel.errors import PlanError
 from dit_accel.kernels import Precision, Remainder, block_attention
 from dit_accel.kernels.quantize import round_to_int8
 from dit_accel.plan import Blocking, BlockPlan
@@ -27,6 +28,36 @@ def test_the_fast_path_follows_the_definition(smooth, rest, kv_len):
     rounded, _ = both(q, k, v, plan, precision=Precision("int8", smooth), remainder=rest, **options)
     exact, _ = both(q, k, v, plan, remainder=rest, **options)
     assert 1e-5 < (rounded - exact).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("precision", [Precision(skip=1.5), Precision("int8", skip=0.0)], ids=str)
+@pytest.mark.parametrize("windows", [False, True])
+def test_tiles_far_below_the_maximum_are_left_out(precision, windows):
+    q, k, v = tensors(batch=2, queries=75, factor=3.0)
+    k[:, :, 32:] *= 0.05
+    k[1, :, 40:] = v[1, :, 40:] = torch.nan
+    blocks = Blocking.uniform(75, 16)
+    plan = window_plan(blocks, blocks, 30)[0] if windows else random_plan(blocks, blocks, share=0.8)
+    options = {"precision": precision, "kv_len": torch.tensor([75, 40]), "remainder": Remainder()}
+    skipped, _ = both(q, k, v, plan, **options)
+    kept = block_attention(q, k, v, plan, backend="reference", **options | {"precision": Precision(precision.qk)})
+    assert (skipped - kept).abs().max() > 1e-6
+
+
+def test_what_is_skipped_weighs_little_and_a_large_limit_skips_nothing():
+    q, k, v = tensors(queries=96, factor=4.0)
+    k[:, :, 48:] *= 0.05
+    plan = BlockPlan.full(*uniform(96, 8))
+    exact, lse = both(q, k, v, plan)
+    for limit in (1.0, 3.0):
+        # Every tile left out weighs at most 8 exp(-limit) of the largest weight of the row.
+        out, other = both(q, k, v, plan, precision=Precision(skip=limit))
+        bound = 12 * 8 * torch.e**-limit
+        assert 0 < (lse - other).max() <= bound
+        assert (out - exact).abs().max() <= 2 * bound * v.abs().max()
+    torch.testing.assert_close(both(q, k, v, plan, precision=Precision(skip=1e3))[0], exact, atol=0, rtol=0)
+    with pytest.raises(PlanError, match=r"Precision.skip: expected at least 0, got -1"):
+        Precision(skip=-1)
 
 
 @pytest.mark.parametrize("tokens", [1, 17])

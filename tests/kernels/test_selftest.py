@@ -25,32 +25,32 @@ from dit_accel.kernels.selftest import fault_of
 REQUEST = Request(torch.device("cpu"), torch.float32, 16, q_size=16, k_size=16)
 
 
-def wrong_block(q, k, v, plan, **options):
+def wrong_block(q, k, v, call):
     """Attends the block after the one selected."""
-    shifted = replace(plan, indices=(plan.indices + 1) % plan.k_blocks.count)
-    return torch_backend.run(q, k, v, shifted, **options)
+    shifted = replace(call.plan, indices=(call.plan.indices + 1) % call.plan.k_blocks.count)
+    return torch_backend.run(q, k, v, replace(call, plan=shifted))
 
 
-def forgets_padding(q, k, v, plan, *, kv_len, **options):
-    return torch_backend.run(q, k, v, plan, kv_len=None, **options)
+def forgets_padding(q, k, v, call):
+    return torch_backend.run(q, k, v, replace(call, kv_len=None))
 
 
-def scaled_lse(*arguments, **options):
-    out, lse = torch_backend.run(*arguments, **options)
+def scaled_lse(*arguments):
+    out, lse = torch_backend.run(*arguments)
     return out, lse / 0.6931
 
 
-def not_a_number(*arguments, **options):
-    out, lse = torch_backend.run(*arguments, **options)
+def not_a_number(*arguments):
+    out, lse = torch_backend.run(*arguments)
     return out * torch.nan, lse
 
 
-def flat(*arguments, **options):
-    out, lse = torch_backend.run(*arguments, **options)
+def flat(*arguments):
+    out, lse = torch_backend.run(*arguments)
     return out.flatten(2), lse
 
 
-def crashes(*arguments, **options):
+def crashes(*arguments):
     raise RuntimeError("no kernel image\nis available")
 
 
@@ -96,9 +96,9 @@ def test_a_wrong_backend_is_disabled_with_the_reason(table, run, words):
 def test_it_runs_once_per_device_dtype_and_head_size(table):
     calls = []
 
-    def counted(*arguments, **options):
+    def counted(*arguments):
         calls.append(arguments[0].shape[-1])
-        return torch_backend.run(*arguments, **options)
+        return torch_backend.run(*arguments)
 
     register_backend(Backend("counted", counted, lambda request: None, priority=9, break_even=1.0))
     for _ in range(3):
@@ -111,8 +111,8 @@ def test_it_runs_once_per_device_dtype_and_head_size(table):
 
 
 def test_a_disabled_size_does_not_disable_the_others(table):
-    def wrong_at_eight(q, k, v, plan, **options):
-        return (wrong_block if q.shape[-1] == 8 else torch_backend.run)(q, k, v, plan, **options)
+    def wrong_at_eight(q, k, v, call):
+        return (wrong_block if q.shape[-1] == 8 else torch_backend.run)(q, k, v, call)
 
     register_backend(Backend("partly", wrong_at_eight, lambda request: None, priority=9, break_even=1.0))
     assert choose_backend("auto", replace(REQUEST, head_dim=8)).name == "torch"

@@ -11,13 +11,32 @@ import torch
 from kernel_cases import random_plan, tensors, uniform
 
 from dit_accel.errors import UnsupportedError
-from dit_accel.kernels import Remainder, backends, block_attention, triton_backend
-from dit_accel.kernels.aot import Case, Resources, compile_cases, features_shipped, shipped
+from dit_accel.kernels import Precision, Remainder, backends, block_attention, triton_backend, triton_launch
+from dit_accel.kernels.aot import Resources, compile_cases
+from dit_accel.kernels.aot_cases import (
+    AttentionCase,
+    HelperCase,
+    features_shipped,
+    from_json,
+    helper_launches,
+    recording,
+    shipped,
+)
 from dit_accel.kernels.registry import Request
-from dit_accel.kernels.triton_configs import TILES, Features, Tile, architecture, choose_tile, next_power_of_two
+from dit_accel.kernels.spec import AttentionCall
+from dit_accel.kernels.triton_configs import (
+    NO_SKIP,
+    TILES,
+    Features,
+    Tile,
+    architecture,
+    choose_tile,
+    next_power_of_two,
+)
+from dit_accel.plan import Blocking, BlockPlan
 
 GOOD = Resources(168, 0, 100_000, 12, ("wgmma", "TMA"))
-SPECIALIZED = Case(90, TILES[90][128][0], Features(128, torch.bfloat16))
+SPECIALIZED = AttentionCase(90, TILES[90][128][0], Features(128, torch.bfloat16))
 
 
 def test_there_are_at_most_four_tiles_per_architecture_and_head_size():
@@ -70,14 +89,17 @@ def test_the_choice_and_the_kernel_know_neither_lengths_nor_counts():
     """A value that Triton specialises on, or that chooses the tile, would compile again when it changes."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     from dit_accel.kernels.triton_attention import attention
+    from dit_accel.kernels.triton_selection import leading, move_rows, reaching
     from dit_accel.kernels.triton_statistics import quantize, statistics
+    from dit_accel.kernels.triton_summaries import add_mixed, block_shares, seen_by_means
 
     assert set(inspect.signature(choose_tile).parameters) == {"arch", "features", "q_size", "k_size"}
     # Strides of tensors, and the factor on the logits, follow from the model; everything else varies.
-    fixed = {f"{name}_{axis}" for name in ("q", "k", "v", "out", "x") for axis in "bhn"} | {"scale"}
-    for kernel in (attention, statistics, quantize):
+    fixed = {f"{name}_{axis}" for name in ("q", "k", "v", "out", "x", "part") for axis in "bhn"} | {"scale", "skip"}
+    helpers = (leading, reaching, move_rows, add_mixed, block_shares, seen_by_means)
+    for kernel in (attention, statistics, quantize, *helpers):
         names = [p.name for p in kernel.params]
-        pointers = set(names[: min(names.index(n) for n in ("scale", "k_b") if n in names)])
+        pointers = set(names[: min(names.index(n) for n in ("scale", "k_b", "x_b", "columns") if n in names)])
         for parameter in kernel.params:
             if not parameter.is_constexpr and parameter.name not in fixed | pointers:
                 assert parameter.do_not_specialize, parameter.name
@@ -99,12 +121,51 @@ def test_the_gate_names_the_fault(changed, words):
     assert words in replace(GOOD, **changed).fault(SPECIALIZED)
 
 
-def test_every_tile_is_in_the_gate():
+def test_every_tile_and_every_kernel_is_in_the_gate():
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    from triton.runtime.jit import JITFunction
+
+    from dit_accel.kernels import triton_attention, triton_selection, triton_statistics, triton_summaries
+
     for arch, dim in itertools.product(TILES, (64, 128)):
         cases = shipped([arch], [dim])
-        assert {case.features for case in cases} == set(features_shipped(dim))
-        assert len({(case.tile.tma, case.tile.specialize, case.tile.fp32, case.tile.warps) for case in cases}) > 1
-        assert all(Case.from_json(case.to_json()) == case for case in cases)
+        attention = [case for case in cases if isinstance(case, AttentionCase)]
+        features = {f for f in features_shipped(dim) if not (f.skip and arch == NO_SKIP)}
+        assert {case.features for case in attention} == features
+        assert len({(case.tile.tma, case.tile.specialize, case.tile.fp32, case.tile.warps) for case in attention}) > 1
+        assert all(from_json(case.to_json()) == case for case in cases)
+        kernels = {case.launch().kernel for case in cases}
+        for module in (triton_attention, triton_selection, triton_statistics, triton_summaries):
+            launched = {x for x in vars(module).values() if isinstance(x, JITFunction) and x.do_not_specialize}
+            assert launched <= kernels, module.__name__
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"remainder": Remainder(about="query", first_order="mixed")},
+        {"precision": Precision("int8")},
+        {"kv_len": torch.empty(1, dtype=torch.int64, device="meta")},
+    ],
+    ids=["exact", "about", "int8", "lengths"],
+)
+def test_a_call_launches_nothing_that_the_gate_does_not_compile(monkeypatch, extra):
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    monkeypatch.setattr(triton_launch, "_architecture", lambda device: 90)
+    q, k, v = (torch.empty(1, 3, 640, 128, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    blocks = Blocking.uniform(640, 64)
+    with recording() as launches:
+        triton_backend.run(q, k, v, AttentionCall(BlockPlan.full(blocks, blocks, "meta"), 0.1, **extra))
+
+    def told(launch):
+        """Kernel and compile-time arguments, but for those on which only the shape of the last blocks depends."""
+        free = ("HAS_LENGTH",)
+        return launch.kernel, frozenset((k, v) for k, v in launch.options.items() if k.isupper() and k not in free)
+
+    compiled = {told(case.launch()) for case in shipped([90], [128])}
+    assert launches
+    assert {told(launch) for launch in launches} <= compiled
 
 
 def test_a_tile_that_cannot_compile_is_a_fault_and_not_an_exception():
@@ -116,13 +177,18 @@ def test_a_tile_that_cannot_compile_is_a_fault_and_not_an_exception():
 def test_shipped_kernels_of_every_architecture_compile_without_spills():
     """One per architecture; `samples/compile_kernels.py` compiles all of them."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
-    half = Features(128, torch.bfloat16)
+    half, narrow = Features(128, torch.bfloat16), Features(64, torch.bfloat16)
+    helpers = {made.name: place for place, made in enumerate(helper_launches(128, torch.bfloat16))}
     cases = [
-        Case(80, TILES[80][128][0], half),
-        Case(89, TILES[89][128][2], replace(half, rest=1, first_order=1)),
-        Case(90, TILES[90][128][0], replace(half, rest=1)),
-        Case(100, TILES[100][128][0], half),
-        Case(120, TILES[120][128][2], replace(half, stride=(1, 1, 1), ball=True)),
+        AttentionCase(80, TILES[80][128][0], half),
+        AttentionCase(89, TILES[89][64][2], replace(narrow, rest=1, first_order=1)),
+        AttentionCase(90, TILES[90][128][0], replace(half, rest=1)),
+        AttentionCase(90, TILES[90][128][3], replace(half, rest=3)),
+        AttentionCase(100, TILES[100][128][0], half),
+        AttentionCase(120, TILES[120][128][2], replace(half, uniform=False, has_length=True)),
+        AttentionCase(120, TILES[120][128][2], replace(half, stride=(1, 1, 1), ball=True)),
+        HelperCase(90, 128, torch.bfloat16, helpers["seen_by_means uniform"]),
+        HelperCase(120, 128, torch.bfloat16, helpers["leading of 2048"]),
     ]
     results = list(compile_cases(cases, timeout=3600))
     assert [case for case, _ in results] == cases
@@ -135,7 +201,7 @@ def test_without_a_gpu_the_reason_is_named(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     request = Request(torch.device("cpu"), torch.float32, 64)
     assert "needs a CUDA device" in backends(request)["triton"]
-    assert "D x D matrix" in backends(replace(request, remainder=Remainder(first_order="mixed")))["triton"]
+    assert "as dense attention" in backends(replace(request, remainder=Remainder(first_order="block")))["triton"]
     q, k, v = (x.float() for x in tensors(queries=40))
     with pytest.raises(UnsupportedError, match="backend 'triton' cannot run this call: it needs a CUDA device"):
         block_attention(q, k, v, random_plan(*uniform(40, 16)), backend="triton")

@@ -11,7 +11,7 @@ from kernel_cases import ball, boxes_of_heads, plan_of_box, random_plan, tensors
 from torch.nn import functional as F
 
 from dit_accel.errors import UnsupportedError
-from dit_accel.kernels import backends, block_attention, merge, triton_backend
+from dit_accel.kernels import backends, block_attention, merge, triton_launch
 from dit_accel.kernels.registry import Request
 from dit_accel.kernels.triton_configs import Tile
 from dit_accel.plan import Blocking, BlockPlan
@@ -88,7 +88,7 @@ def test_lists_may_be_a_slice_of_longer_ones():
 
 @pytest.mark.parametrize("tile", [Tile(32, 16, 4, 1), Tile(32, 32, 4, 2, tma=True)], ids=str)
 def test_an_item_without_any_key_gives_zero(monkeypatch, tile):
-    monkeypatch.setattr(triton_backend, "choose_tile", lambda *arguments: tile)
+    monkeypatch.setattr(triton_launch, "choose_tile", lambda *arguments: tile)
     q, k, v = tensors(batch=2, heads=1, queries=40)
     k[0] = v[0] = torch.nan
     plan = random_plan(*uniform(40, 32), axes=(1, 1))
@@ -158,7 +158,7 @@ def test_the_axis_order_of_diffusers_needs_no_copy():
 @pytest.mark.parametrize("tile", [Tile(128, 64, 8, 2), Tile(16, 32, 4, 2, tma=True), Tile(32, 16, 4, 1)], ids=str)
 @pytest.mark.parametrize("valid", [None, 77])
 def test_every_kind_of_tile(monkeypatch, tile, valid):
-    monkeypatch.setattr(triton_backend, "choose_tile", lambda *arguments: tile)
+    monkeypatch.setattr(triton_launch, "choose_tile", lambda *arguments: tile)
     q, k, v = tensors(queries=140, heads=1, dim=32)
     options = {}
     if valid is not None:

@@ -9,14 +9,17 @@ from kernel_cases import random_plan, tensors, uniform, window_plan
 from torch.nn import functional as F
 
 from dit_accel.errors import UnsupportedError
-from dit_accel.kernels import Precision, Remainder, block_attention, triton_backend
+from dit_accel.kernels import Precision, Remainder, block_attention, triton_backend, triton_launch
 from dit_accel.kernels.quantize import round_to_int8
 from dit_accel.kernels.triton_configs import Tile
-from dit_accel.kernels.triton_operands import Int8Operands, Rest
+from dit_accel.kernels.triton_int8 import Int8Operands
+from dit_accel.kernels.triton_rest import Rest
 from dit_accel.plan import Blocking, BlockPlan
 
 ORDERS = ("none", "global", "grouped")
 EVERY = [Remainder(mass, order, 3) for mass in ("mean", "diagonal") for order in ORDERS]
+SEEN = [Remainder(first_order=order, group=3, about="query") for order in ("mixed", *ORDERS)]
+MIXED = [Remainder(mass, "mixed") for mass in ("mean", "diagonal")]
 
 
 def small(batch=1, heads=1, tokens=110, size=16, **options):
@@ -25,13 +28,13 @@ def small(batch=1, heads=1, tokens=110, size=16, **options):
     return q, k, v, random_plan(q_blocks, k_blocks, axes=(1, heads))
 
 
-@pytest.mark.parametrize("rest", EVERY, ids=str)
+@pytest.mark.parametrize("rest", EVERY + SEEN + MIXED, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_kernel_follows_the_definition(rest, dtype):
     close_to_reference(*small(), dtype, remainder=rest)
 
 
-@pytest.mark.parametrize("rest", EVERY[:1] + EVERY[-1:], ids=str)
+@pytest.mark.parametrize("rest", EVERY[:1] + EVERY[-1:] + SEEN[:2] + MIXED[1:], ids=str)
 def test_padding_and_ragged_blocks(rest):
     q_blocks, k_blocks = Blocking.from_lengths([3, 40, 9]), Blocking.from_lengths([5, 1, 70, 12, 32, 2])
     q, k, v = tensors(batch=2, heads=1, queries=q_blocks.tokens, keys=k_blocks.tokens, dim=24)
@@ -40,9 +43,9 @@ def test_padding_and_ragged_blocks(rest):
     close_to_reference(q, k, v, plan, remainder=rest, kv_len=torch.tensor([122, 50]))
 
 
-@pytest.mark.parametrize("rest", EVERY[1:], ids=str)
+@pytest.mark.parametrize("rest", EVERY[1:] + SEEN + MIXED[1:], ids=str)
 def test_more_summaries_than_a_tile_holds(monkeypatch, rest):
-    monkeypatch.setattr(triton_backend, "choose_tile", lambda *arguments: Tile(64, 16, 4, 1))
+    monkeypatch.setattr(triton_launch, "choose_tile", lambda *arguments: Tile(64, 16, 4, 1))
     close_to_reference(*small(tokens=90, size=2), remainder=rest)
 
 
@@ -51,7 +54,7 @@ def test_windows_with_a_remainder():
     close_to_reference(*tensors(heads=1, queries=100), plan, remainder=EVERY[-1])
 
 
-@pytest.mark.parametrize("rest", EVERY, ids=str)
+@pytest.mark.parametrize("rest", EVERY + SEEN[:1] + SEEN[2:], ids=str)
 def test_every_accumulator_follows_the_maximum_of_the_summaries(rest):
     """Only the weakest block is exact, so the maximum moves when the summaries come."""
     q, k, v = tensors(heads=1, queries=64, factor=8.0)
@@ -88,7 +91,7 @@ def test_an_item_without_any_key_gives_zero():
 @pytest.mark.parametrize("rest", EVERY[:1] + EVERY[1:2], ids=str)
 @pytest.mark.parametrize("valid", [None, 77])
 def test_descriptors_read_keys_and_means_from_one_copy(monkeypatch, rest, valid):
-    monkeypatch.setattr(triton_backend, "choose_tile", lambda *arguments: Tile(64, 32, 4, 2, tma=True))
+    monkeypatch.setattr(triton_launch, "choose_tile", lambda *arguments: Tile(64, 32, 4, 2, tma=True))
     q, k, v, plan = small(tokens=110, size=32, dim=24)
     options = {}
     if valid is not None:
@@ -100,9 +103,8 @@ def test_descriptors_read_keys_and_means_from_one_copy(monkeypatch, rest, valid)
 @pytest.mark.parametrize(
     ("rest", "words"),
     [
-        (Remainder(first_order="block"), "needs a D x D matrix of every block"),
-        (Remainder(first_order="mixed"), "needs a D x D matrix of every block"),
-        (Remainder(about="query"), "other summaries for each query block"),
+        (Remainder(first_order="block"), "costs as much as dense attention"),
+        (Remainder(first_order="block", about="query"), "costs as much as dense attention"),
     ],
     ids=str,
 )
@@ -145,14 +147,43 @@ def test_one_pass_gives_the_statistics_of_the_blocks(mass, order, kv_len):
                 torch.testing.assert_close(rest.moments[item, 0, g // size, :24, :24], wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_heads_in_groups_give_what_all_together_give(monkeypatch):
+    q, k, v = (x.float() for x in tensors(batch=2, heads=3, queries=70))
+    plan, options = random_plan(*uniform(70, 16), axes=(1, 3)), {"remainder": SEEN[0], "return_lse": True}
+    together = block_attention(q, k, v, plan, backend="triton", **options)
+    monkeypatch.setattr(triton_backend, "_LARGEST_TEMPORARY", 1)
+    alone = block_attention(q, k, v, plan, backend="triton", **options)
+    torch.testing.assert_close(alone, together, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("smooth", [True, False])
-@pytest.mark.parametrize("rest", [None, EVERY[-1]], ids=str)
+@pytest.mark.parametrize("rest", [None, EVERY[-1], SEEN[0]], ids=str)
 def test_quantised_queries_and_keys_follow_the_definition(smooth, rest):
     q, k, v, plan = small(batch=2, tokens=75)
     k[1, :, 40:] = v[1, :, 40:] = torch.nan
     options = {"kv_len": torch.tensor([75, 40]), "remainder": rest, "precision": Precision("int8", smooth)}
     # Ties of rounding may fall either way in fp32, which moves a logit by one step.
     close_to_reference(q, k, v, plan, slack=2e-4, **options)
+
+
+@pytest.mark.parametrize("precision", [Precision(skip=1.5), Precision("int8", skip=0.5)], ids=str)
+@pytest.mark.parametrize("rest", [None, SEEN[0]], ids=str)
+def test_tiles_far_below_the_maximum_are_left_out(precision, rest):
+    q, k, v = tensors(heads=1, queries=75, factor=3.0)
+    k[:, :, 32:] *= 0.05
+    plan = random_plan(*uniform(75, 16), axes=(1, 1), share=0.8)
+    options = {"kv_len": torch.tensor([70]), "remainder": rest}
+    skipped, _ = close_to_reference(q, k, v, plan, slack=1e-3, precision=precision, **options)
+    kept = block_attention(*(x.float().double() for x in (q, k, v)), plan, backend="reference", **options)
+    assert (skipped - kept).abs().max() > 1e-2
+
+
+def test_partial_blocks_are_left_out_too():
+    """Blocks no longer than the tiles of partial blocks, so that both mean the same by a tile."""
+    plan, _ = window_plan(*uniform(75, 16), 30)
+    q, k, v = tensors(heads=1, queries=75, factor=3.0)
+    k[:, :, 32:] *= 0.05
+    close_to_reference(q, k, v, plan, slack=1e-3, precision=Precision(skip=1.5))
 
 
 def test_quantisation_rounds_half_away_from_zero_with_one_scale_per_block():
@@ -169,6 +200,6 @@ def test_quantisation_rounds_half_away_from_zero_with_one_scale_per_block():
 
 @pytest.mark.parametrize("tile", [Tile(64, 32, 4, 2, tma=True), Tile(64, 64, 4, 2)], ids=str)
 def test_quantised_tiles_of_every_kind(monkeypatch, tile):
-    monkeypatch.setattr(triton_backend, "choose_tile", lambda *arguments: tile)
+    monkeypatch.setattr(triton_launch, "choose_tile", lambda *arguments: tile)
     q, k, v, plan = small(tokens=110, size=64, dim=32)
     close_to_reference(q, k, v, plan, slack=2e-4, precision=Precision("int8"))

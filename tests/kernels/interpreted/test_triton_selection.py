@@ -1,86 +1,191 @@
-"""Selection and order kernels in the interpreter against plain torch."""
+"""Selection and order in Triton against plain torch: the same blocks to the last tie, and the seam that chooses."""
 
 from __future__ import annotations
+
+import logging
 
 import pytest
 import torch
 from kernel_cases import tensors
 
-from dit_accel.kernels import selection
-from dit_accel.kernels.selection import Rule, gather_tokens, pooled_means, scatter_tokens, select_blocks
+from dit_accel.errors import PlanError
+from dit_accel.kernels import operations, ranking
+from dit_accel.kernels.moving import gather_tokens, scatter_in_triton
+from dit_accel.kernels.operations import register_operation, uses_triton, why_not
+from dit_accel.kernels.ranking import CutRanking, SortedRanking, rank
+from dit_accel.layout import TokenLayout
+from dit_accel.methods.registry import get_method
+from dit_accel.order import TokenOrder
 from dit_accel.plan import Blocking
-
-RULES = [Rule("top_k", 1), Rule("top_k", 4), Rule("top_k", 99), Rule("top_p", 0.6), Rule("top_p", 1.0)]
-RULES += [Rule("threshold", 0.1)]
-
-
-def plain(scores, rule, forced, width):
-    """The definition, row by row in Python."""
-    indices, counts = torch.zeros(*scores.shape[:3], width, dtype=torch.int32), []
-    for place in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:3])):
-        b, h, i = place.tolist()
-        row, share = scores[b, h, i].tolist(), scores[b, h, i].softmax(0).nan_to_num(0.0).tolist()
-        possible = [j for j in range(len(row)) if row[j] != -torch.inf]
-        kept = [j for j in possible if forced is not None and forced[i, j]]
-        for j in sorted(set(possible) - set(kept), key=lambda j: (-row[j], j)):
-            if rule.kind == "top_k" and len(kept) >= rule.value:
-                break
-            if rule.kind == "top_p" and sum(share[j] for j in kept) >= rule.value - 1e-6:
-                break
-            if rule.kind == "threshold" and share[j] < rule.value:
-                break
-            kept.append(j)
-        kept = sorted(kept or [min(i, len(row) - 1)])[:width]
-        indices[b, h, i, : len(kept)] = torch.tensor(kept, dtype=torch.int32)
-        counts.append(len(kept))
-    return indices, torch.tensor(counts, dtype=torch.int32).view(scores.shape[:3])
+from dit_accel.selection import Threshold, TopK, TopP, block_means, select_plan
+from dit_accel.selection.covariance import covariance_norms
 
 
-def some_scores(columns):
-    scores = torch.randn(1, 2, 3, columns, generator=torch.Generator().manual_seed(0))
+@pytest.fixture
+def plain(monkeypatch):
+    """A way to have everything computed in plain torch."""
+
+    def switch():
+        monkeypatch.setattr(operations, "why_not_on", lambda device, dtype: "switched off")
+
+    return switch
+
+
+def some_scores(columns, rows=3):
+    scores = torch.randn(2, 2, rows, columns, generator=torch.Generator().manual_seed(0))
     scores[0, 0, 0, ::2] = scores[0, 0, 0, 0]  # ties
     scores[0, 1, 0, 1:] = -torch.inf
-    scores[0, 1, 2] = -torch.inf
-    scores[0, 1, 1, :2] = torch.tensor([0.0, -0.0])[: min(2, columns)]
+    scores[0, 1, 1] = 0.0
+    scores[0, 1, 1, ::3] = -0.0
+    scores[1, 0, 0] *= 1e30
     return scores
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize(("columns", "with_forced"), [(1, False), (33, False), (13, True)])
-def test_rows_keep_what_the_rule_says(rule, columns, with_forced):
-    scores, forced = some_scores(columns), None
-    if with_forced:
-        forced = torch.rand(3, columns, generator=torch.Generator().manual_seed(1)) < 0.2
-    wanted = plain(scores, rule, forced, columns)
-    for got in (select_blocks(scores, rule, forced), selection._select_sorted(scores, rule, forced, columns)):
-        torch.testing.assert_close(got, wanted)
+@pytest.mark.parametrize(("columns", "share"), [(1, 0.0), (33, 0.0), (13, 0.2), (13, 1.0)])
+def test_the_best_of_a_row_are_those_that_a_sort_puts_first(columns, share):
+    scores = some_scores(columns)
+    first = torch.rand(scores.shape, generator=torch.Generator().manual_seed(1)) < share
+    counts = torch.randint(0, columns + 1, scores.shape[:3], generator=torch.Generator().manual_seed(2))
+    kept = CutRanking(scores, first).leading(counts)
+    assert torch.equal(kept, SortedRanking(scores, first).leading(counts))
+    assert torch.equal(kept.sum(-1), counts)
 
 
-def test_a_narrow_result_cuts_long_rows():
-    indices, counts = select_blocks(some_scores(13), Rule("top_p", 1.0), width=3)
-    assert indices.shape == (1, 2, 3, 3)
-    assert counts.max() == 3
+@pytest.mark.parametrize("crossing", ["keep", "drop"])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_share_of_the_mass_is_counted_as_after_a_sort(crossing, share):
+    scores = some_scores(29)
+    first = torch.rand(scores.shape, generator=torch.Generator().manual_seed(1)) < share
+    shares = scores.softmax(-1)
+    shares[0, 0, 1] = 1 / 29  # a share that whole numbers of candidates reach exactly
+    fast, slow = CutRanking(scores, first), SortedRanking(scores, first)
+    for mass in (1e-9, 10 / 29, 0.5, 1.0):
+        wanted = torch.tensor(mass, dtype=torch.float64)
+        assert torch.equal(fast.reaching(shares, wanted, crossing), slow.reaching(shares, wanted, crossing))
+    each = torch.tensor([0.2, 0.9], dtype=torch.float64).view(1, 2, 1, 1)
+    assert torch.equal(fast.reaching(shares, each, crossing), slow.reaching(shares, each, crossing))
 
 
-@pytest.mark.parametrize("kv_len", [None, (50, 21)])
-def test_means_of_queries_and_keys_in_one_launch(monkeypatch, kv_len):
-    q, k, _ = (x.float() for x in tensors(batch=2, queries=50, dim=24))
-    blocks = Blocking.from_lengths([16, 3, 16, 15])
-    if kv_len is not None:
-        q[1, :, 21:] = k[1, :, 21:] = torch.nan
-        kv_len = torch.tensor(kv_len)
-    got = pooled_means(q, k, blocks, kv_len)
-    monkeypatch.setattr(selection, "runs_triton", lambda x: False)
-    torch.testing.assert_close(got, pooled_means(q, k, blocks, kv_len))
-    assert got[0].isfinite().all()
+@pytest.mark.parametrize(
+    "budget",
+    [
+        TopK(share=0.3),
+        TopK(count=5),
+        TopK(share=torch.tensor([0.1, 0.6])),
+        TopK("head", share=0.3),
+        TopP(mass=0.7),
+        TopP(mass=0.7, crossing="drop", least=0.2),
+        Threshold(tau=0.4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("text", [0, 20])
+def test_plans_are_the_same_bit_for_bit(plain, budget, text):
+    layout = TokenLayout((2, 4, 8), text, "after" if text else "none", (64 + text, 64) if text else None)
+    blocks = layout.blocks(12)
+    scores = torch.randint(-4, 5, (2, 2, blocks.count, blocks.count), generator=torch.Generator().manual_seed(0))
+    scores = scores / 4
+    if text:
+        scores[1, ..., -2:] = -torch.inf
+    forced = torch.rand(blocks.count, blocks.count, generator=torch.Generator().manual_seed(1)) < 0.1
+    got = select_plan(scores, budget, blocks, blocks, layout, forced).validate()
+    plain()
+    wanted = select_plan(scores, budget, blocks, blocks, layout, forced)
+    assert torch.equal(got.counts, wanted.counts)
+    assert torch.equal(got.indices, wanted.indices)
 
 
-@pytest.mark.parametrize(("axes", "transposed"), [((), False), ((1, 2), True), ((2, 1), False), ((2, 2), True)])
-def test_tokens_move_into_an_order_and_back(axes, transposed):
+@pytest.mark.parametrize("valid", [None, (50, 21)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_statistics_of_blocks(plain, valid, dtype):
+    k, v, _ = (x.to(dtype) for x in tensors(batch=2, queries=50, dim=24))
+    if valid is not None:
+        k[1, :, 21:] = v[1, :, 21:] = torch.nan
+    blocks, layout = Blocking.from_lengths([16, 3, 16, 15]), TokenLayout((1, 1, 50), valid=valid)
+    norms = covariance_norms(k, v, blocks, layout)
+    means = block_means(k.transpose(1, 2).contiguous().transpose(1, 2), blocks, valid)
+    plain()
+    for got, wanted in zip(means, block_means(k, blocks, valid), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+        assert got.dtype == torch.float32
+    exact = 1e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(norms, covariance_norms(k, v, blocks, layout), atol=exact, rtol=exact)
+
+
+@pytest.mark.parametrize("axes", [(), (1, 1), (1, 2), (2, 1)])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_an_order_and_its_inverse(axes, transposed):
     x = tensors(batch=2, queries=70, dim=24)[0].float()
     x = x.transpose(1, 2).contiguous().transpose(1, 2) if transposed else x
     index = torch.rand(*axes, 70, generator=torch.Generator().manual_seed(0)).argsort(-1)
     wide = (index if axes else index.view(1, 1, -1)).expand(2, 2, 70).unsqueeze(-1).expand_as(x)
     moved = gather_tokens(x, index)
     assert torch.equal(moved, x.gather(2, wide))
-    assert torch.equal(scatter_tokens(moved, index), x)
+    assert torch.equal(scatter_in_triton(moved, index), x)
+    assert torch.equal(TokenOrder(index).restore(moved), x)
+    with pytest.raises(PlanError, match="expected a permutation of 70 tokens, got one of 69"):
+        gather_tokens(x, index[..., 1:])
+
+
+def test_a_method_runs_in_triton_from_order_to_output_and_gives_what_torch_gives(plain, monkeypatch):
+    """The default method, with everything that it needs on a GPU."""
+    used = []
+    monkeypatch.setattr(operations, "_LOG", logging.getLogger("unused"))
+    real = operations.why_not
+
+    def watched(name, device, dtype):
+        used.append(name)
+        return real(name, device, dtype)
+
+    monkeypatch.setattr(operations, "why_not", watched)
+    layout, method = TokenLayout((2, 8, 12)), get_method("aurora", density=0.25, block=32, tile=(2, 4, 4))
+    q, k, v = (x.float() for x in tensors(heads=2, queries=layout.tokens, dim=16))
+
+    def attend(backend):
+        order, plan = method.plan(layout, q, k, v)
+        from dit_accel.state import CallContext
+
+        out = method.compute(*order.apply(q, k, v), plan, CallContext(layout), backend=backend)
+        return plan, order.restore(out)
+
+    plan, out = attend("triton")
+    assert set(used) == {"move", "block means", "covariance norms", "rank"}
+    plain()
+    expected_plan, expected = attend("torch")
+    assert torch.equal(plan.to_mask(), expected_plan.to_mask())
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_operation_that_is_wrong_is_barred_with_the_reason(monkeypatch, caplog):
+    monkeypatch.setattr(operations, "_CHECKS", dict(operations._CHECKS))
+    monkeypatch.setattr(operations, "_FAULTS", {})
+    x = torch.zeros(1, 1, 4)
+    calls = []
+    register_operation("rank", lambda device, dtype: calls.append(device) or "it keeps the worst")
+    for _ in range(2):
+        assert isinstance(rank(x, x.bool()), SortedRanking)
+    assert len(calls) == 1
+    assert "self-test of 'rank' failed on cpu: it keeps the worst" in why_not("rank", x.device, x.dtype)
+    assert "plain torch computes it" in caplog.text
+
+    def crashes(device, dtype):
+        raise RuntimeError("no kernel image\nis available")
+
+    register_operation("rank", crashes)
+    assert why_not("rank", x.device, x.dtype).endswith("RuntimeError: no kernel image")
+
+
+def test_self_tests_find_a_wrong_kernel(monkeypatch):
+    assert operations.operations(torch.device("cpu"), torch.float32) == dict.fromkeys(
+        ("block means", "covariance norms", "move", "rank")
+    )
+    monkeypatch.setattr(CutRanking, "leading", lambda self, counts: self.first)
+    assert ranking._check(torch.device("cpu"), torch.float32) == "it keeps others than the best"
+
+
+def test_long_rows_and_double_precision_are_sorted():
+    assert uses_triton("rank", torch.zeros(1))
+    wide = torch.zeros(1, 1, ranking._LONGEST_ROW + 1)
+    assert isinstance(rank(wide, wide.bool()), SortedRanking)
+    assert isinstance(rank(wide[..., :4].double(), wide[..., :4].bool()), SortedRanking)
+    assert isinstance(rank(wide[..., :4], wide[..., :4].bool()), CutRanking)

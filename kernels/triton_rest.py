@@ -1,11 +1,11 @@
-"""What the Triton attention kernel reads besides q, k, v: statistics of the key blocks, and INT8 operands.
+"""What the Triton attention kernel reads of the blocks that were not selected: statistics, and what mean queries see.
 
 Axis legend: B batch, H heads, N tokens, D head size (P when padded to a power of two), nq / nk query / key blocks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from dit_accel.plan import Blocking, BlockPlan
 
 # Key blocks that a program reads where no covariance is wanted, and programs per head where one is.
 _BLOCKS_PER_PROGRAM, _PROGRAMS_PER_HEAD = 4, 32
+_MEANS_PER_PROGRAM = 64
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,16 @@ class Rest:
     Args:
         chosen: uint8 `[B or 1, H or 1, nq, nk]`, 1 for a selected block.
         log_tokens: fp32 `[B, nk]`, log2 of the number of real tokens, -inf for a block without any.
-        mean_k, mean_v: `[B, H, nk, P]`, in the dtype of k; rows of `k` and `v` when those are copies.
+        mean_k, mean_v: `[B, H, nk, P]`, in the dtype of k; rows of `k` and `v` when those are copies. About the query
+            mean_v is the value that each mean query gets from each block, `[B, H, nq, nk, P]`.
         variance: of the keys `[B, H, nk, P]`; None without second-order mass.
         moments: H_g / t_g `[B, H, groups, P, P]`; None without a first-order term.
         group: blocks per group.
         k, v: `[B, H, padded_keys + nk, P]`, keys and values followed by their means; None where no copy is needed.
         padded_keys: rows of a copy that stand before the means.
+        bias: fp32 `[B, H, nq, nk]`, what is added to scale * q·mean_k, in units of log 2, -inf where a block was
+            selected or holds no real key; None where `log_tokens` says it.
+        centres: about the query, the mean query of each block `[B, H, nq, P]`, in the dtype of q.
     """
 
     chosen: Tensor
@@ -43,6 +48,8 @@ class Rest:
     k: Tensor | None = None
     v: Tensor | None = None
     padded_keys: int = 0
+    bias: Tensor | None = None
+    centres: Tensor | None = None
 
     @classmethod
     def of(
@@ -71,7 +78,7 @@ class Rest:
         variance: Tensor | None = None
         if remainder.mass == "diagonal":
             variance = torch.empty_like(means[0], memory_format=torch.contiguous_format)
-        sums = launch_statistics(k, v, blocks, kv_len, means, variance, copies, group)
+        sums = launch_statistics(k, v, blocks, kv_len, means[0], means[1], variance, copies, group)
         return cls(
             plan.to_mask().contiguous().view(torch.uint8),
             tokens.float().log2().contiguous(),
@@ -84,6 +91,30 @@ class Rest:
             None if copies is None else copies[1],
             padded,
         )
+
+
+def about_queries(
+    rest: Rest, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, kv_len: Tensor | None, scale: float
+) -> Rest:
+    """The same blocks, expanded about the mean query of each query block, see `Remainder`; q, k, v `[B, H, N, D]`."""
+    from dit_accel.kernels.triton_summaries import seen_by_means
+
+    rows, blocks, width = plan.q_blocks.count, plan.k_blocks, rest.mean_k.shape[-1]
+    centres = q.new_empty(*q.shape[:2], rows, width)
+    launch_statistics(q, None, plan.q_blocks, None, centres, None)
+    bias = torch.empty(*q.shape[:2], rows, blocks.count, dtype=torch.float32, device=q.device)
+    values = v.new_empty(*v.shape[:2], rows, blocks.count, width)
+    starts, lengths = blocks.on(k.device)
+    grid = (-(-rows // _MEANS_PER_PROGRAM) * -(-blocks.count // _BLOCKS_PER_PROGRAM), k.shape[1], k.shape[0])
+    seen_by_means[grid](
+        centres, k, v, starts, lengths, kv_len, rest.mean_k, bias, values, scale, *k.stride()[:3], *v.stride()[:3],
+        rows, blocks.count, blocks.size, k.shape[2], _BLOCKS_PER_PROGRAM,
+        HEAD_DIM=k.shape[-1], PADDED_DIM=width, ROWS=_MEANS_PER_PROGRAM, BLOCK_N=rows_at_once(blocks),
+        UNIFORM=blocks.is_uniform, HAS_LENGTH=kv_len is not None, DOT=DOT_OF[k.dtype],
+        num_warps=8, num_stages=1,
+    )  # fmt: skip
+    bias.masked_fill_(rest.chosen.view(torch.bool), -torch.inf)
+    return replace(rest, mean_v=values, bias=bias, centres=centres)
 
 
 def tokens_of(blocks: Blocking, kv_len: Tensor | None, device: torch.device) -> Tensor:
@@ -105,15 +136,19 @@ def _normalize(sums: Tensor, tokens: Tensor, group: int) -> Tensor:
 
 def launch_statistics(
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     blocks: Blocking,
     kv_len: Tensor | None,
-    means: list[Tensor],
+    mean_k: Tensor,
+    mean_v: Tensor | None,
     variance: Tensor | None = None,
     copies: list[Tensor] | None = None,
     group: int = 0,
 ) -> Tensor | None:
-    """Fill means, variance and copies; with `group` return Σ (k - mean) vᵀ, fp32 `[B, H, chunks, P, P]`."""
+    """Fill means, variance and copies; with `group` return Σ (k - mean) vᵀ, fp32 `[B, H, chunks, P, P]`.
+
+    v and mean_v may both be None: the statistics are those of k alone.
+    """
     from dit_accel.kernels.triton_statistics import statistics
 
     batch, heads, tokens, dim = k.shape
@@ -128,15 +163,34 @@ def launch_statistics(
     starts, lengths = blocks.on(k.device)
     grid = (chunks * (width // columns if group else 1), heads, batch)
     statistics[grid](
-        k, v, starts, lengths, kv_len, *means, variance, sums, *(copies or (None, None)),
-        *k.stride()[:3], *v.stride()[:3], *means[0].stride()[:2],
+        k, v, starts, lengths, kv_len, mean_k, mean_v, variance, sums, *(copies or (None, None)),
+        *k.stride()[:3], *(k if v is None else v).stride()[:3], *mean_k.stride()[:2],
         *((0, 0) if copies is None else copies[0].stride()[:2]),
         blocks.count, blocks.size, tokens, chunk, chunks,
         **statistics_constants(dim, k.dtype, blocks, kv_len is not None),
-        VARIANCE=variance is not None, MOMENTS=bool(group), COPY=copies is not None,
+        VALUES=v is not None, VARIANCE=variance is not None, MOMENTS=bool(group), NORMS=False, COPY=copies is not None,
         num_warps=8, num_stages=2,
     )  # fmt: skip
     return sums
+
+
+def launch_norms(k: Tensor, v: Tensor, blocks: Blocking, kv_len: Tensor | None) -> Tensor:
+    """Sums of squares of Σ (k - mean) vᵀ of each block, some columns each, fp32 `[B, H, n, c]`; k, v `[B, H, N, D]`."""
+    from dit_accel.kernels.triton_statistics import statistics
+
+    width = pad_head_dim(k.shape[-1])
+    parts = width // min(64, width)
+    squares = k.new_empty(*k.shape[:2], blocks.count, parts, dtype=torch.float32)
+    means = [k.new_empty(*k.shape[:2], blocks.count, width) for _ in range(2)]
+    starts, lengths = blocks.on(k.device)
+    statistics[blocks.count * parts, k.shape[1], k.shape[0]](
+        k, v, starts, lengths, kv_len, *means, None, squares, None, None,
+        *k.stride()[:3], *v.stride()[:3], *means[0].stride()[:2], 0, 0,
+        blocks.count, blocks.size, k.shape[2], 1, blocks.count,
+        **statistics_constants(k.shape[-1], k.dtype, blocks, kv_len is not None),
+        VALUES=True, VARIANCE=False, MOMENTS=False, NORMS=True, COPY=False, num_warps=8, num_stages=2,
+    )  # fmt: skip
+    return squares
 
 
 def statistics_constants(dim: int, dtype: torch.dtype, blocks: Blocking, has_length: bool) -> dict[str, object]:
@@ -156,69 +210,3 @@ def statistics_constants(dim: int, dtype: torch.dtype, blocks: Blocking, has_len
 def rows_at_once(blocks: Blocking) -> int:
     """Tokens of a block that a program holds at a time."""
     return min(64, max(16, next_power_of_two(blocks.size)))
-
-
-@dataclass(frozen=True)
-class Int8Operands:
-    """Queries and keys in INT8, one scale per block of the plan (arXiv 2410.02367).
-
-    Args:
-        q, k: int8 `[B, H, N, D]`.
-        q_step: fp32 `[B, H, nq]`.
-        k_step: fp32 `[B, H, nk]`.
-        offset: what smoothing took from the log-sum-exp, fp32 `[B, H, Nq]`; None without smoothing.
-    """
-
-    q: Tensor
-    k: Tensor
-    q_step: Tensor
-    k_step: Tensor
-    offset: Tensor | None
-
-    @classmethod
-    def of(
-        cls, q: Tensor, k: Tensor, plan: BlockPlan, scale: float, smooth: bool, kv_len: Tensor | None
-    ) -> Int8Operands:
-        """Quantise q and k `[B, H, N, D]`; with `smooth` the mean of the real keys is taken from every key first."""
-        common, offset = None, None
-        if smooth:
-            common = _mean_key(k, plan.k_blocks, kv_len)
-            offset = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        q8, q_step = _quantize(q, plan.q_blocks, None, common, offset, scale)
-        k8, k_step = _quantize(k, plan.k_blocks, kv_len, common, None, scale)
-        return cls(q8, k8, q_step, k_step, offset)
-
-
-def _mean_key(k: Tensor, blocks: Blocking, kv_len: Tensor | None) -> Tensor:
-    """Mean of the real keys of each head, fp32 `[B, H, P]`, from the means of the blocks."""
-    means = [
-        torch.empty(*k.shape[:2], blocks.count, pad_head_dim(k.shape[-1]), dtype=torch.float32, device=k.device)
-        for _ in range(2)
-    ]
-    launch_statistics(k, k, blocks, kv_len, means)
-    tokens = tokens_of(blocks, kv_len, k.device).float()
-    share = tokens / tokens.sum(1, keepdim=True).clamp(min=1)
-    return (means[0] * share[:, None, :, None]).sum(2)
-
-
-def _quantize(
-    x: Tensor, blocks: Blocking, kv_len: Tensor | None, common: Tensor | None, offset: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """INT8 levels like x `[B, H, N, D]` and the scale of each block, fp32 `[B, H, n]`.
-
-    common: fp32 `[B, H, P]`; where offset is given, `scale * x·common` goes there, else it is taken from x.
-    """
-    from dit_accel.kernels.triton_statistics import quantize
-
-    out = torch.empty_like(x, dtype=torch.int8)
-    step = torch.empty(*x.shape[:2], blocks.count, dtype=torch.float32, device=x.device)
-    starts, lengths = blocks.on(x.device)
-    quantize[(blocks.count, x.shape[1], x.shape[0])](
-        x, out, step, common, offset, starts, lengths, kv_len, scale, *x.stride()[:3], *out.stride()[:3],
-        blocks.count, blocks.size, x.shape[2],
-        HEAD_DIM=x.shape[-1], PADDED_DIM=pad_head_dim(x.shape[-1]), BLOCK_N=rows_at_once(blocks),
-        UNIFORM=blocks.is_uniform, HAS_LENGTH=kv_len is not None,
-        SUBTRACT=common is not None and offset is None, PROJECT=offset is not None,
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
-    return out, step

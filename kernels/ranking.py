@@ -1,0 +1,137 @@
+"""Candidates of a row from best to worst, and how many of them to keep: by sorting, or in Triton without a sort.
+
+The forced ones come first, then the others by falling score; ties go to the lower index. Axis legend: `[...]` rows,
+L candidates of one row.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.operations import register_operation, uses_triton
+from dit_accel.kernels.triton_configs import next_power_of_two
+
+Crossing = Literal["keep", "drop"]
+# Rounding of sums of shares must not decide whether they reach a given share.
+_SLACK = 1e-12
+_LONGEST_ROW = 8192  # scores that the registers of one program hold
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking(ABC):
+    """A ranking of the candidates of each row.
+
+    Args:
+        scores: fp32 or fp64 `[..., L]`, higher is better.
+        first: bool like scores, candidates that stand before all others.
+    """
+
+    scores: Tensor
+    first: Tensor
+
+    @abstractmethod
+    def leading(self, counts: Tensor) -> Tensor:
+        """The `counts` best candidates of each row, bool `[..., L]`. counts: int64 `[...]`."""
+
+    @abstractmethod
+    def reaching(self, shares: Tensor, mass: Tensor, crossing: Crossing) -> Tensor:
+        """How many leading candidates hold a share of the mass, int64 `[...]`.
+
+        Args:
+            shares: `[..., L]`, what each candidate holds; never negative.
+            mass: fp64, broadcasts against `[..., 1]`. From 1 on: all candidates.
+            crossing: whether the candidate that crosses `mass` is counted.
+        """
+
+
+class SortedRanking(Ranking):
+    """One stable sort of every row; on every device, for rows of every length."""
+
+    @cached_property
+    def _order(self) -> Tensor:
+        return self.scores.masked_fill(self.first, torch.inf).argsort(dim=-1, descending=True, stable=True)
+
+    def leading(self, counts: Tensor) -> Tensor:
+        """See `Ranking`."""
+        kept = torch.arange(self.scores.shape[-1], device=counts.device) < counts.unsqueeze(-1)
+        return torch.zeros_like(self.first).scatter_(-1, self._order, kept)
+
+    def reaching(self, shares: Tensor, mass: Tensor, crossing: Crossing) -> Tensor:
+        """See `Ranking`."""
+        # In fp64, as many small shares add up to little.
+        shares = shares.gather(-1, self._order).double()
+        reached = shares.cumsum(-1)
+        below = reached - shares < mass - _SLACK if crossing == "keep" else reached <= mass + _SLACK
+        return (below | (mass >= 1)).sum(-1)
+
+
+class CutRanking(Ranking):
+    """The cut is found bit by bit in the registers of one program per row; nothing is sorted."""
+
+    def leading(self, counts: Tensor) -> Tensor:
+        """See `Ranking`."""
+        from dit_accel.kernels.triton_selection import leading
+
+        kept = torch.empty(self.scores.shape, dtype=torch.bool, device=self.scores.device)
+        columns = self.scores.shape[-1]
+        with torch.cuda.device_of(self.scores):
+            leading[(self.scores.numel() // columns,)](
+                self.scores.contiguous(), _bytes(self.first), counts.to(torch.int32).contiguous(),
+                kept.view(torch.uint8), columns, **_sizes(columns),
+            )  # fmt: skip
+        return kept
+
+    def reaching(self, shares: Tensor, mass: Tensor, crossing: Crossing) -> Tensor:
+        """See `Ranking`."""
+        from dit_accel.kernels.triton_selection import reaching
+
+        *rows, columns = self.scores.shape
+        counts = torch.empty(rows, dtype=torch.int32, device=self.scores.device)
+        mass = mass.squeeze(-1) if mass.ndim else mass
+        with torch.cuda.device_of(self.scores):
+            reaching[(self.scores.numel() // columns,)](
+                self.scores.contiguous(), _bytes(self.first), shares.contiguous(),
+                mass.expand(rows).contiguous(), counts, columns,
+                SLACK=_SLACK, KEEP=crossing == "keep", **_sizes(columns),
+            )  # fmt: skip
+        return counts.long()
+
+
+def _bytes(mask: Tensor) -> Tensor:
+    return mask.contiguous().view(torch.uint8)
+
+
+def _sizes(columns: int) -> dict[str, int]:
+    padded = max(16, next_power_of_two(columns))
+    return {"COLUMNS": padded, "num_warps": 4 if padded <= 2048 else 8 if padded <= 4096 else 16}
+
+
+def rank(scores: Tensor, first: Tensor) -> Ranking:
+    """Rank the candidates of each row; `scores` `[..., L]`, and `first` bool like it."""
+    short = scores.dtype == torch.float32 and scores.shape[-1] <= _LONGEST_ROW
+    return (CutRanking if short and uses_triton("rank", scores) else SortedRanking)(scores, first)
+
+
+def _check(device: torch.device, dtype: torch.dtype) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    # Few values, so that many tie.
+    scores = torch.randint(-3, 4, (2, 3, 40), generator=generator).to(device, torch.float32)
+    first = (torch.rand(2, 3, 40, generator=generator) < 0.1).to(device)
+    counts = torch.randint(0, 41, (2, 3), generator=generator).to(device)
+    plain, fast = SortedRanking(scores, first), CutRanking(scores, first)
+    if not torch.equal(plain.leading(counts), fast.leading(counts)):
+        return "it keeps others than the best"
+    shares, mass = scores.softmax(-1), torch.tensor(0.6, dtype=torch.float64, device=device)
+    for crossing in ("keep", "drop"):
+        if not torch.equal(plain.reaching(shares, mass, crossing), fast.reaching(shares, mass, crossing)):
+            return "it counts the shares wrongly"
+    return None
+
+
+register_operation("rank", _check)
