@@ -56,12 +56,16 @@ def _groups_of_heads(q: Tensor, call: AttentionCall) -> Iterator[slice]:
 
 
 def _of_heads(call: AttentionCall, heads: slice) -> AttentionCall:
-    """The call for some heads of a plan that all share or that has one for each."""
-    plan = call.plan
-    if plan.indices.shape[1] == 1:
-        return call
-    full = None if plan.full_counts is None else plan.full_counts[:, heads]
-    part = replace(plan, indices=plan.indices[:, heads], counts=plan.counts[:, heads], full_counts=full)
+    """The call for some heads; what all heads share stays as it is."""
+
+    def cut(x: Tensor) -> Tensor:
+        return x if x.shape[1] == 1 else x[:, heads]
+
+    plan, box = call.plan, call.plan.predicate
+    if box is not None and not box.is_shared:
+        box = replace(box, lower=cut(box.lower), upper=cut(box.upper), coordinates=cut(box.coordinates))
+    full = None if plan.full_counts is None else cut(plan.full_counts)
+    part = replace(plan, indices=cut(plan.indices), counts=cut(plan.counts), full_counts=full, predicate=box)
     return replace(call, plan=part)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from interpreter_cases import close_to_reference
@@ -14,7 +16,7 @@ from dit_accel.kernels.quantize import round_to_int8
 from dit_accel.kernels.triton_configs import Tile
 from dit_accel.kernels.triton_int8 import Int8Operands
 from dit_accel.kernels.triton_rest import Rest
-from dit_accel.plan import Blocking, BlockPlan
+from dit_accel.plan import Blocking, BlockPlan, BoxPredicate
 
 ORDERS = ("none", "global", "grouped")
 EVERY = [Remainder(mass, order, 3) for mass in ("mean", "diagonal") for order in ORDERS]
@@ -147,9 +149,16 @@ def test_one_pass_gives_the_statistics_of_the_blocks(mass, order, kv_len):
                 torch.testing.assert_close(rest.moments[item, 0, g // size, :24, :24], wanted, atol=1e-5, rtol=1e-4)
 
 
-def test_heads_in_groups_give_what_all_together_give(monkeypatch):
+@pytest.mark.parametrize("windows", [False, True])
+def test_heads_in_groups_give_what_all_together_give(monkeypatch, windows):
     q, k, v = (x.float() for x in tensors(batch=2, heads=3, queries=70))
-    plan, options = random_plan(*uniform(70, 16), axes=(1, 3)), {"remainder": SEEN[0], "return_lse": True}
+    plan = random_plan(*uniform(70, 16), axes=(1, 3))
+    if windows:
+        coordinates = torch.arange(70, dtype=torch.int32).view(1, 1, 70, 1).expand(1, 3, 70, 1)
+        reach = torch.tensor([9, 20, 33], dtype=torch.int32).view(1, 3, 1, 1)
+        box = BoxPredicate(coordinates - reach, coordinates + reach, coordinates.contiguous())
+        plan = replace(plan, full_counts=torch.zeros_like(plan.counts), predicate=box)
+    options = {"remainder": SEEN[0], "return_lse": True}
     together = block_attention(q, k, v, plan, backend="triton", **options)
     monkeypatch.setattr(triton_backend, "_LARGEST_TEMPORARY", 1)
     alone = block_attention(q, k, v, plan, backend="triton", **options)
