@@ -20,7 +20,7 @@ from dit_accel.kernels.triton_configs import next_power_of_two
 Crossing = Literal["keep", "drop"]
 # Rounding of sums of shares must not decide whether they reach a given share.
 _SLACK = 1e-12
-_LONGEST_ROW = 8192  # scores that the registers of one program hold
+_LONGEST_ROW = 4096  # scores that the registers of one program hold
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ def _bytes(mask: Tensor) -> Tensor:
 
 def _sizes(columns: int) -> dict[str, int]:
     padded = max(16, next_power_of_two(columns))
-    return {"COLUMNS": padded, "num_warps": 4 if padded <= 2048 else 8 if padded <= 4096 else 16}
+    return {"COLUMNS": padded, "num_warps": 4 if padded <= 2048 else 8}
 
 
 def rank(scores: Tensor, first: Tensor) -> Ranking:

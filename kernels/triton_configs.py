@@ -25,6 +25,7 @@ class Tile:
         specialize: one producer warp group loads while the others compute (sm_90 and later).
         fp32: for float32, which no other tile serves.
         level: the most demanding call it serves without spilling registers; see `Features.level`.
+        least: the least demanding one; others are better served, or spill here.
     """
 
     block_m: int
@@ -35,6 +36,7 @@ class Tile:
     specialize: bool = False
     fp32: bool = False
     level: int = 2
+    least: int = 0
 
     def __str__(self) -> str:
         extras = (" TMA" if self.tma else "") + (" WS" if self.specialize else "") + (" fp32" if self.fp32 else "")
@@ -95,12 +97,12 @@ _FP32 = Tile(16, 32, 8, 1, fp32=True)
 _WIDE_HEADS = (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, fp32=True))
 
 
-def _mma_sync() -> dict[int, tuple[Tile, ...]]:
-    """Tiles for devices whose matrix unit reads registers."""
+def _mma_sync(demanding: Tile) -> dict[int, tuple[Tile, ...]]:
+    """Tiles for devices whose matrix unit reads registers; `demanding` serves what needs most of them."""
     common = (Tile(128, 64, 8, 2, level=0), Tile(64, 64, 4, 2, level=1))
     return {
-        64: (*common, Tile(64, 64, 8, 1), _FP32),
-        128: (*common, Tile(64, 32, 8, 1), _FP32),
+        64: (*common, Tile(64, 64, 8, 1, least=1), Tile(16, 32, 4, 1, fp32=True)),
+        128: (*common, demanding, _FP32),
         256: _WIDE_HEADS,
     }
 
@@ -112,11 +114,11 @@ def _descriptors(specialized: Tile) -> dict[int, tuple[Tile, ...]]:
 
 
 TILES: dict[int, dict[int, tuple[Tile, ...]]] = {
-    80: _mma_sync(),
-    89: _mma_sync(),
+    80: _mma_sync(Tile(64, 32, 8, 1, least=1)),
+    89: _mma_sync(Tile(32, 32, 8, 1, least=1)),
     90: _descriptors(Tile(128, 64, 4, 2, tma=True, specialize=True, level=1)),
     100: _descriptors(Tile(128, 64, 8, 2, tma=True, specialize=True, level=1)),
-    120: _mma_sync(),
+    120: _mma_sync(Tile(64, 32, 8, 1, least=1)),
 }
 """Tiles by architecture and padded head size (64 stands for every smaller one), in order of preference."""
 
@@ -161,7 +163,7 @@ def cut(tile: Tile, features: Features, q_size: int, k_size: int) -> Tile:
 
 def serves(tile: Tile, features: Features, k_size: int) -> bool:
     """Whether a tile of the table may serve these features."""
-    if tile.fp32 != (features.dtype == torch.float32) or tile.level < features.level:
+    if tile.fp32 != (features.dtype == torch.float32) or not tile.least <= features.level <= tile.level:
         return False
     return not tile.tma or (features.takes_descriptors and k_size % tile.block_n == 0)
 

@@ -158,7 +158,7 @@ def launch_statistics(
         # One group for all: many programs sum a part each.
         chunk = group if group < blocks.count else -(-blocks.count // _PROGRAMS_PER_HEAD)
     chunks = -(-blocks.count // chunk)
-    columns = min(64, width)
+    columns = columns_at_once(width)
     sums = k.new_empty(batch, heads, chunks, width, width, dtype=torch.float32) if group else None
     starts, lengths = blocks.on(k.device)
     grid = (chunks * (width // columns if group else 1), heads, batch)
@@ -179,7 +179,7 @@ def launch_norms(k: Tensor, v: Tensor, blocks: Blocking, kv_len: Tensor | None) 
     from dit_accel.kernels.triton_statistics import statistics
 
     width = pad_head_dim(k.shape[-1])
-    parts = width // min(64, width)
+    parts = width // columns_at_once(width)
     squares = k.new_empty(*k.shape[:2], blocks.count, parts, dtype=torch.float32)
     means = [k.new_empty(*k.shape[:2], blocks.count, width) for _ in range(2)]
     starts, lengths = blocks.on(k.device)
@@ -200,11 +200,16 @@ def statistics_constants(dim: int, dtype: torch.dtype, blocks: Blocking, has_len
         "HEAD_DIM": dim,
         "PADDED_DIM": width,
         "BLOCK_N": rows_at_once(blocks),
-        "COLUMNS": min(64, width),
+        "COLUMNS": columns_at_once(width),
         "UNIFORM": blocks.is_uniform,
         "HAS_LENGTH": has_length,
         "DOT": DOT_OF[dtype],
     }
+
+
+def columns_at_once(width: int) -> int:
+    """Columns of a matrix of `width` that a program sums, which takes registers."""
+    return max(16, min(64, width // 2))
 
 
 def rows_at_once(blocks: Blocking) -> int:

@@ -33,7 +33,7 @@ def statistics(
 
     k, v: `[B, H, N, D]`. mean_k, mean_v: `[B, H, nk, P]` with strides mean_b and mean_h; variance likewise, contiguous.
     moments: fp32 `[B, H, chunks, P, P]`; a program computes COLUMNS of its columns, the first of them everything else.
-    With NORMS it is fp32 `[B, H, nk, P / COLUMNS]` instead: sums of the squares of those columns, block by block.
+    With NORMS it is fp32 `[B, H, nk, P / COLUMNS]` instead: sums of the squares of those columns; chunk is 1.
     VALUES: v and mean_v are given.
     copy_k, copy_v: with COPY, where real keys and values go, `[N, P]` per head, zero where a token is not real.
     """
@@ -76,10 +76,6 @@ def statistics(
             if VARIANCE and part == 0:
                 place = (flat * blocks + block) * PADDED_DIM + dim
                 tl.store(variance + place, (spread / count).to(variance.dtype.element_ty))
-        if NORMS:
-            square = tl.sum(tl.sum(moment * moment, 1), 0)
-            tl.store(moments + (flat * blocks + block) * (PADDED_DIM // COLUMNS) + part, square)
-            moment = tl.zeros([PADDED_DIM, COLUMNS], tl.float32)
         if COPY and part == 0:
             length = tl.minimum(size, tokens - first)
             for at in range(0, length, BLOCK_N):
@@ -90,6 +86,9 @@ def statistics(
                 v_tile = tile_rows(v, first + at, limit - at, v_n, BLOCK_N, HEAD_DIM, PADDED_DIM)
                 tl.store(copy_k + offset, k_tile, mask=mask)
                 tl.store(copy_v + offset, v_tile, mask=mask)
+    if NORMS:
+        square = tl.sum(tl.sum(moment * moment, 1), 0)
+        tl.store(moments + (flat * chunks + index) * (PADDED_DIM // COLUMNS) + part, square)
     if MOMENTS:
         at = moments + (flat * chunks + index) * (PADDED_DIM * PADDED_DIM) + part * COLUMNS
         tl.store(at + dim[:, None] * PADDED_DIM + tl.arange(0, COLUMNS)[None, :], moment)
