@@ -138,7 +138,8 @@ def test_a_method_runs_in_triton_from_order_to_output_and_gives_what_torch_gives
         return real(name, device, dtype)
 
     monkeypatch.setattr(operations, "why_not", watched)
-    layout, method = TokenLayout((2, 8, 12)), get_method("aurora", density=0.25, block=32, tile=(2, 4, 4))
+    layout = TokenLayout((2, 8, 12))
+    method = get_method("aurora", density=0.25, block=32, tile=(2, 4, 4), score="covariance")
     q, k, v = (x.float() for x in tensors(heads=2, queries=layout.tokens, dim=16))
 
     def attend(backend):
