@@ -48,9 +48,9 @@ DIRECTIONS = {
 }
 VERBS = ("moving", "sliding", "gliding", "going")
 DEFAULT_BACKGROUND = "black"
-RADIUS = (10.0, 14.0)
-SPEED = (0.8, 1.2)  # pixels per frame
-JITTER = 7.0  # pixels between the middle of a path and the middle of the canvas, at most, along each axis
+RADIUS = (9.0, 12.0)
+SPEED = (0.55, 0.75)  # pixels per frame
+JITTER = 4.0  # pixels between the start of a path and the middle of the canvas, at most, along each axis
 _SUBPIXEL = 4  # fractional bits of OpenCV's drawing coordinates
 
 
@@ -62,7 +62,7 @@ class Scene:
         color, shape, direction, background: keys of the tables above.
         radius: pixels.
         speed: pixels per frame.
-        place: two numbers in [-1, 1], where the middle of the path lies, in units of `JITTER` from the canvas's middle.
+        place: two numbers in [-1, 1], where the path starts, in units of `JITTER` from the canvas's middle.
     """
 
     color: str
@@ -118,15 +118,16 @@ def render_mask(scene: Scene, frames: int, height: int, width: int) -> np.ndarra
 
 
 def _path(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
-    """Centres (x, y) of the object, `[frames, 2]`: a straight way through the middle of the canvas, more or less.
+    """Centres (x, y) of the object, `[frames, 2]`: a straight way from about the middle of the canvas outwards.
 
-    A direction thus tells where a clip begins and where it ends, which makes it as easy to learn as a colour.
+    The direction alone then says on which side the object is in later frames. Were the path to cross the middle, only
+    direction, side and time together would say anything, which a small model does not find out.
     """
     (dx, dy), _ = DIRECTIONS[scene.direction]
     step = np.array([dx, dy]) / np.hypot(dx, dy) * scene.speed
     travel = step * (frames - 1)
     canvas = np.array([width, height])
-    wanted = canvas / 2 + JITTER * np.array(scene.place) - travel / 2
+    wanted = canvas / 2 + JITTER * np.array(scene.place)
     low, high = np.maximum(scene.radius, scene.radius - travel), np.minimum(canvas, canvas - travel) - scene.radius
     start = np.where(high > low, np.clip(wanted, low, high), (low + high) / 2)
     return np.asarray(start + np.arange(frames)[:, None] * step)

@@ -23,7 +23,7 @@ from dit_accel.pipelines.streaming.stream import OutputType, VideoStream
 from dit_accel.presets import load_preset
 from dit_accel.streaming import StreamSettings, stream_preset, stream_settings
 
-_TEXT_TOKENS = 512
+_TEXT_TOKENS = 512  # unless the preset says otherwise
 _ENCODER_STEP = 4  # AutoencoderKLWan encodes frames four by four after the first, whatever its compression
 
 
@@ -171,10 +171,11 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
     @torch.no_grad()
     def _encode(self, prompt: str) -> Tensor:
         """Embeddings `[1, L, C]` of one prompt."""
+        usual = None if self.preset is None else self.preset.generation.max_sequence_length
         embeds: Tensor = self.encode_prompt(
             prompt,
             do_classifier_free_guidance=False,
-            max_sequence_length=_TEXT_TOKENS,
+            max_sequence_length=usual or _TEXT_TOKENS,
             device=self._execution_device,
             dtype=self.transformer.dtype,
         )[0]
