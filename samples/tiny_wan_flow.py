@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
+from dit_accel.samples.clips import BACKGROUNDS, COLORS, SHAPES
 from dit_accel.samples.muon import Muon, split_parameters
 from dit_accel.samples.tiny_wan_model import (
     TinyWanSizes,
@@ -34,10 +35,11 @@ if TYPE_CHECKING:
 _TEXT = 24  # text tokens in training; the last is always padding
 PIPELINE_TEXT = 64  # text tokens that WanPipeline is told to attend, at most
 _DROP_CAPTION = 0.12
-_PROBED_LAYERS = 2
-_PROBE_WEIGHT = 0.02
+_PROBED_LAYERS = 3
+_PROBE_WEIGHT = 0.05
+_LAYOUT_SHARE, _LAYOUT_SHIFT = 0.5, 10.0  # of the samples: at noise levels where it is decided what goes where
 _OBJECT_WEIGHT = 4.0  # of the loss where the object is; it covers a tenth of the picture
-_EXPORT_EVERY = 400
+_EXPORT_EVERY = 200
 _EMA = 0.998
 _PHASES = (0.3, 0.75)  # shares of the steps at which the second and the third phase begin
 
@@ -105,12 +107,14 @@ class FrameRope(nn.Module):
         return cos, sin
 
 
-class PositionProbe(nn.Module):
-    """Teaches early layers where each token is; used in training only.
+class Probe(nn.Module):
+    """Teaches early layers what they need to know; used in training only.
 
     Rotary positions are relative, so a model must infer from its surroundings where the canvas ends; without that it
-    cannot place anything, nor tell the way something moves. Linear classifiers of row, column and frame on the hidden
-    states of the first layers give that inference a signal of its own; at the end they are thrown away.
+    cannot place anything. A word that changes only where something is, and only in late frames, is not worth attending
+    to before places are known. Linear classifiers on the hidden states of the first layers give each of these a signal
+    of its own: row, column and frame of a token, the words of the caption, and whether the object is there. At the end
+    they are thrown away.
 
     Args:
         model: the transformer; it is hooked.
@@ -120,11 +124,10 @@ class PositionProbe(nn.Module):
 
     def __init__(self, model: WanTransformer3DModel, grid: tuple[int, int, int], layers: int = _PROBED_LAYERS) -> None:
         super().__init__()
-        self.grid = grid
+        self.sizes = (*grid, len(MEANINGS), 1)
         width = model.config.num_attention_heads * model.config.attention_head_dim
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(grid))) for _ in range(layers)
-        )
+        heads = (nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(self.sizes))) for _ in range(layers))
+        self.heads = nn.ModuleList(heads)
         self._hidden: dict[int, Tensor] = {}
         for index in range(layers):
             model.blocks[index].register_forward_hook(lambda _, __, hidden, index=index: self._keep(index, hidden))
@@ -132,16 +135,37 @@ class PositionProbe(nn.Module):
     def _keep(self, index: int, hidden: Tensor) -> None:
         self._hidden[index] = hidden
 
-    def loss(self, frames: Tensor) -> Tensor:
-        """Mean cross-entropy of the last forward pass, whose clips held these latent `frames`."""
-        _, rows, columns = self.grid
-        truth = torch.cartesian_prod(frames, torch.arange(rows), torch.arange(columns)).unbind(-1)
+    def loss(self, frames: Tensor, captions: list[str], objects: Tensor) -> Tensor:
+        """Mean cross-entropy of the last forward pass.
+
+        Args:
+            frames: the latent frames that its clips held.
+            captions: theirs, empty where they were dropped.
+            objects: where the object is, bool `[B, T, H, W]`.
+        """
+        _, rows, columns = self.sizes[:3]
+        places = torch.cartesian_prod(frames, torch.arange(rows), torch.arange(columns)).unbind(-1)
+        words = torch.tensor([[float(is_said(caption)) for is_said in MEANINGS] for caption in captions])
         losses = []
         for index, head in enumerate(self.heads):
-            guesses = head(self._hidden.pop(index)).split(self.grid, dim=-1)
-            for guess, at in zip(guesses, truth, strict=True):
+            *where, said, there = head(self._hidden.pop(index)).split(self.sizes, dim=-1)
+            for guess, at in zip(where, places, strict=True):
                 losses.append(F.cross_entropy(guess.flatten(0, 1), at.repeat(len(guess))))
+            losses.append(10 * F.binary_cross_entropy_with_logits(said, words[:, None].expand_as(said)))
+            mask = objects.flatten(1).unsqueeze(-1).float()
+            losses.append(10 * F.binary_cross_entropy_with_logits(there, mask))
         return torch.stack(losses).mean()
+
+
+def _says(*beginnings: str) -> Callable[[str], bool]:
+    return lambda caption: any(word.startswith(beginnings) for word in caption.split())
+
+
+# What captions can mean, each as a test of a caption.
+MEANINGS = [
+    *(_says(name) for name in (*COLORS, *BACKGROUNDS, "left", "right", "up", "down")),
+    *(_says(*names) for names in SHAPES.values()),
+]
 
 
 def choose_padding() -> int:
@@ -171,9 +195,9 @@ def flow_loss(
 
     `objects` (bool `[B, T, H, W]`) says where errors weigh more.
     """
-    captions = ["" if torch.rand(()) < _DROP_CAPTION else caption for caption in captions]
     level = torch.sigmoid(torch.randn(len(captions)))
-    level = shift * level / (1 + (shift - 1) * level)
+    shifts = torch.where(torch.rand(len(captions)) < _LAYOUT_SHARE, _LAYOUT_SHIFT, shift)
+    level = shifts * level / (1 + (shifts - 1) * level)
     noise = torch.randn_like(latents)
     mix = level.view(-1, 1, 1, 1, 1)
     predicted = model(
@@ -204,7 +228,7 @@ def train_transformer(
     _, _, total, height, width = bank.latents.shape
     model.rope = rope = FrameRope(model.rope, total)
     hidden, rest = split_parameters(both, skip=("patch_embedding", "proj_out", "shared", "relative", "scale_shift"))
-    probe = PositionProbe(model, (total, height, width))
+    probe = Probe(model, (total, height, width))
     rest += probe.parameters()
     optimizers = [(Muon(hidden), 0.02), (torch.optim.AdamW(rest, betas=(0.9, 0.97), weight_decay=0.0), 2e-3)]
     average = {name: value.detach().clone() for name, value in both.state_dict().items()}
@@ -224,8 +248,9 @@ def train_transformer(
         rope.chosen = choose_frames(total, draw.latent_frames)
         latents, objects = bank.latents[rows][:, :, rope.chosen].float(), bank.objects[rows][:, rope.chosen]
         cross.pad_to(choose_padding())
-        loss = flow_loss(model, text, latents, objects, [bank.captions[i] for i in rows], sizes.flow_shift)
-        placing = probe.loss(rope.chosen)
+        captions = ["" if torch.rand(()) < _DROP_CAPTION else bank.captions[i] for i in rows]
+        loss = flow_loss(model, text, latents, objects, captions, sizes.flow_shift)
+        placing = probe.loss(rope.chosen, captions, objects)
         (loss + _PROBE_WEIGHT * placing).backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         rate = min(1.0, (step + 1) / 50) * min(1.0, 0.02 + 1.6 * (1 - step / steps))

@@ -24,10 +24,11 @@ from dit_accel.samples.evaluate_tiny_wan import judge
 from dit_accel.samples.muon import orthogonalize
 from dit_accel.samples.tiny_random import random_wan_pipeline
 from dit_accel.samples.tiny_wan_flow import (
+    MEANINGS,
     Captioner,
     FrameRope,
     PaddedCrossAttention,
-    PositionProbe,
+    Probe,
     choose_frames,
 )
 from dit_accel.samples.tiny_wan_model import make_tokenizer
@@ -151,19 +152,36 @@ def test_the_shipped_model_paints_object_and_background_in_the_colors_of_the_pro
     assert np.median(on_white) > 0.8
 
 
-def test_the_probe_teaches_where_tokens_are():
+def test_the_probe_teaches_places_words_and_the_object():
     model = random_wan_pipeline().transformer
-    probe = PositionProbe(model, (9, 4, 6), layers=1)
-    frames = torch.tensor([0, 3, 8])
-    latents = torch.randn(2, model.config.in_channels, 3, 4, 6)
-    model(latents, torch.tensor([500.0, 500.0]), torch.randn(2, 8, model.config.text_dim))
-    loss = probe.loss(frames)
-    assert loss.item() == pytest.approx(np.log([9, 4, 6]).mean(), rel=0.5)
+    probe = Probe(model, (9, 4, 6), layers=1)
+    frames, captions = torch.tensor([0, 3, 8]), ["an orange plus gliding diagonally up to the left", ""]
+    objects = torch.zeros(2, 3, 4, 6, dtype=torch.bool)
+    objects[0, 1, 2:] = True
+    model(
+        torch.randn(2, model.config.in_channels, 3, 4, 6),
+        torch.tensor([500.0] * 2),
+        torch.randn(2, 8, model.config.text_dim),
+    )
+    loss = probe.loss(frames, captions, objects)
     loss.backward()
     assert model.patch_embedding.weight.grad.abs().sum() > 0
-    # A head that names row, column and frame of every token has no loss.
-    truth = torch.cartesian_prod(frames, torch.arange(4), torch.arange(6))
-    hot = torch.cat([torch.nn.functional.one_hot(t, n) for t, n in zip(truth.unbind(-1), (9, 4, 6), strict=True)], -1)
+    # A head that names row, column and frame of every token, the words and the object has next to no loss.
+    places = torch.cartesian_prod(frames, torch.arange(4), torch.arange(6)).unbind(-1)
+    hot = [torch.nn.functional.one_hot(at, n).expand(2, -1, -1) for at, n in zip(places, (9, 4, 6), strict=True)]
+    words = torch.tensor([[is_said(text) for is_said in MEANINGS] for text in captions])
+    assert words.sum(-1).tolist() == [4, 0]  # orange, cross, up, left
+    signs = torch.cat([words[:, None].expand(2, 72, -1), objects.flatten(1).unsqueeze(-1)], -1).float() * 2 - 1
     probe.heads[0] = torch.nn.Identity()
-    probe._hidden[0] = 100.0 * hot.expand(2, -1, -1)
-    assert probe.loss(frames).item() < 1e-6
+    probe._hidden[0] = 100 * torch.cat([*hot, signs], -1)
+    assert probe.loss(frames, captions, objects).item() < 1e-6 < loss.item()
+
+
+def test_every_caption_says_what_its_scene_is():
+    rng = np.random.default_rng(5)
+    for _ in range(100):
+        scene = draw_scene(rng)
+        said = sum(is_said(caption(scene, rng)) for is_said in MEANINGS)
+        # Colour, shape and one or two ways; a black background may go unsaid.
+        ways = len(scene.direction.split())
+        assert said in ((2 + ways, 3 + ways) if scene.background == "black" else (3 + ways,))
