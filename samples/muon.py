@@ -28,10 +28,17 @@ class Muon(torch.optim.Optimizer):
         parameters: weights.
         lr: step size. Default 0.02.
         momentum: default 0.95.
+        weight_decay: share of a weight that goes per unit of lr. Default 0.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 0.02, momentum: float = 0.95) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -45,6 +52,7 @@ class Muon(torch.optim.Optimizer):
                 update = weight.grad.add(state["momentum"], alpha=group["momentum"]).flatten(1)
                 rows, columns = update.shape
                 scale = max(1.0, rows / columns) ** 0.5
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(orthogonalize(update).view_as(weight), alpha=-group["lr"] * scale)
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _TEXT = 24  # text tokens in training; the last is always padding
 PIPELINE_TEXT = 64  # text tokens that WanPipeline is told to attend, at most
 _DROP_CAPTION = 0.12
+_DECAY = 0.1  # without it the output of cross-attention grows until it drowns everything else
 _PROBED_LAYERS = 3
 _PROBE_WEIGHT = 0.05
 _LAYOUT_SHARE, _LAYOUT_SHIFT = 0.5, 10.0  # of the samples: at noise levels where it is decided what goes where
@@ -230,7 +231,10 @@ def train_transformer(
     hidden, rest = split_parameters(both, skip=("patch_embedding", "proj_out", "shared", "relative", "scale_shift"))
     probe = Probe(model, (total, height, width))
     rest += probe.parameters()
-    optimizers = [(Muon(hidden), 0.02), (torch.optim.AdamW(rest, betas=(0.9, 0.97), weight_decay=0.0), 2e-3)]
+    optimizers = [
+        (Muon(hidden, weight_decay=_DECAY), 0.02),
+        (torch.optim.AdamW(rest, betas=(0.9, 0.97), weight_decay=0.0), 2e-3),
+    ]
     average = {name: value.detach().clone() for name, value in both.state_dict().items()}
     checkpoint, first, begun, smooth = work / "flow_checkpoint.pt", 0, time.time(), 1.0
     if checkpoint.exists():
