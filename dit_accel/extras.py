@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dit_accel.errors import ConfigError
+from dit_accel.errors import ConfigError, UnsupportedError
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 _QUANTIZERS = {
@@ -156,12 +156,18 @@ def quantization_config(spec: Quantization) -> Any:
 
     Raises:
         ConfigError: the library is not installed, or Diffusers refuses the parameters.
+        UnsupportedError: bitsandbytes without an accelerator.
     """
     library, name, fixed = _QUANTIZERS[spec.backend]
     if importlib.util.find_spec(library) is None:
         raise ConfigError("extras.quantization.backend", f"{spec.backend} needs {library}: pip install {library}")
     import diffusers
+    import torch
 
+    if library == "bitsandbytes" and not any(device.is_available() for device in (torch.cuda, torch.xpu, torch.mps)):
+        raise UnsupportedError(
+            f"extras.quantization.backend: Diffusers quantises with {spec.backend} on an accelerator only; use torchao"
+        )
     parameters = dict(spec.parameters)
     try:
         if library == "torchao":

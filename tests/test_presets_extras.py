@@ -401,6 +401,15 @@ def test_weights_of_torchao_run_under_sparse_attention():
     assert torch.isfinite(frames).all()
 
 
+@pytest.mark.parametrize("backend", ["bitsandbytes_4bit", "bitsandbytes_8bit"])
+def test_bitsandbytes_is_refused_without_an_accelerator(backend, monkeypatch):
+    monkeypatch.setattr(extras_module.importlib.util, "find_spec", lambda name: object())
+    for device in (torch.cuda, torch.xpu, torch.mps):
+        monkeypatch.setattr(device, "is_available", lambda: False)
+    with pytest.raises(UnsupportedError, match=f"{backend} on an accelerator only"):
+        load_for_preset(with_extras(WAN, quantization={"backend": backend}), "samples/tiny-wan")
+
+
 def test_torchao_types_are_found_by_name_only(monkeypatch):
     package, module = ModuleType("torchao"), ModuleType("torchao.quantization")
     module.Int8WeightOnlyConfig = type("Int8WeightOnlyConfig", (), {})
