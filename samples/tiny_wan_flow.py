@@ -37,7 +37,7 @@ PIPELINE_TEXT = 64  # text tokens that WanPipeline is told to attend, at most
 _DROP_CAPTION = 0.12
 _DECAY = 0.1  # without it the output of cross-attention grows until it drowns everything else
 _PROBED_LAYERS = 3
-_PROBE_WEIGHT = 0.05
+_PROBE_WEIGHTS, _PROBE_STEPS = (1.0, 0.05), (100, 500)  # at first, and later; until and from which step
 _LAYOUT_SHARE, _LAYOUT_SHIFT = 0.5, 10.0  # of the samples: at noise levels where it is decided what goes where
 _OBJECT_WEIGHT = 4.0  # of the loss where the object is; it covers a tenth of the picture
 _EXPORT_EVERY = 200
@@ -158,6 +158,12 @@ class Probe(nn.Module):
         return torch.stack(losses).mean()
 
 
+def probe_weight(step: int) -> float:
+    """Weight of the probe's loss: its lessons come first, as the flow-matching loss alone drowns them for long."""
+    (begin, end), (high, low) = _PROBE_STEPS, _PROBE_WEIGHTS
+    return high + (low - high) * min(1.0, max(0.0, (step - begin) / (end - begin)))
+
+
 def _says(*beginnings: str) -> Callable[[str], bool]:
     return lambda caption: any(word.startswith(beginnings) for word in caption.split())
 
@@ -255,7 +261,7 @@ def train_transformer(
         captions = ["" if torch.rand(()) < _DROP_CAPTION else bank.captions[i] for i in rows]
         loss = flow_loss(model, text, latents, objects, captions, sizes.flow_shift)
         placing = probe.loss(rope.chosen, captions, objects)
-        (loss + _PROBE_WEIGHT * placing).backward()
+        (loss + probe_weight(step) * placing).backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         rate = min(1.0, (step + 1) / 50) * min(1.0, 0.02 + 1.6 * (1 - step / steps))
         for optimizer, lr in optimizers:

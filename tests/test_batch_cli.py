@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -51,6 +52,28 @@ def test_a_batch_runs_reports_and_resumes(tmp_path):
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[-1] == "3 of 3 done"
     assert (out / "00001-seed0.mp4").stat().st_mtime_ns == before
+
+
+def test_a_batch_that_is_killed_goes_on_without_losing_or_repeating_work(tmp_path):
+    file, out = prompts(tmp_path, *({"prompt": "a ball", "seed": seed} for seed in range(4))), tmp_path / "out"
+    arguments = ["--prompts", file, "--output-dir", out, *SMALL]
+    with subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as run:
+        patience = time.monotonic() + 200
+        while not ((out / "manifest.jsonl").exists() and manifest_of(out)):
+            assert run.poll() is None
+            assert time.monotonic() < patience
+            time.sleep(0.01)
+        run.kill()
+    done = {entry["output"] for entry in manifest_of(out)}
+    assert 1 <= len(done) < 4
+    made = {name: (out / name).stat().st_mtime_ns for name in done}
+    again = generate(*arguments, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[-1] == "4 of 4 done"
+    assert {name: (out / name).stat().st_mtime_ns for name in done} == made
+    assert len({entry["output"] for entry in manifest_of(out)}) == 4
 
 
 @pytest.mark.parametrize(
