@@ -225,12 +225,17 @@ def test_an_interrupt_leaves_130_and_no_file(pipeline_folder, tmp_path):
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell's background jobs ignore interrupts, and their children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    # Not while modules are imported: Python drops an interrupt that arrives while it destroys an object.
-    assert any(b"loaded in" in line for line in process.stdout)
-    assert list(tmp_path.glob(".partial-*"))
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    try:
+        # Not while modules are imported: Python drops an interrupt that arrives while it destroys an object.
+        assert any(b"loaded in" in line for line in process.stdout)
+        assert list(tmp_path.glob(".partial-*"))
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert b"Traceback" not in err
     assert list(tmp_path.iterdir()) == []
