@@ -41,7 +41,8 @@ def parse_candidate(text: str, base: Preset) -> Candidate:
     """A candidate from `PRESET`, `FILE.yaml` or `METHOD[:KEY=VALUE,...]`.
 
     A method keeps the schedule of `base`; keys may be parameters of the method or fields of the schedule, and values
-    are YAML: ``composed:density=0.2,tile=[4,4,4],dense_steps=2``.
+    are YAML: ``composed:density=0.2,tile=[4,4,4],dense_steps=2``; null is for parameters that may be left unset:
+    ``composed:density=null,mass=0.9``.
 
     Raises:
         ConfigError: neither a preset nor a method, or a preset of another family; wrong parameters.
@@ -55,14 +56,21 @@ def parse_candidate(text: str, base: Preset) -> Candidate:
         return Candidate(text, method, schedule, preset=preset)
     if name not in list_methods():
         raise ConfigError("candidate", f"{text!r} is no preset and no method{near_matches(name, list_methods())}")
-    try:
-        values = yaml.safe_load("{" + rest.replace("=", ": ") + "}") if rest else {}
-    except yaml.YAMLError:
-        values = None
-    if not isinstance(values, dict) or None in values.values():
-        raise ConfigError("candidate", f"{text!r}: expected METHOD:KEY=VALUE,KEY=VALUE")
-    method, schedule = resolve_policy(base, name, None, {str(key): value for key, value in values.items()})
+    method, schedule = resolve_policy(base, name, None, _values(rest, text))
     return Candidate(text, method, schedule)
+
+
+def _values(words: str, text: str) -> dict[str, Any]:
+    """What `KEY=VALUE,...` says; null is a value, nothing at all is none."""
+    mapping = "{" + words.replace("=", ": ") + "}"
+    try:
+        node, values = yaml.compose(mapping, yaml.SafeLoader), yaml.safe_load(mapping)
+    except yaml.YAMLError:
+        node, values = None, None
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    if not isinstance(values, dict) or any(value.tag.endswith(":null") and not value.value for _, value in pairs):
+        raise ConfigError("candidate", f"{text!r}: expected METHOD:KEY=VALUE,KEY=VALUE")
+    return {str(key): value for key, value in values.items()}
 
 
 def references(base: Preset) -> tuple[Candidate, Candidate]:

@@ -11,6 +11,7 @@ from dit_accel.errors import PlanError
 from dit_accel.kernels import Precision, Remainder, block_attention
 from dit_accel.kernels.quantize import round_to_int8
 from dit_accel.plan import Blocking, BlockPlan
+from dit_accel.selection import smooth_keys
 
 INT8 = Precision("int8")
 
@@ -105,3 +106,10 @@ def test_equal_values_give_that_value():
     q, k, v = tensors(queries=100)
     out, _ = both(q, k, torch.ones_like(v), random_plan(*uniform(100, 16)), precision=INT8)
     torch.testing.assert_close(out, torch.ones_like(out))
+
+
+def test_smoothed_keys_change_no_output_where_nothing_is_rounded():
+    q, k, v = tensors(batch=2, queries=75, factor=3.0)
+    plan = random_plan(*uniform(75, 16))
+    plain, smooth = (block_attention(q, x, v, plan, backend="torch") for x in (k + 5, smooth_keys(k + 5)))
+    torch.testing.assert_close(smooth, plain, atol=1e-12, rtol=1e-12)

@@ -100,3 +100,12 @@ def test_the_published_schedule_searches_twice_and_reuses_the_plan_between():
     assert calls == [(10, "cond"), (10, "uncond"), (30, "cond"), (30, "uncond")]
     dense = [call.step for call in engine.calls if call.reason is not None]
     assert dense == [step for step in range(11) for _ in range(2)]
+
+
+def test_a_constant_per_block_row_in_the_cached_sums_changes_no_choice():
+    q, k, _ = cases.tensors(LAYOUT)
+    call = CallContext(LAYOUT)
+    first = cases.video_mask(plain(), LAYOUT, q, k, call)
+    owner = LAYOUT.blocks(16).block_of_token()
+    call.memory["lse"] = call.memory["lse"] + torch.linspace(-4, 4, int(owner.max()) + 1)[owner]
+    assert torch.equal(cases.video_mask(plain(), LAYOUT, q, k, call), first)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from method_cases import attend, masked, tensors
 from torch.nn import functional as F
 
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
+from dit_accel.state import CallContext
 
 
 def test_draft_keeps_the_largest_entries_of_the_pooled_map_of_a_head():
@@ -74,3 +76,19 @@ def test_hot_blocks_in_front_are_attended_by_all():
     q, k, v = tensors(layout)
     method = get_method("pbs", block=16, segment=None, hot_share=0.125, density=0.05, mass=None)
     assert method.plan(layout, q, k, v)[1].to_mask()[..., :2].all()
+
+
+@pytest.mark.parametrize(("name", "rule"), [("draft", {"density": 1.0}), ("pbs", {"mass": 1.0})])
+def test_all_blocks_are_dense_attention(name, rule):
+    layout = TokenLayout((2, 9, 19), 5, "after")
+    q, k, v = tensors(layout, batch=2)
+    torch.testing.assert_close(
+        attend(get_method(name, **rule), layout, q, k, v), F.scaled_dot_product_attention(q, k, v)
+    )
+
+
+def test_keys_that_are_equal_stay_where_they_are():
+    layout = TokenLayout((1, 8, 8))
+    q, k, _ = tensors(layout)
+    order = get_method("pbs", block=8, segment=None).order(q, torch.zeros_like(k), k, CallContext(layout))
+    assert (order.key_index == torch.arange(64)).all()

@@ -97,3 +97,29 @@ def test_orders_are_counted_against_the_heads():
     q, k, v = tensors(LAYOUT)
     with pytest.raises(ConfigError, match="expected 1 or 2 orders, got 3"):
         attend(get_method("paro", axes=["fhw", "whf", "hwf"]), LAYOUT, q, k, v)
+
+
+def test_the_emptier_the_tiles_of_an_order_the_better():
+    layout = TokenLayout((4, 4, 8))
+    q, k, _ = tensors(layout)
+    q = 4 * q + 6 * torch.sin(
+        layout.coordinates.float() @ torch.randn(3, 16, generator=torch.Generator().manual_seed(3))
+    )
+    weights, empty = (q.double() @ k.double().transpose(-1, -2) / 4).softmax(-1), []
+    for axes in AXES:
+        grid = torch.arange(128).view(layout.grid)
+        index = grid.permute(*("fhw".index(axis) for axis in axes)).flatten()
+        tiles = weights[:, :, index][..., index].unflatten(-1, (16, 8)).unflatten(2, (16, 8))
+        empty.append(((tiles < 1e-3).double().mean((3, 5)) >= 0.9).double().mean((2, 3))[0])
+    full = 1 - torch.stack(empty, -1)
+    costs = axis_costs(q, k, layout, block=8)
+    torch.testing.assert_close(costs, full / full.sum(-1, keepdim=True))
+    assert [AXES[i] for i in torch.stack(empty, -1).argmax(-1)] == list(best_axes(costs))
+
+
+@pytest.mark.parametrize("axes", AXES)
+def test_rows_of_text_do_not_see_the_order(axes):
+    q, k, v = tensors(LAYOUT)
+    out = attend(get_method("paro", axes=axes, density=0.3, block=8), LAYOUT, q, k, v)
+    torch.testing.assert_close(out[:, :, :5], F.scaled_dot_product_attention(q, k, v)[:, :, :5])
+    assert not torch.equal(out[:, :, 5:], F.scaled_dot_product_attention(q, k, v)[:, :, 5:])

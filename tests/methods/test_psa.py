@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dit_accel.engine import Engine
-from dit_accel.errors import ConfigError, UnsupportedError
+from dit_accel.errors import ConfigError, PlanError, UnsupportedError
 from dit_accel.kernels import block_attention
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
@@ -177,3 +177,23 @@ def test_what_does_not_go_together_is_refused():
     with pytest.raises(ConfigError, match="use rule='count'"):
         get_method("psa", density=0.2, rule="mass")
     assert isinstance(get_method("psa").plan(LAYOUT, *cases.tensors(LAYOUT)[:2])[1].to("cpu"), BlockPlan)
+
+
+def test_level_one_everywhere_is_dense_and_a_row_without_it_is_refused():
+    q, k, v = cases.tensors(LAYOUT, batch=1)
+    rows, columns = LAYOUT.blocks(32), LAYOUT.blocks(16)
+    levels = torch.ones(1, 2, rows.count, columns.count, dtype=torch.uint8)
+    exact = cases.dense(LAYOUT, q, k, v)
+    torch.testing.assert_close(attention(levels, LAYOUT, q, k, v, rows, columns), exact, atol=2e-6, rtol=1e-5)
+    levels[:, 1, 2] = 0
+    with pytest.raises(PlanError, match="must select at least one key block"):
+        pyramid_plan(levels, rows, columns)
+
+
+def test_layers_sample_other_places_and_steps_the_same():
+    q, k, v = cases.tensors(LAYOUT)
+    rule = get_method("psa", block=16, key_block=16)
+    calls = [CallContext(LAYOUT, *at) for at in ((0, 0), (0, 5), (1, 0))]
+    first, later, other = (rule.plan(LAYOUT, q, k, v, call)[1].levels for call in calls)
+    assert torch.equal(first, later)
+    assert not torch.equal(first, other)

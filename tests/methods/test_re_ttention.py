@@ -121,3 +121,10 @@ def generate(pipe):
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
     ).frames
+
+
+def test_text_attends_everything_at_every_step():
+    method = get_method("re_ttention", density=0.2, block=8)
+    for out, step in zip(run(method, [5, 6, 8], drift=0.05)[0], [5, 6, 8], strict=True):
+        q, k, v = (x + 0.05 * step for x in tensors(LAYOUT))
+        torch.testing.assert_close(out[:, :, :7], F.scaled_dot_product_attention(q, k, v)[:, :, :7])

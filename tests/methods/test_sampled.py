@@ -175,3 +175,51 @@ def test_sparsed_keeps_one_block_more_than_the_floor():
     assert (mask.sum(-1) == int(16 * 0.3) + 1).all()
     same = cases.video_mask(get_method("adaspa", block=16, density=5 / 16, heads="uniform"), LAYOUT, q, k)
     assert torch.equal(mask, same)
+
+
+def test_asa_ranks_by_the_largest_weight_relative_to_that_of_the_query():
+    q, k, _ = cases.tensors(LAYOUT)
+    logits = q @ k.transpose(-1, -2) / 4
+    energy = (logits - logits.amax(-1, keepdim=True)).unflatten(-1, (16, 16)).amax(-1).unflatten(2, (16, 16)).amax(3)
+    best = energy.argsort(dim=-1, descending=True, stable=True)[..., :4]
+    mask = cases.video_mask(raster("asa", samples=16, least=0.25, most=0.25), LAYOUT, q, k)
+    assert torch.equal(mask, torch.zeros_like(mask).scatter_(-1, best, True))
+
+
+@pytest.mark.parametrize("tau", [0.0, 1.0])
+def test_flexprefill_keeps_more_for_more_mass(tau):
+    q, k, _ = cases.tensors(LAYOUT)
+    masks = [
+        cases.video_mask(get_method("flexprefill", block=16, mass=mass, tau=tau), LAYOUT, q, k)
+        for mass in (0.3, 0.6, 0.9)
+    ]
+    assert (masks[0] <= masks[1]).all()
+    assert (masks[1] <= masks[2]).all()
+    assert masks[0].sum() < masks[1].sum() < masks[2].sum()
+
+
+def test_flexprefill_keeps_no_more_of_a_trusted_map_than_asked_and_the_next_would_exceed_it():
+    q, k, _ = cases.tensors(LAYOUT)
+    kept = cases.video_mask(get_method("flexprefill", block=16, mass=0.6, tau=1.0), LAYOUT, q, k)
+    share = (q.unflatten(2, (16, 16)).mean(3) @ k.unflatten(2, (16, 16)).mean(3).transpose(-1, -2) / 4).softmax(-1)
+    total = (share * kept).sum((-1, -2))
+    assert (total <= 0.6 * 16 + 1e-5).all()
+    assert (total + share.masked_fill(kept, 0).amax((-1, -2)) > 0.6 * 16).all()
+    assert kept.any(-1).all()
+
+
+def test_a_proxy_of_heads_that_are_alike_scores_as_each_of_them():
+    q, k = (x.repeat_interleave(2, 1) for x in cases.tensors(LAYOUT)[:2])
+    group, alone = (cases.video_mask(get_method("proxyattn", block=16, groups=g), LAYOUT, q, k) for g in (2, 4))
+    assert torch.equal(group, alone)
+    assert not torch.equal(group[:, 0], group[:, 2])
+
+
+def test_rows_of_sparsed_keep_as_many_blocks_of_text_and_of_video_as_one_another():
+    layout = TokenLayout((4, 8, 8), 40, "after")
+    q, k, _ = cases.tensors(layout)
+    mask, text = cases.video_mask(get_method("sparsed", block=16), layout, q, k), layout.text_blocks(layout.blocks(16))
+    rows = mask[:, :, ~text]
+    assert (rows[..., text].sum(-1) == 3).all()
+    assert rows[..., ~text].sum(-1).unique().numel() == 1
+    assert not rows[..., ~text].all()

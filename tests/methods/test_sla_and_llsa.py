@@ -133,3 +133,38 @@ def test_llsa_chooses_from_coarse_to_fine():
         scores[children == row] = torch.inf
         expected = set(children[scores.topk(2).indices].tolist())
         assert set(plan.to_mask()[0, 0, row].nonzero().flatten().tolist()) == expected
+
+
+@pytest.mark.parametrize("over", ["unselected", "all"])
+def test_the_weights_of_the_linear_branch_sum_to_one(over):
+    q, k, v = (x.double() for x in tensors(LAYOUT))
+    plan = get_method("sla", block=8, density=0.3).plan(LAYOUT, q, k, v)[1]
+    out = linear_attention(q, k, torch.ones_like(v), plan, LAYOUT, over)[:, :, :70]
+    rest = (~plan.to_token_mask()[:, :, :70, :75]).any(-1, keepdim=True) if over == "unselected" else True
+    torch.testing.assert_close(
+        out, torch.where(torch.as_tensor(rest), 1.0, 0.0).double().expand_as(out), atol=1e-5, rtol=0
+    )
+
+
+def test_sla_with_everything_selected_is_dense_whatever_was_trained(tmp_path):
+    layout = TokenLayout((2, 5, 7))
+    q, k, v = tensors(layout)
+    path = saved(tmp_path / "some.safetensors", torch.randn(16, 16), torch.zeros(16))
+    method = get_method("sla", block=8, density=1.0, projections=path, over="unselected")
+    torch.testing.assert_close(attend(method, layout, q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_llsa_finds_the_best_blocks_where_scores_are_those_of_the_coarse_nodes():
+    layout = TokenLayout((1, 8, 16))
+    q, k, v = tensors(layout)
+    order = morton_order(layout)
+    ordered = (x[:, :, ::16].repeat_interleave(16, dim=2) for x in order.apply(q, k, v)[:2])
+    q, k = (order.restore(x) for x in ordered)
+    plan = get_method("llsa", block=4, keep=3).plan(layout, q, k, v)[1]
+    q, k, _ = order.apply(q, k, v)
+    scores = (q @ k.transpose(-1, -2))[:, :, ::4, ::4]
+    own = torch.eye(32, dtype=torch.bool)
+    best = scores.masked_fill(own, torch.inf).topk(3).values[..., 1:]
+    kept = scores.masked_fill(~plan.to_mask() | own, -torch.inf).topk(2).values
+    assert plan.to_mask()[..., own].all()
+    torch.testing.assert_close(kept, best)

@@ -214,3 +214,27 @@ def test_padded_video_sorts_last():
     assert (order.key_index[1, :, 66:] >= 66).all()
     assert (order.query[1, :, :66] < 66).all()
     assert plan.validate().counts.min() >= 1
+
+
+def test_the_mass_of_clusters_of_equal_keys_is_that_of_their_tokens():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1, 1, 3, 16, generator=generator)
+    which = torch.arange(3).repeat_interleave(torch.tensor([32, 96, 128]))[torch.randperm(256, generator=generator)]
+    q, k = torch.randn(1, 1, 256, 16, generator=generator), values[:, :, which]
+    call = CallContext(GRID)
+    # A fourth centroid, from which all tokens are far, holds none of them and must hold no mass.
+    call.memory["keys"] = torch.cat([values, torch.full_like(values[:, :, :1], 50.0)], 2)
+    rule = method(query_clusters=1, key_clusters=4, density=0.25, iterations=0)
+    order = rule.order(q, k, k, call)
+    scores = rule.scores(*order.apply(q, k, k)[:2], call, *rule.blocks(GRID))
+    centre = call.memory["queries"][0, 0, 0]
+    weights = (k[0, 0] @ centre / 4).softmax(0)[order.key_index[0, 0]]
+    torch.testing.assert_close(scores[0, 0].exp() / 16, weights.view(16, 16).sum(-1).expand(16, -1))
+
+
+def test_a_vector_added_to_all_keys_changes_no_plan():
+    q, k, v = (x.double() for x in cases.tensors(GRID))
+    plain, shifted = (method(mass=0.5).plan(GRID, q, x, v, CallContext(GRID)) for x in (k, k + 3))
+    assert torch.equal(plain[0].key_index, shifted[0].key_index)
+    assert torch.equal(plain[1].to_mask(), shifted[1].to_mask())
+    assert plain[1].density < 1

@@ -8,6 +8,7 @@ import torch
 
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
+from dit_accel.selection import TopP, select_blocks
 from dit_accel.state import CallContext
 
 LAYOUT = TokenLayout((5, 6, 8))
@@ -86,3 +87,22 @@ def test_groups_of_queries_choose_by_their_mean():
     )
     call = CallContext(LAYOUT, layer=2)
     torch.testing.assert_close(cases.attend(one, LAYOUT, q, k, v, call), cases.attend(eight, LAYOUT, q, k, v, call))
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("scope", ["row", "head"])
+def test_all_of_the_share_is_dense_attention(layer, scope):
+    q, k, v = cases.tensors(LAYOUT)
+    method = get_method("vmoba", **SHAPES, density=None, mass=1.0, scope=scope)
+    out = cases.attend(method, LAYOUT, q, k, v, CallContext(LAYOUT, layer=layer))
+    torch.testing.assert_close(out, cases.dense(LAYOUT, q, k, v), atol=2e-6, rtol=1e-5)
+
+
+def test_without_the_last_box_the_threshold_is_not_reached():
+    scores = torch.randn(2, 3, 6, 12, generator=torch.Generator().manual_seed(0)).double()
+    mask = select_blocks(scores, TopP(mass=0.4), normalisation="min_max")
+    share = scores - scores.amin(-1, keepdim=True)
+    share = share / share.sum(-1, keepdim=True)
+    best = share.sort(dim=-1, descending=True).values
+    needed = (best.cumsum(-1) < 0.4).sum(-1) + 1
+    assert torch.equal(mask, share >= best.gather(-1, needed.unsqueeze(-1) - 1))

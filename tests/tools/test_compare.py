@@ -73,6 +73,15 @@ def test_candidates_are_presets_or_methods():
     assert (made.method.density, made.method.tile) == (0.2, (2, 4, 4))
     assert made.schedule.dense_steps == ((0, 2),)
     assert parse_candidate("radial", BASE).schedule.dense_steps == BASE.schedule.dense_steps
+    assert parse_candidate("radial:", BASE).method == parse_candidate("radial", BASE).method
+
+
+def test_null_reaches_a_parameter_that_may_be_unset_and_no_other():
+    by_mass = parse_candidate("composed:density=null,mass=0.9", BASE).method
+    assert (by_mass.density, by_mass.mass) == (None, 0.9)
+    assert parse_candidate("pbs:segment=null", BASE).method.segment is None
+    with pytest.raises(ConfigError, match=r"method\.composed\.tile"):
+        parse_candidate("composed:tile=null", BASE)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +89,7 @@ def test_candidates_are_presets_or_methods():
     [
         ("radail", "did you mean 'radial'"),
         ("radial:decay", "expected METHOD:KEY=VALUE"),
+        ("composed:density=,mass=0.9", "expected METHOD:KEY=VALUE"),
         ("radial:decay=-1", "decay"),
         ("radial:tile=[2,", "expected METHOD:KEY=VALUE"),
         ("nowhere.yaml", "no such file"),
