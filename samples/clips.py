@@ -100,24 +100,27 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return f"an {text}" if scene.color == "orange" else f"a {text}"
 
 
-def render(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
-    """Draw the clip: uint8 `[frames, height, width, 3]`, RGB. The object stays on the canvas where its path fits."""
+def render(scene: Scene, frames: int, height: int, width: int, bounces: bool = False) -> np.ndarray:
+    """Draw the clip: uint8 `[frames, height, width, 3]`, RGB. The object stays on the canvas where its path fits.
+
+    With `bounces` it starts near the middle however long the clip is, and the edges of the canvas throw it back.
+    """
     clip = np.empty((frames, height, width, 3), dtype=np.uint8)
     clip[:] = BACKGROUNDS[scene.background]
-    for image, center in zip(clip, _path(scene, frames, height, width), strict=True):
+    for image, center in zip(clip, _path(scene, frames, height, width, bounces), strict=True):
         _draw_shape(image, scene.shape, center, scene.radius, COLORS[scene.color])
     return clip
 
 
-def render_mask(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
+def render_mask(scene: Scene, frames: int, height: int, width: int, bounces: bool = False) -> np.ndarray:
     """Where the object of the clip is: bool `[frames, height, width]`."""
     mask = np.zeros((frames, height, width, 3), dtype=np.uint8)
-    for image, center in zip(mask, _path(scene, frames, height, width), strict=True):
+    for image, center in zip(mask, _path(scene, frames, height, width, bounces), strict=True):
         _draw_shape(image, scene.shape, center, scene.radius, (255, 255, 255))
     return np.asarray(mask[..., 0] > 0)
 
 
-def _path(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
+def _path(scene: Scene, frames: int, height: int, width: int, bounces: bool) -> np.ndarray:
     """Centres (x, y) of the object, `[frames, 2]`: a straight way from about the middle of the canvas outwards.
 
     The direction alone then says on which side the object is in later frames. Were the path to cross the middle, only
@@ -128,6 +131,10 @@ def _path(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
     travel = step * (frames - 1)
     canvas = np.array([width, height])
     wanted = canvas / 2 + JITTER * np.array(scene.place)
+    if bounces:
+        room = np.maximum(canvas - 2 * scene.radius, 1.0)
+        way = np.clip(wanted - scene.radius, 0, room) + np.arange(frames)[:, None] * step
+        return np.asarray(scene.radius + room - np.abs(way % (2 * room) - room))
     low, high = np.maximum(scene.radius, scene.radius - travel), np.minimum(canvas, canvas - travel) - scene.radius
     start = np.where(high > low, np.clip(wanted, low, high), (low + high) / 2)
     return np.asarray(start + np.arange(frames)[:, None] * step)
@@ -158,13 +165,14 @@ def _outline(shape: str) -> np.ndarray:
 
 
 def captioned_clips(
-    seed: int, frames: int, height: int, width: int, held_out: bool = False
+    seed: int, frames: int, height: int, width: int, held_out: bool = False, bounces: bool = False
 ) -> Iterator[tuple[np.ndarray, str, np.ndarray]]:
     """Endless (clip uint8 `[frames, height, width, 3]`, caption, object mask), the same for the same seed."""
+    size = (frames, height, width, bounces)
     rng = np.random.default_rng(seed)
     while True:
         scene = draw_scene(rng, held_out)
-        yield render(scene, frames, height, width), caption(scene, rng), render_mask(scene, frames, height, width)
+        yield render(scene, *size), caption(scene, rng), render_mask(scene, *size)
 
 
 def vocabulary() -> list[str]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from dit_accel.samples.clips import BACKGROUNDS, COLORS, SHAPES
 from dit_accel.samples.muon import Muon, split_parameters
 from dit_accel.samples.tiny_wan_model import (
     TinyWanSizes,
@@ -27,6 +25,8 @@ from dit_accel.samples.tiny_wan_model import (
     make_vae,
     save_pipeline,
 )
+from dit_accel.samples.tiny_wan_probe import Probe, probe_weight
+from dit_accel.samples.tiny_wan_run import TrainingRun, replace_parts
 from dit_accel.samples.tiny_wan_vae import Bank
 
 if TYPE_CHECKING:
@@ -34,14 +34,12 @@ if TYPE_CHECKING:
 
 _TEXT = 24  # text tokens in training; the last is always padding
 PIPELINE_TEXT = 64  # text tokens that WanPipeline is told to attend, at most
-_DROP_CAPTION = 0.12
-_DECAY = 0.1  # without it the output of cross-attention grows until it drowns everything else
-_PROBED_LAYERS = 3
-_PROBE_WEIGHTS, _PROBE_STEPS = (1.0, 0.05), (100, 500)  # at first, and later; until and from which step
+DROP_CAPTION = 0.12
+DECAY = 0.1  # without it the output of cross-attention grows until it drowns everything else
 _LAYOUT_SHARE, _LAYOUT_SHIFT = 0.5, 10.0  # of the samples: at noise levels where it is decided what goes where
 _OBJECT_WEIGHT = 4.0  # of the loss where the object is; it covers a tenth of the picture
-_EXPORT_EVERY = 200
 _EMA = 0.998
+ADAM_PARTS = ("patch_embedding", "proj_out", "shared", "relative", "scale_shift")  # first and last layers, biases
 _PHASES = (0.3, 0.75)  # shares of the steps at which the second and the third phase begin
 
 
@@ -108,73 +106,6 @@ class FrameRope(nn.Module):
         return cos, sin
 
 
-class Probe(nn.Module):
-    """Teaches early layers what they need to know; used in training only.
-
-    Rotary positions are relative, so a model must infer from its surroundings where the canvas ends; without that it
-    cannot place anything. A word that changes only where something is, and only in late frames, is not worth attending
-    to before places are known. Linear classifiers on the hidden states of the first layers give each of these a signal
-    of its own: row, column and frame of a token, the words of the caption, and whether the object is there. At the end
-    they are thrown away.
-
-    Args:
-        model: the transformer; it is hooked.
-        grid: latent frames, rows and columns of whole clips.
-        layers: how many of the first layers are probed.
-    """
-
-    def __init__(self, model: WanTransformer3DModel, grid: tuple[int, int, int], layers: int = _PROBED_LAYERS) -> None:
-        super().__init__()
-        self.sizes = (*grid, len(MEANINGS), 1)
-        width = model.config.num_attention_heads * model.config.attention_head_dim
-        heads = (nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(self.sizes))) for _ in range(layers))
-        self.heads = nn.ModuleList(heads)
-        self._hidden: dict[int, Tensor] = {}
-        for index in range(layers):
-            model.blocks[index].register_forward_hook(lambda _, __, hidden, index=index: self._keep(index, hidden))
-
-    def _keep(self, index: int, hidden: Tensor) -> None:
-        self._hidden[index] = hidden
-
-    def loss(self, frames: Tensor, captions: list[str], objects: Tensor) -> Tensor:
-        """Mean cross-entropy of the last forward pass.
-
-        Args:
-            frames: the latent frames that its clips held.
-            captions: theirs, empty where they were dropped.
-            objects: where the object is, bool `[B, T, H, W]`.
-        """
-        _, rows, columns = self.sizes[:3]
-        places = torch.cartesian_prod(frames, torch.arange(rows), torch.arange(columns)).unbind(-1)
-        words = torch.tensor([[float(is_said(caption)) for is_said in MEANINGS] for caption in captions])
-        losses = []
-        for index, head in enumerate(self.heads):
-            *where, said, there = head(self._hidden.pop(index)).split(self.sizes, dim=-1)
-            for guess, at in zip(where, places, strict=True):
-                losses.append(F.cross_entropy(guess.flatten(0, 1), at.repeat(len(guess))))
-            losses.append(10 * F.binary_cross_entropy_with_logits(said, words[:, None].expand_as(said)))
-            mask = objects.flatten(1).unsqueeze(-1).float()
-            losses.append(10 * F.binary_cross_entropy_with_logits(there, mask))
-        return torch.stack(losses).mean()
-
-
-def probe_weight(step: int) -> float:
-    """Weight of the probe's loss: its lessons come first, as the flow-matching loss alone drowns them for long."""
-    (begin, end), (high, low) = _PROBE_STEPS, _PROBE_WEIGHTS
-    return high + (low - high) * min(1.0, max(0.0, (step - begin) / (end - begin)))
-
-
-def _says(*beginnings: str) -> Callable[[str], bool]:
-    return lambda caption: any(word.startswith(beginnings) for word in caption.split())
-
-
-# What captions can mean, each as a test of a caption.
-MEANINGS = [
-    *(_says(name) for name in (*COLORS, *BACKGROUNDS, "left", "right", "up", "down")),
-    *(_says(*names) for names in SHAPES.values()),
-]
-
-
 def choose_padding() -> int:
     """How far the texts of a step are padded: from 24 to 64 tokens, few most often.
 
@@ -190,6 +121,19 @@ def choose_frames(frames: int, count: int) -> Tensor:
     return torch.cat([torch.tensor([0]), inner.sort().values, torch.tensor([frames - 1])])
 
 
+def draw_levels(count: int, shift: float) -> Tensor:
+    """Noise levels in (0, 1) `[count]`: logit-normal, shifted; some so far that they decide what goes where."""
+    level = torch.sigmoid(torch.randn(count))
+    shifts = torch.where(torch.rand(count) < _LAYOUT_SHARE, _LAYOUT_SHIFT, shift)
+    return shifts * level / (1 + (shifts - 1) * level)
+
+
+def velocity_error(predicted: Tensor, wanted: Tensor, objects: Tensor) -> Tensor:
+    """Mean squared error of velocities `[B, C, T, H, W]`, weighted where `objects` (bool `[B, T, H, W]`) are."""
+    weight = 1 + (_OBJECT_WEIGHT - 1) * objects.unsqueeze(1)
+    return ((predicted - wanted).square() * weight).mean() / weight.mean()
+
+
 def flow_loss(
     model: WanTransformer3DModel,
     text: Captioner,
@@ -202,9 +146,7 @@ def flow_loss(
 
     `objects` (bool `[B, T, H, W]`) says where errors weigh more.
     """
-    level = torch.sigmoid(torch.randn(len(captions)))
-    shifts = torch.where(torch.rand(len(captions)) < _LAYOUT_SHARE, _LAYOUT_SHIFT, shift)
-    level = shifts * level / (1 + (shifts - 1) * level)
+    level = draw_levels(len(captions), shift)
     noise = torch.randn_like(latents)
     mix = level.view(-1, 1, 1, 1, 1)
     predicted = model(
@@ -213,8 +155,7 @@ def flow_loss(
         encoder_hidden_states=text(captions),
         return_dict=False,
     )[0]
-    weight = 1 + (_OBJECT_WEIGHT - 1) * objects.unsqueeze(1)
-    return ((predicted - (noise - latents)).square() * weight).mean() / weight.mean()
+    return velocity_error(predicted, noise - latents, objects)
 
 
 def train_transformer(
@@ -234,55 +175,31 @@ def train_transformer(
     model.set_attn_processor({name: cross if "attn2" in name else p for name, p in stock.items()})
     _, _, total, height, width = bank.latents.shape
     model.rope = rope = FrameRope(model.rope, total)
-    hidden, rest = split_parameters(both, skip=("patch_embedding", "proj_out", "shared", "relative", "scale_shift"))
+    hidden, rest = split_parameters(both, skip=ADAM_PARTS)
     probe = Probe(model, (total, height, width))
     rest += probe.parameters()
     optimizers = [
-        (Muon(hidden, weight_decay=_DECAY), 0.02),
+        (Muon(hidden, weight_decay=DECAY), 0.02),
         (torch.optim.AdamW(rest, betas=(0.9, 0.97), weight_decay=0.0), 2e-3),
     ]
-    average = {name: value.detach().clone() for name, value in both.state_dict().items()}
-    checkpoint, first, begun, smooth = work / "flow_checkpoint.pt", 0, time.time(), 1.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        first, average = state["step"], state["average"]
-        both.load_state_dict(state["model"])
-        probe.load_state_dict(state["probe"])
-        for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-    torch.manual_seed(first)  # a resumed run must not draw the batches of its first steps again
-    for step in range(first, steps):
+    run = TrainingRun(work / "flow_checkpoint.pt", both, optimizers, _EMA, {"probe": probe})
+    for step in range(run.first, steps):
         phase = sum(step >= share * steps for share in _PHASES)
         draw = draws[int(torch.multinomial(torch.tensor([d.shares[phase] for d in draws]), 1))]
         rows = torch.randint(len(bank.captions), (draw.batch,))
         rope.chosen = choose_frames(total, draw.latent_frames)
         latents, objects = bank.latents[rows][:, :, rope.chosen].float(), bank.objects[rows][:, rope.chosen]
         cross.pad_to(choose_padding())
-        captions = ["" if torch.rand(()) < _DROP_CAPTION else bank.captions[i] for i in rows]
+        captions = ["" if torch.rand(()) < DROP_CAPTION else bank.captions[i] for i in rows]
         loss = flow_loss(model, text, latents, objects, captions, sizes.flow_shift)
         placing = probe.loss(rope.chosen, captions, objects)
         (loss + probe_weight(step) * placing).backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
-        rate = min(1.0, (step + 1) / 50) * min(1.0, 0.02 + 1.6 * (1 - step / steps))
-        for optimizer, lr in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * rate
-            optimizer.step()
-            optimizer.zero_grad()
-        decay = min(_EMA, (step + 1) / (step + 10))
-        for name, value in both.state_dict().items():
-            average[name].lerp_(value, 1 - decay) if value.is_floating_point() else average[name].copy_(value)
-        smooth += 0.01 * (loss.item() - smooth)
-        if step % 50 == 0:
-            told = f"loss {smooth:.4f} placing {placing.item():.3f} {time.time() - begun:.0f} s"
-            print(f"flow step {step}/{steps} {told}", flush=True)
-        if step % _EXPORT_EVERY == _EXPORT_EVERY - 1 or step == steps - 1:
-            saved = [optimizer.state_dict() for optimizer, _ in optimizers]
-            state = {"step": step + 1, "model": both.state_dict(), "average": average, "optimizers": saved}
-            state["probe"] = probe.state_dict()
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").rename(checkpoint)
-            export(work, output, sizes, average)
+        run.update(step, steps)
+        run.log("flow", step, steps, loss, f"placing {placing.item():.3f}")
+        if run.is_due(step, steps):
+            run.save(step)
+            export(work, output, sizes, run.average)
 
 
 def export(work: Path, output: Path, sizes: TinyWanSizes, average: dict[str, Tensor]) -> None:
@@ -296,9 +213,4 @@ def export(work: Path, output: Path, sizes: TinyWanSizes, average: dict[str, Ten
     fresh = output.with_name(output.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     save_pipeline(fresh, vae, model, encoder, tokenizer, sizes)
-    output.mkdir(parents=True, exist_ok=True)
-    for part in fresh.iterdir():
-        if (output / part.name).is_dir():
-            shutil.rmtree(output / part.name)
-        part.rename(output / part.name)
-    fresh.rmdir()
+    replace_parts(fresh, output)

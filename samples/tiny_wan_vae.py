@@ -128,13 +128,14 @@ def reconstruction_psnr(vae: AutoencoderKLWan, clips: int = 16) -> float:
 @torch.no_grad()
 def encode_bank(work: Path, vae: AutoencoderKLWan, canvas: Canvas, seed: int) -> Bank:
     """Encode `canvas.clips` clips once, so that training steps do not pay for the autoencoder."""
-    name = f"bank_{canvas.frames}x{canvas.height}x{canvas.width}_{canvas.clips}"
+    name = f"bank_{canvas.frames}x{canvas.height}x{canvas.width}_{canvas.clips}" + "_bounces" * canvas.bounces
     tensors, texts = work / f"{name}.safetensors", work / f"{name}.json"
     if not texts.exists():
         begun = time.time()
         mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
         std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-        stream = captioned_clips(seed + 7919 * canvas.frames, canvas.frames, canvas.height, canvas.width)
+        size = (canvas.frames, canvas.height, canvas.width)
+        stream = captioned_clips(seed + 7919 * canvas.frames, *size, bounces=canvas.bounces)
         latents, objects, captions = [], [], []
         for first in range(0, canvas.clips, 8):
             clips, words, masks = zip(*islice(stream, min(8, canvas.clips - first)), strict=True)

@@ -24,12 +24,14 @@ class Canvas:
     Args:
         frames, height, width: pixels; frames is odd.
         clips: how many are encoded into the bank.
+        bounces: whether the edges throw the object back, see `clips.render`. Default: its path ends before them.
     """
 
     frames: int
     height: int
     width: int
     clips: int
+    bounces: bool = False
 
 
 @dataclass(frozen=True)

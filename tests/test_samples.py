@@ -24,14 +24,13 @@ from dit_accel.samples.evaluate_tiny_wan import judge
 from dit_accel.samples.muon import orthogonalize
 from dit_accel.samples.tiny_random import random_wan_pipeline
 from dit_accel.samples.tiny_wan_flow import (
-    MEANINGS,
     Captioner,
     FrameRope,
     PaddedCrossAttention,
-    Probe,
     choose_frames,
 )
 from dit_accel.samples.tiny_wan_model import make_tokenizer
+from dit_accel.samples.tiny_wan_probe import MEANINGS, Probe
 
 
 def test_clips_are_the_same_for_a_seed():
