@@ -22,16 +22,8 @@ from dit_accel.plan_picture import PlanPicture, picture
 from dit_accel.planner import QKV, Planner
 from dit_accel.report import CallRecord
 from dit_accel.schedule import Schedule
+from dit_accel.shard import HeadShard, TokenShard
 from dit_accel.state import RunState
-
-
-@dataclass(frozen=True)
-class HeadShard:
-    """Some heads of a layer: `count` of its `total`, from `first` on; those beyond the total are padding."""
-
-    first: int
-    count: int
-    total: int
 
 
 @dataclass(frozen=True)
@@ -88,7 +80,7 @@ class Engine:
         self._methods = [self._method_for(index) for index in range(len(layers))]
         self._heads: dict[tuple[int, HeadShard, torch.device], list[tuple[Method, Tensor]]] = {}
         self._planner = Planner(schedule, seed)
-        self.standing = Standing(self._all_methods, schedule.min_tokens, hoist)
+        self.standing = Standing(self.all_methods, schedule.min_tokens, hoist)
 
     @property
     def is_dense(self) -> bool:
@@ -126,38 +118,41 @@ class Engine:
         text: TextPosition = "none",
         reason: str | None = None,
         valid: tuple[int, ...] | None = None,
-        shard: HeadShard | None = None,
+        shard: HeadShard | TokenShard | None = None,
     ) -> Tensor:
         """One attention call.
 
         Args:
             module: the attention module, which says the layer.
-            q, k, v: `[B, N, H, D]`, the axis order of Diffusers.
+            q, k, v: `[B, N, H, D]`, the axis order of Diffusers; q `[B, n, H, D]` with a share of the tokens.
             dense: computes the call as the stock processor would.
             text: where text stands in the sequence; its tokens are those beyond the grid. Default: there is none.
             reason: why no method can run this call (a mask that is no valid length), for the report. Default: it can.
             valid: valid tokens per batch item, text and video, where the call itself says so. Default: as the state
                 of the forward pass says.
-            shard: which heads of the model q, k, v hold, where several processes share them. Default: all.
+            shard: which heads of the model q, k, v hold, or which tokens q holds, where several processes share them.
+                Default: all.
 
         Returns:
-            `[B, N, H, D]`.
+            Like q.
         """
         state, layer = self.running, self._layer_of[id(module)]
-        method, layout = self._methods[layer], self._layout(state, text, q.shape[1], valid)
+        method, layout = self._methods[layer], self._layout(state, text, k.shape[1], valid)
         record = CallRecord(
             self.component, layer, state.step, state.branch, state.generation, method.name, method.requested_density
         )
         self.calls.append(record)
         self.standing.report_to(record)
-        record.reason = reason or self._reason(method, layer, state, layout, q)
+        record.reason = reason or self._reason(method, layer, state, layout, k)
         searches = record.reason is not None and self._searches(layer, state, layout, record.reason)
         if record.reason is None or searches:
             qkv = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-            groups = self._groups(method, layer, shard or HeadShard(0, q.shape[2], q.shape[2]), q.device)
+            heads = shard if isinstance(shard, HeadShard) else HeadShard(0, q.shape[2], q.shape[2])
+            tokens = shard if isinstance(shard, TokenShard) else None
+            groups = self._groups(method, layer, heads, q.device)
             if searches:
                 self._search(groups, layer, layout, qkv, record)
-            elif (out := self._attend(groups, layer, layout, *qkv, record)) is not None:
+            elif (out := self._attend(groups, layer, layout, qkv, tokens, record)) is not None:
                 return out.transpose(1, 2)
         # A method that is dense throughout leaves the call as it is without this library.
         with record.timed("attend", q.device), nullcontext() if self.is_dense else fastest_first(q):
@@ -168,14 +163,15 @@ class Engine:
         return out
 
     def _attend(
-        self, groups: _Groups, layer: int, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, record: CallRecord
+        self, groups: _Groups, layer: int, layout: TokenLayout, qkv: QKV, tokens: TokenShard | None, record: CallRecord
     ) -> Tensor | None:
         """The methods' way, q, k, v `[B, H, N, D]`; None, with the reason recorded, when dense is faster."""
+        q, k, v = qkv
         if self.guard is not None:
             groups = self._guarded(self.guard, groups, layout, record)
             if record.reason is not None:
                 return None
-        parts = [self._part(*group, layer, layout, q, k, v, record) for group in groups]
+        parts = [self._part(*group, layer, layout, qkv, tokens, record) for group in groups]
         shares = [1.0 if part.heads is None else len(part.heads) / q.shape[1] for part in parts]
         density = sum((s * part.planned.density for s, part in zip(shares, parts, strict=True)), start=0.0)
         names = ", ".join(dict.fromkeys(part.computed_by for part in parts))
@@ -213,17 +209,16 @@ class Engine:
         heads: Tensor | None,
         layer: int,
         layout: TokenLayout,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        qkv: QKV,
+        tokens: TokenShard | None,
         record: CallRecord,
     ) -> Part:
         """Order, plan and backend of one group of heads; q, k, v `[B, H, N, D]` of all heads."""
         state = self.running
-        qkv = of_heads((q, k, v), heads)
-        planned, qkv = self._planner.plan(method, layer, layout, state, qkv, record, self.standing.order(layout))
+        qkv, standing = of_heads(qkv, heads), self.standing.order(layout)
+        planned, qkv = self._planner.plan(method, layer, layout, state, qkv, record, standing, tokens)
         request = request_of(qkv[0], planned.plan, method.remainder, method.completes, method.precision)
-        call = self._planner.call(method, layer, layout, state, len(q))
+        call = self._planner.call(method, layer, layout, state, len(qkv[0]))
         backend = choose_backend(self.backend, request)
         limit = backend.break_even if self.break_even is None else self.break_even
         # An explicit backend computes every head, and padding needs the lengths that only it knows.
@@ -255,14 +250,14 @@ class Engine:
         for member, heads in groups:
             self._planner.search(member, layer, layout, self.running, of_heads(qkv, heads), record)
 
-    def _reason(self, method: Method, layer: int, state: RunState, layout: TokenLayout, q: Tensor) -> str | None:
+    def _reason(self, method: Method, layer: int, state: RunState, layout: TokenLayout, k: Tensor) -> str | None:
         if self.is_dense:
             return "method is dense"
-        if q.shape[1] != layout.tokens:
-            return f"the call has {q.shape[1]} tokens where the geometry says {layout.tokens}"
+        if k.shape[1] != layout.tokens:
+            return f"the call has {k.shape[1]} tokens where the geometry says {layout.tokens}"
         return self.schedule.dense_reason(layer, state.step, state.noise, layout.tokens)
 
-    def _all_methods(self) -> set[Method]:
+    def all_methods(self) -> set[Method]:
         """Every method that some head of some layer runs under."""
         table = self.schedule.head_table
         return {*self._methods} if table is None else set(table.methods(self._methods))

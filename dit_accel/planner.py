@@ -15,7 +15,9 @@ from dit_accel.order import TokenOrder, relative
 from dit_accel.plan import BlockPlan
 from dit_accel.report import CallRecord
 from dit_accel.reuse import for_all_heads, for_other_layers, overlap, representative_heads
+from dit_accel.rows import rows_of_order, rows_of_plan
 from dit_accel.schedule import Schedule
+from dit_accel.shard import TokenShard
 from dit_accel.state import CallContext, RunState
 
 # A head table may give every layer a dozen modes.
@@ -30,6 +32,11 @@ class Planned:
     order: TokenOrder | None
     plan: BlockPlan
     density: float | Tensor
+
+    def of_tokens(self, tokens: Tensor) -> Planned:
+        """What some query tokens need of it, ascending in the raster; the density stays that of the whole call."""
+        order, at = (None, tokens) if self.order is None else rows_of_order(self.order, tokens)
+        return Planned(order, rows_of_plan(self.plan, at), self.density)
 
 
 @dataclass(frozen=True)
@@ -74,18 +81,24 @@ class Planner:
         qkv: QKV,
         record: CallRecord,
         standing: TokenOrder | None = None,
+        shard: TokenShard | None = None,
     ) -> tuple[Planned, QKV]:
         """Order and plan, new or kept, and q, k, v `[B, H, N, D]` in that order; times go to `record`.
 
         Where tokens stand in the shared order `standing` and not in the raster, `method` must be static, and the order
-        is what takes them from there to that of the method.
+        is what takes them from there to that of the method. Where q holds the tokens of `shard` alone, it must be
+        static too, and the plan is that of those tokens.
         """
         device = qkv[0].device
-        kept = self._kept(method, layer, layout, state, qkv[0], standing)
+        kept = self._kept(method, layer, layout, state, qkv[0], standing, shard)
         if kept is None:
             call = self.call(method, layer, layout, state, len(qkv[0]))
-            kept, ordered = self._make(method, call, qkv, record, standing)
-            self._keep(method, layer, layout, state, qkv[0], kept, record, standing)
+            # A static method looks at no query, so that keys may stand for those that are elsewhere.
+            whole = qkv if shard is None else (qkv[1], *qkv[1:])
+            kept, ordered = self._make(method, call, whole, record, standing)
+            if shard is not None:
+                kept, ordered = kept.of_tokens(shard.tokens(layout)), None
+            self._keep(method, layer, layout, state, qkv[0], kept, record, standing, shard)
             if ordered is not None:
                 return kept, ordered
         if kept.order is not None:
@@ -132,11 +145,12 @@ class Planner:
         state: RunState,
         q: Tensor,
         standing: TokenOrder | None = None,
+        shard: TokenShard | None = None,
     ) -> Planned | None:
         if method.is_static:
-            found = self._static.get((method, layout, q.device, standing))
+            found = self._static.get((method, layout, q.device, standing, shard))
             if found is not None:
-                self._static.move_to_end((method, layout, q.device, standing))
+                self._static.move_to_end((method, layout, q.device, standing, shard))
             return found
         made = self._made.get(self._slot(method, layer, state))
         if made is None or made.key != (method, layout, q.shape[:2]) or not self.schedule.keeps(made.step, state.step):
@@ -153,9 +167,10 @@ class Planner:
         planned: Planned,
         record: CallRecord,
         standing: TokenOrder | None = None,
+        shard: TokenShard | None = None,
     ) -> None:
         if method.is_static:
-            self._static[method, layout, q.device, standing] = planned
+            self._static[method, layout, q.device, standing, shard] = planned
             if len(self._static) > _STATIC_PLANS_KEPT:
                 self._static.popitem(last=False)
             return

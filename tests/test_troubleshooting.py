@@ -8,7 +8,6 @@ import inspect
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ import dit_accel
 from dit_accel.cli import generate, main
 from dit_accel.cli.parallel import Degrees, Processes
 from dit_accel.errors import DitAccelError
-from dit_accel.families.parallel import refuse_ring
 from dit_accel.kernels import block_attention
 from dit_accel.kernels.registry import Backend, Request
 from dit_accel.kernels.selftest import fault_of
@@ -103,10 +101,8 @@ def late_parallelism(pipe):
             hooks.remove_hook("cp_input---later")
 
 
-def ring(pipe):
-    parallel = SimpleNamespace(context_parallel_config=SimpleNamespace(ring_degree=2))
-    with dit_accel.accelerate(pipe, method="radial") as acceleration:
-        return error(lambda: refuse_ring(acceleration.engines["transformer"], parallel))
+def ring():
+    return error(lambda: Degrees(ring=2).check_preset(load_preset("wan2.1-t2v-14b-720p"), 40))
 
 
 def wrong_cache(pipe):
@@ -167,7 +163,7 @@ PRINTED = {
     "the call has 99 tokens where the geometry says 27": unexplained_length,
     "enable_parallelism() was called after accelerate()": late_parallelism,
     "torchrun started 2 processes": lambda: error(lambda: Degrees().check(Processes(count=2))),
-    "under ring parallelism": ring,
+    "under ring attention each process holds a share": ring,
     "extras.cache: pab cannot run on WanPipeline": wrong_cache,
     "unknown key": lambda: error(lambda: Schedule.make(dense_step=4)),
     "cannot write in": bad_path,

@@ -15,6 +15,7 @@ from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.order import TokenOrder, permute
 from dit_accel.plan import Blocking, BlockPlan
+from dit_accel.rows import rows_of_plan
 from dit_accel.schedule import Schedule
 from dit_accel.state import CallContext
 
@@ -143,13 +144,4 @@ def take_query_blocks(plan: BlockPlan, blocks: Tensor) -> tuple[BlockPlan, Tenso
     chosen = torch.zeros(plan.q_blocks.count, dtype=torch.bool)
     chosen[blocks] = True
     tokens = torch.repeat_interleave(chosen, plan.q_blocks.lengths).nonzero().flatten()
-    index = blocks.to(plan.indices.device)
-    part = BlockPlan(
-        Blocking.from_lengths(plan.q_blocks.lengths[blocks], plan.q_blocks.size),
-        plan.k_blocks,
-        plan.indices[:, :, index].contiguous(),
-        plan.counts[:, :, index].contiguous(),
-        None if plan.full_counts is None else plan.full_counts[:, :, index].contiguous(),
-        None if plan.predicate is None else plan.predicate.of_queries(tokens),
-    )
-    return part, tokens
+    return rows_of_plan(plan, tokens), tokens

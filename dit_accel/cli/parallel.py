@@ -1,7 +1,8 @@
 """One generation on the processes that torchrun started, by Diffusers' context parallelism.
 
 Ulysses (arXiv 2309.14509) exchanges tokens for heads around each attention call, so that every method sees the whole
-sequence. Under ring attention (arXiv 2310.01889) no process sees it, so that is for dense attention alone.
+sequence. Under ring attention (arXiv 2310.01889) each process holds its queries alone, so that is for dense attention
+and for methods whose plan depends on the layout alone.
 """
 
 from __future__ import annotations
@@ -110,23 +111,33 @@ class Degrees:
             heads: attention heads of the model; None where that is not known yet.
 
         Raises:
-            ConfigError: heads that the degree does not divide, a method under ring attention, a step cache whose
-                processes would decide differently.
+            ConfigError: heads that the degree does not divide, a method that needs all queries under ring attention, a
+                step cache whose processes would decide differently.
         """
         if heads is not None and heads % self.ulysses:
             raise ConfigError(
                 "--ulysses-degree", f"expected a divisor of the model's {heads} attention heads, got {self.ulysses}"
             )
-        if self.ring > 1 and preset.method.name != "dense":
-            raise ConfigError(
-                "--ring-degree", f"method {preset.method.name!r} selects from all keys, which no process holds under "
-                "ring attention; use --ulysses-degree, or --method dense"
-            )  # fmt: skip
+        if self.ring > 1:
+            self._check_ring(preset)
         if not self.is_alone and preset.extras.cache is not None and preset.extras.cache.name == _DECIDES_ALONE:
             raise ConfigError(
                 "extras.cache", f"{_DECIDES_ALONE} decides from the tokens of one process, and processes that decide "
                 "differently wait for each other for ever; use mag or taylorseer"
             )  # fmt: skip
+
+    def _check_ring(self, preset: Preset) -> None:
+        from dit_accel.families.parallel import refusal_of_ring
+        from dit_accel.resolve import resolve_policy
+
+        method, schedule = resolve_policy(preset, None, None, {})
+        table = schedule.head_table
+        methods = {method} if table is None else set(table.methods([method] * table.layer_count))
+        refused = refusal_of_ring(methods, schedule.max_error)
+        if refused is None and self.ulysses > 1 and any(method.name != "dense" for method in methods):
+            refused = f"method {method.name!r}: ring and Ulysses together are for dense attention alone"
+        if refused is not None:
+            raise ConfigError("--ring-degree", f"{refused}; use --ulysses-degree alone, or --method dense")
 
     def enable(self, pipe: Any, device: str) -> None:
         """Divide the attention of every transformer of a pipeline; the process group must have been joined.

@@ -258,14 +258,14 @@ class AccelProcessor:
         """Attention of one process under Diffusers' context parallelism, `[B, N local, H, D]` in and out."""
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-        from dit_accel.families.parallel import attend_ulysses, refuse_ring
+        from dit_accel.families.parallel import attend_ring, attend_ulysses
 
         def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             out: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self._attention_backend)
             return out
 
-        refuse_ring(self.engine, self._parallel_config)
-        return attend_ulysses(
+        attend = attend_ring if self._parallel_config.context_parallel_config.ring_degree > 1 else attend_ulysses
+        return attend(
             self.engine,
             attn,
             query,

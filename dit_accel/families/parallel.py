@@ -1,11 +1,13 @@
-"""Attention under Diffusers' context parallelism: its own Ulysses exchange around our engine.
+"""Attention under Diffusers' context parallelism: its own exchanges around our engine.
 
-Between the two exchanges every process holds all tokens of some heads, so that a method sees what it sees alone.
+Under Ulysses every process holds all tokens of some heads while it attends, so that a method sees what it sees alone.
+Under ring every process holds all keys and values, as Diffusers gathers them, and its own queries of all heads: that
+does for methods whose plan depends on the layout alone, each process taking the rows of its queries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -15,22 +17,76 @@ from torch import Tensor
 
 from dit_accel.errors import UnsupportedError
 from dit_accel.layout import TextPosition
+from dit_accel.shard import HeadShard, TokenShard
 
 if TYPE_CHECKING:
     from dit_accel.engine import Engine
+    from dit_accel.methods.base import Method
 
 
-def refuse_ring(engine: Engine, parallel: Any) -> None:
-    """Refuse ring parallelism, under which no process ever holds all keys.
+def refusal_of_ring(methods: Iterable[Method], max_error: float | None = None) -> str | None:
+    """Why calls cannot be divided by queries, as ring attention does; None: they can.
+
+    Args:
+        methods: every method that runs somewhere.
+        max_error: budget of the error guard, if there is one.
+    """
+    for method in sorted(methods, key=lambda method: method.name):
+        if reason := method.needs_all_queries:
+            return f"method {method.name!r}: {reason}, and under ring attention each process holds a share of them"
+    if max_error is not None:
+        return "max_error: the guard watches rows of all queries, and under ring attention each process holds a share"
+    return None
+
+
+def attend_ring(
+    engine: Engine,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    parallel: Any,
+    dense: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    mask: Tensor | None,
+    text: TextPosition,
+    reason: str | None,
+) -> Tensor:
+    """Gather the keys and values of all processes, as Diffusers' ring attention does, and attend with the queries here.
+
+    Args:
+        engine, module, query, key, value, parallel, dense, mask, text, reason: as in `attend_ulysses`.
+
+    Returns:
+        `[B, N local, H, D]`.
 
     Raises:
-        UnsupportedError: names the method and what to use instead.
+        UnsupportedError: a method whose queries depend on each other, a mask, or ring and Ulysses together.
     """
-    if parallel.context_parallel_config.ring_degree > 1 and not engine.is_dense:
-        raise UnsupportedError(
-            f"method {engine.method.name!r} under ring parallelism: no process holds all keys to select from; use "
-            "ContextParallelConfig(ulysses_degree=...) with ring_degree=1, or method='dense'"
-        )
+    from diffusers.hooks import context_parallel
+
+    config = parallel.context_parallel_config
+    refused = refusal_of_ring(engine.all_methods(), engine.schedule.max_error)
+    if config.ulysses_degree > 1:
+        refused = "ring and Ulysses parallelism together"
+    if mask is not None:
+        refused = "an attention mask under ring parallelism"
+    if refused is not None:
+        raise UnsupportedError(f"{refused}; use ContextParallelConfig(ulysses_degree=...) alone, or method='dense'")
+    both, mesh = torch.stack([key, value]), config._ring_mesh
+    if config.ring_anything:
+        both = context_parallel.PartitionAnythingSharder.unshard_anything(both, 2, mesh)
+    else:
+        both = context_parallel.EquipartitionSharder.unshard(both, 2, mesh)
+    if text != "none":
+        video = prod(engine.grid)
+        index = _joined(video, both.shape[2] - video, config.ring_degree, text)
+        both = both.index_select(2, index.to(both.device))
+    key, value = both
+    shard = TokenShard(dist.get_rank(mesh.get_group()), config.ring_degree)
+    return engine.attend(
+        module, query, key, value, dense=lambda: dense(query, key, value, None), text=text, reason=reason, shard=shard
+    )
 
 
 def attend_ulysses(
@@ -60,8 +116,6 @@ def attend_ulysses(
         `[B, N local, H, D]`.
     """
     from diffusers.models import attention_dispatch as diffusers_attention
-
-    from dit_accel.engine import HeadShard
 
     config = parallel.context_parallel_config
     group = config._ulysses_mesh.get_group()

@@ -61,6 +61,23 @@ class Method(BaseModel):
         return None
 
     @property
+    def needs_all_queries(self) -> str | None:
+        """Why the output of a query depends on other queries than itself; None: it does not.
+
+        Where it does not, processes that hold all keys can share the queries (ring attention).
+        """
+        remainder, precision = self.remainder, self.precision
+        if not self.is_static:
+            return "it chooses key blocks by what all queries hold"
+        if self.completes:
+            return "it computes more than its blocks, with all queries"
+        if remainder is not None and (remainder.about == "query" or remainder.first_order == "mixed"):
+            return "its remainder is computed once for all queries of a block"
+        if precision is not None and (precision.qk != "input" or precision.skip is not None):
+            return "its arithmetic depends on all queries of a block"
+        return None
+
+    @property
     def completes(self) -> bool:
         """Whether `complete` has something to do after the kernel. Default False."""
         return False

@@ -96,13 +96,18 @@ def test_fitting_degrees_are_taken():
     Degrees(2, 2).check(Processes(count=4))
     Degrees(4).check_preset(load_preset("wan2.1-t2v-14b-720p"), 40)
     Degrees(1, 2).check_preset(load_preset("wan2.1-t2v-14b-720p/dense"), 40)
+    Degrees(2, 2).check_preset(load_preset("wan2.1-t2v-14b-720p/dense"), 40)
+    Degrees(1, 2).check_preset(load_preset("wan2.1-t2v-14b-720p/radial"), 40)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--preset", "wan2.1-t2v-14b-720p", "--ulysses-degree", "3"], "a divisor of the model's 40 attention heads"),
-        (["--preset", "wan2.1-t2v-14b-720p/radial", "--ring-degree", "2"], "--ring-degree: method 'radial' selects"),
+        (
+            ["--preset", "wan2.1-t2v-14b-720p", "--ring-degree", "2"],
+            "--ring-degree: method 'composed': it chooses key blocks by what all queries hold",
+        ),
         (["--ulysses-degree", "0"], "--ulysses-degree"),
     ],
 )
@@ -112,6 +117,11 @@ def test_what_cannot_be_divided_is_refused_before_a_model_is_loaded(arguments, m
         generate.main()
     assert left.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_ring_and_ulysses_together_are_for_dense_attention():
+    with pytest.raises(ConfigError, match="--ring-degree: method 'radial': ring and Ulysses together"):
+        Degrees(2, 2).check_preset(load_preset("wan2.1-t2v-14b-720p/radial"), 40)
 
 
 def test_a_step_cache_that_decides_alone_is_refused():

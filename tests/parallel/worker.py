@@ -16,6 +16,8 @@ from dit_accel.errors import UnsupportedError
 from dit_accel.samples.tiny_random import tiny_arguments, tiny_pipeline
 
 SMALL = {"density": 0.4, "tile": [1, 2, 2], "remainder": "drop", "break_even": 1.0}
+TILES = {"window": [1, 1, 3], "tile": [1, 2, 2], "break_even": 1.0}
+NEAR = {"window": [1, 5, 3], "break_even": 1.0}
 TABLE = {
     "modes": {
         "few": {"method": "composed", "parameters": {"density": 0.3, "tile": [1, 2, 2]}},
@@ -42,7 +44,7 @@ def forward(model, kwargs, **settings):
     return out
 
 
-def compare(name, anything, odd=False, **settings):
+def compare(name, anything, odd=False, degree="ulysses", **settings):
     model, kwargs = captured(name)
     if odd:  # an odd number of frames, rows and columns, and so of tokens
         kwargs["hidden_states"] = kwargs["hidden_states"][:, :, :1, :-2, :-2]
@@ -55,7 +57,8 @@ def compare(name, anything, odd=False, **settings):
         ]
         settings["head_table"] = {**TABLE, "heads": rows}
     alone = forward(model, kwargs, **settings)
-    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2, ulysses_anything=anything))
+    config = ContextParallelConfig(**{f"{degree}_degree": 2, f"{degree}_anything": anything})
+    model.enable_parallelism(config=config)
     return (forward(model, kwargs, **settings) - alone).abs().max().item() / alone.abs().max().item()
 
 
@@ -95,6 +98,9 @@ def measure():
         "wan composed, odd": compare("wan2.1-t2v", True, odd=True, method="composed", **SMALL),
         "wan radial": compare("wan2.1-t2v", True, method="radial", block=4, break_even=1.0),
         "wan head table": compare("wan2.1-t2v", True, method="composed", head_table=True, **SMALL),
+        "wan tiles, ring": compare("wan2.1-t2v", False, degree="ring", method="sliding_tile", **TILES),
+        "wan tiles, odd, ring": compare("wan2.1-t2v", True, odd=True, degree="ring", method="sliding_tile", **TILES),
+        "flux neighborhood, ring": compare("flux1-dev", True, degree="ring", method="neighborhood", **NEAR),
         "flux composed": compare("flux1-dev", False, method="composed", **SMALL),
         "flux composed, any length": compare("flux1-dev", True, method="composed", **SMALL),
     }

@@ -1,4 +1,4 @@
-"""Two processes that share the heads of a model compute what one process computes."""
+"""Two processes that share the heads or the queries of a model compute what one process computes."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def outcome(tmp_path_factory):
 
 def test_two_processes_give_what_one_gives(outcome):
     assert {name: value for name, value in outcome["differences"].items() if value > 1e-5} == {}
-    assert len(outcome["differences"]) == 7
+    assert len(outcome["differences"]) == 10
 
 
 def test_ring_and_late_parallelism_are_refused_by_name(outcome):
     ring, late = outcome["refusals"]
-    assert "'composed' under ring parallelism" in ring
+    assert "'composed': it chooses key blocks by what all queries hold" in ring
     assert "enable_parallelism() was called after accelerate()" in late
 
 
