@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dit_accel.kernels.block_statistics import block_means_in_triton, covariance_norms_in_triton
+from dit_accel.kernels.block_statistics import block_means_in_triton, covariance_squares_in_triton
 from dit_accel.kernels.moving import move
 from dit_accel.kernels.ranking import CutRanking
 from dit_accel.kernels.spec import AttentionCall, FirstOrder, Precision, Remainder
@@ -212,7 +212,7 @@ def helper_launches(head_dim: int, dtype: torch.dtype) -> tuple[Launch, ...]:
     kv_len = torch.empty(1, dtype=torch.int32, device="meta")
     with recording() as launches:
         block_means_in_triton(q, blocks, None)
-        covariance_norms_in_triton(k, v, blocks, kv_len)
+        covariance_squares_in_triton(k, v, blocks, kv_len)
         Int8Operands.of(q, k, call.plan, 0.1, smooth=True, kv_len=None)
         Rest.of(k, v, call.plan, Remainder(first_order="global"), None, copy_to=64)
         Rest.of(k, v, call.plan, Remainder("diagonal", "grouped"), kv_len)

@@ -168,19 +168,24 @@ def launch_statistics(
         *((0, 0) if copies is None else copies[0].stride()[:2]),
         blocks.count, blocks.size, tokens, chunk, chunks,
         **statistics_constants(dim, k.dtype, blocks, kv_len is not None),
-        VALUES=v is not None, VARIANCE=variance is not None, MOMENTS=bool(group), NORMS=False, COPY=copies is not None,
-        num_warps=8, num_stages=2,
+        VALUES=v is not None, VARIANCE=variance is not None, MOMENTS=bool(group), SQUARES=False,
+        COPY=copies is not None,
+        # Narrow matrices spill when eight warps share them.
+        num_warps=4 if group and width <= 64 else 8, num_stages=2,
     )  # fmt: skip
     return sums
 
 
-def launch_norms(k: Tensor, v: Tensor, blocks: Blocking, kv_len: Tensor | None) -> Tensor:
-    """Sums of squares of Σ (k - mean) vᵀ of each block, some columns each, fp32 `[B, H, n, c]`; k, v `[B, H, N, D]`."""
+def launch_squares(k: Tensor, v: Tensor, blocks: Blocking, kv_len: Tensor | None) -> Tensor:
+    """Squares of Σ (k - mean) vᵀ of each block, summed along c parts of a row, fp32 `[B, H, n, c, P]`.
+
+    k, v: `[B, H, N, D]`.
+    """
     from dit_accel.kernels.triton_statistics import statistics
 
     width = pad_head_dim(k.shape[-1])
     parts = width // columns_at_once(width)
-    squares = k.new_empty(*k.shape[:2], blocks.count, parts, dtype=torch.float32)
+    squares = k.new_empty(*k.shape[:2], blocks.count, parts, width, dtype=torch.float32)
     means = [k.new_empty(*k.shape[:2], blocks.count, width) for _ in range(2)]
     starts, lengths = blocks.on(k.device)
     statistics[blocks.count * parts, k.shape[1], k.shape[0]](
@@ -188,7 +193,7 @@ def launch_norms(k: Tensor, v: Tensor, blocks: Blocking, kv_len: Tensor | None) 
         *k.stride()[:3], *v.stride()[:3], *means[0].stride()[:2], 0, 0,
         blocks.count, blocks.size, k.shape[2], 1, blocks.count,
         **statistics_constants(k.shape[-1], k.dtype, blocks, kv_len is not None),
-        VALUES=True, VARIANCE=False, MOMENTS=False, NORMS=True, COPY=False, num_warps=8, num_stages=2,
+        VALUES=True, VARIANCE=False, MOMENTS=False, SQUARES=True, COPY=False, num_warps=8, num_stages=2,
     )  # fmt: skip
     return squares
 

@@ -26,14 +26,14 @@ def statistics(
     blocks: tl.int32, size: tl.int32, tokens: tl.int32, chunk: tl.int32, chunks: tl.int32,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
     UNIFORM: tl.constexpr, HAS_LENGTH: tl.constexpr, VALUES: tl.constexpr, VARIANCE: tl.constexpr,
-    MOMENTS: tl.constexpr, NORMS: tl.constexpr, COPY: tl.constexpr, DOT: tl.constexpr,
+    MOMENTS: tl.constexpr, SQUARES: tl.constexpr, COPY: tl.constexpr, DOT: tl.constexpr,
 ) -> None:
     # fmt: on
     """Means, variance and Σ (k - mean) vᵀ of the blocks `chunk * i ... chunk * (i + 1) - 1`, for program i.
 
     k, v: `[B, H, N, D]`. mean_k, mean_v: `[B, H, nk, P]` with strides mean_b and mean_h; variance likewise, contiguous.
     moments: fp32 `[B, H, chunks, P, P]`; a program computes COLUMNS of its columns, the first of them everything else.
-    With NORMS it is fp32 `[B, H, nk, P / COLUMNS]` instead: sums of the squares of those columns; chunk is 1.
+    With SQUARES it is fp32 `[B, H, nk, P / COLUMNS, P]` instead: the squares of those columns, summed; chunk is 1.
     VALUES: v and mean_v are given.
     copy_k, copy_v: with COPY, where real keys and values go, `[N, P]` per head, zero where a token is not real.
     """
@@ -61,13 +61,13 @@ def statistics(
             tl.store(mean_k + place, mean.to(mean_k.dtype.element_ty))
             if VALUES:
                 tl.store(mean_v + place, (sum_v / count).to(mean_v.dtype.element_ty))
-        if VARIANCE or MOMENTS or NORMS:
+        if VARIANCE or MOMENTS or SQUARES:
             spread = tl.zeros([PADDED_DIM], tl.float32)
             for at in range(0, limit, BLOCK_N):
                 tile = tile_rows(k, first + at, limit - at, k_n, BLOCK_N, HEAD_DIM, PADDED_DIM).to(tl.float32)
                 delta = tl.where((at + tl.arange(0, BLOCK_N) < limit)[:, None], tile - mean[None, :], 0.0)
                 spread += tl.sum(delta * delta, 0)
-                if MOMENTS or NORMS:
+                if MOMENTS or SQUARES:
                     values = some_columns(
                         v, first + at, limit - at, v_n, part * COLUMNS, BLOCK_N, COLUMNS, HEAD_DIM
                     )
@@ -86,9 +86,9 @@ def statistics(
                 v_tile = tile_rows(v, first + at, limit - at, v_n, BLOCK_N, HEAD_DIM, PADDED_DIM)
                 tl.store(copy_k + offset, k_tile, mask=mask)
                 tl.store(copy_v + offset, v_tile, mask=mask)
-    if NORMS:
-        square = tl.sum(tl.sum(moment * moment, 1), 0)
-        tl.store(moments + (flat * chunks + index) * (PADDED_DIM // COLUMNS) + part, square)
+    if SQUARES:
+        at = moments + ((flat * chunks + index) * (PADDED_DIM // COLUMNS) + part) * PADDED_DIM
+        tl.store(at + dim, tl.sum(moment * moment, 1))
     if MOMENTS:
         at = moments + (flat * chunks + index) * (PADDED_DIM * PADDED_DIM) + part * COLUMNS
         tl.store(at + dim[:, None] * PADDED_DIM + tl.arange(0, COLUMNS)[None, :], moment)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_statistics import covariance_norms_in_triton
+from dit_accel.kernels.block_statistics import covariance_squares_in_triton
 from dit_accel.kernels.operations import uses_triton
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
@@ -18,8 +18,6 @@ _FLOOR = 1e-5  # of the published code: keeps the logarithm of a block of identi
 
 def covariance_norms(k: Tensor, v: Tensor, blocks: Blocking, layout: TokenLayout) -> Tensor:
     """Frobenius norm of H = Σ (k - k̄) vᵀ over the real tokens of each block, `[B, H, n]`. k, v `[B, H, N, D]`."""
-    if uses_triton("covariance norms", k):
-        return covariance_norms_in_triton(k, v, blocks, lengths_of(layout.valid, k.device))
     return covariance_squares(k, v, blocks, layout).sum(-1).sqrt()
 
 
@@ -31,6 +29,8 @@ def covariance_squares(k: Tensor, v: Tensor, blocks: Blocking, layout: TokenLayo
         blocks: partition of the keys.
         layout: token geometry; padding counts for nothing.
     """
+    if uses_triton("covariance squares", k):
+        return covariance_squares_in_triton(k, v, blocks, lengths_of(layout.valid, k.device))
     squares, width = [], k.shape[0] * k.shape[1] * k.shape[3] * max(k.shape[3], blocks.size)
     for group in row_groups(blocks.count, width, k.device):
         inside = slice(int(blocks.starts[group.start]), int(blocks.starts[group.stop]))

@@ -18,7 +18,7 @@ from dit_accel.methods.registry import get_method
 from dit_accel.order import TokenOrder
 from dit_accel.plan import Blocking
 from dit_accel.selection import Threshold, TopK, TopP, block_means, select_plan
-from dit_accel.selection.covariance import covariance_norms
+from dit_accel.selection.covariance import covariance_norms, covariance_squares, error_scores
 
 
 @pytest.fixture
@@ -112,6 +112,55 @@ def test_statistics_of_blocks(plain, valid, dtype):
     torch.testing.assert_close(norms, covariance_norms(k, v, blocks, layout), atol=exact, rtol=exact)
 
 
+def squares_of_rows(k, v, lengths, valid):
+    """Squared lengths of the rows of Σ (k - k̄) vᵀ, `[B, H, n, D]`, token by token from the definition."""
+    squares = torch.zeros(*k.shape[:2], len(lengths), k.shape[-1], dtype=torch.float64)
+    for item, real in enumerate(valid):
+        start = 0
+        for block, length in enumerate(lengths):
+            keys, values = (x[item, :, start : max(start, min(start + length, real))] for x in (k, v))
+            start += length
+            if keys.shape[1]:
+                centred = keys - keys.mean(1, keepdim=True)
+                rows = sum(centred[:, t, :, None] * values[:, t, None, :] for t in range(keys.shape[1]))
+                squares[item, :, block] = rows.square().sum(-1)
+    return squares
+
+
+@pytest.mark.parametrize(
+    ("lengths", "dim", "dtype"),
+    [
+        ([16, 16, 16, 9], 24, torch.float32),  # a ragged tail, a head size that is padded
+        ([1, 33, 17, 6], 40, torch.float32),  # unequal blocks, one of a single token
+        ([65, 5], 64, torch.float16),  # a block of two tiles
+        ([64, 63], 72, torch.float16),  # two programs to a block, the second of them half empty
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_squares_of_covariances_are_those_of_the_definition(lengths, dim, dtype, padded):
+    tokens = sum(lengths)
+    valid = (tokens, tokens - lengths[-1] - 3) if padded else (tokens, tokens)
+    k, v, _ = (x.to(dtype) for x in tensors(batch=2, queries=tokens, dim=dim))
+    k = k + 3  # a mean that must be taken off
+    wanted = squares_of_rows(k.double(), v.double(), lengths, valid)
+    k[1, :, valid[1] :] = v[1, :, valid[1] :] = torch.nan
+    k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    layout = TokenLayout((1, 1, tokens), valid=valid if padded else None)
+    assert uses_triton("covariance squares", k)
+    got = covariance_squares(k, v, Blocking.from_lengths(lengths), layout)
+    assert got.dtype == torch.float32
+    assert got.shape == wanted.shape
+    torch.testing.assert_close(got.double(), wanted, atol=1e-3, rtol=1e-4 if dtype == torch.float32 else 1e-2)
+
+
+def test_error_scores_are_the_same_in_triton(plain):
+    q, k, v = (x.float() for x in tensors(batch=2, queries=57, dim=24))
+    blocks, layout = Blocking.uniform(57, 16), TokenLayout((1, 1, 57), valid=(57, 40))
+    got = error_scores(q, k, v, blocks, layout)
+    plain()
+    torch.testing.assert_close(got, error_scores(q, k, v, blocks, layout), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("axes", [(), (1, 1), (1, 2), (2, 1)])
 @pytest.mark.parametrize("transposed", [True, False])
 def test_an_order_and_its_inverse(axes, transposed):
@@ -150,7 +199,7 @@ def test_a_method_runs_in_triton_from_order_to_output_and_gives_what_torch_gives
         return plan, order.restore(out)
 
     plan, out = attend("triton")
-    assert set(used) == {"move", "block means", "covariance norms", "rank"}
+    assert set(used) == {"move", "block means", "covariance squares", "rank"}
     plain()
     expected_plan, expected = attend("torch")
     assert torch.equal(plan.to_mask(), expected_plan.to_mask())
@@ -178,7 +227,7 @@ def test_an_operation_that_is_wrong_is_barred_with_the_reason(monkeypatch, caplo
 
 def test_self_tests_find_a_wrong_kernel(monkeypatch):
     assert operations.operations(torch.device("cpu"), torch.float32) == dict.fromkeys(
-        ("block means", "covariance norms", "move", "rank")
+        ("block means", "covariance squares", "move", "rank")
     )
     monkeypatch.setattr(CutRanking, "leading", lambda self, counts: self.first)
     assert ranking._check(torch.device("cpu"), torch.float32) == "it keeps others than the best"
