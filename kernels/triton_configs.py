@@ -26,6 +26,7 @@ class Tile:
         fp32: for float32, which no other tile serves.
         level: the most demanding call it serves without spilling registers; see `Features.level`.
         least: the least demanding one; others are better served, or spill here.
+        registers: per thread, what the assembler may use up to; None: it may spill a few to have more programs at once.
     """
 
     block_m: int
@@ -37,9 +38,11 @@ class Tile:
     fp32: bool = False
     level: int = 2
     least: int = 0
+    registers: int | None = None
 
     def __str__(self) -> str:
         extras = (" TMA" if self.tma else "") + (" WS" if self.specialize else "") + (" fp32" if self.fp32 else "")
+        extras += f" r{self.registers}" if self.registers else ""
         return f"{self.block_m}x{self.block_n} w{self.warps} s{self.stages}{extras}"
 
 
@@ -107,17 +110,18 @@ def _mma_sync(demanding: Tile) -> dict[int, tuple[Tile, ...]]:
     }
 
 
-def _descriptors(specialized: Tile) -> dict[int, tuple[Tile, ...]]:
-    """Tiles for devices with tensor descriptors."""
-    tiles = (specialized, Tile(128, 64, 8, 2), Tile(64, 64, 4, 2, tma=True), Tile(64, 64, 4, 2), _FP32)
-    return {64: tiles, 128: tiles, 256: _WIDE_HEADS}
+def _descriptors(specialized: Tile, registers: int | None = None) -> dict[int, tuple[Tile, ...]]:
+    """Tiles for devices with tensor descriptors; `registers` are those of the smallest tile at head size 64."""
+    small = Tile(64, 64, 4, 2)
+    tiles = (specialized, Tile(128, 64, 8, 2), Tile(64, 64, 4, 2, tma=True))
+    return {64: (*tiles, replace(small, registers=registers), _FP32), 128: (*tiles, small, _FP32), 256: _WIDE_HEADS}
 
 
 TILES: dict[int, dict[int, tuple[Tile, ...]]] = {
     80: _mma_sync(Tile(64, 32, 8, 1, least=1)),
     89: _mma_sync(Tile(32, 32, 8, 1, least=1)),
     90: _descriptors(Tile(128, 64, 4, 2, tma=True, specialize=True, level=1)),
-    100: _descriptors(Tile(128, 64, 8, 2, tma=True, specialize=True, level=1)),
+    100: _descriptors(Tile(128, 64, 8, 2, tma=True, specialize=True, level=1), registers=255),
     120: _mma_sync(Tile(64, 32, 8, 1, least=1)),
 }
 """Tiles by architecture and padded head size (64 stands for every smaller one), in order of preference."""

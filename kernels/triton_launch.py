@@ -89,7 +89,7 @@ def launch(
     if tile.tma:
         _lend_memory()
     grid = (plan.q_blocks.count * arguments["q_tiles"], q.shape[1], q.shape[0])
-    attention[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages)
+    attention[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers)
     return out, lse
 
 

@@ -40,7 +40,7 @@ def add_mixed_first_order(q: Tensor, part: Tensor, lse: Tensor, call: AttentionC
     add_mixed[blocks.count * tiles, q.shape[1], q.shape[0]](
         q, part, out, starts, lengths, rest.centres if centred else mixed, mixed, call.scale,
         *q.stride()[:3], *part.stride()[:3], *out.stride()[:3], tiles,
-        HEAD_DIM=q.shape[-1], PADDED_DIM=width, BLOCK_M=tile, SLICE=min(32 if width <= 128 else 16, width),
+        HEAD_DIM=q.shape[-1], PADDED_DIM=width, BLOCK_M=tile, SLICE=_slice(width),
         CENTRED=centred, DOT=DOT_OF[q.dtype], num_warps=4 if width <= 128 else 8, num_stages=1,
     )  # fmt: skip
     return out
@@ -66,6 +66,11 @@ def mean_shares(q: Tensor, lse: Tensor, call: AttentionCall, rest: Rest) -> Tens
         num_warps=4 if width <= 128 else 8, num_stages=1,
     )  # fmt: skip
     return shares
+
+
+def _slice(width: int) -> int:
+    """Rows of a matrix of `width` that are multiplied at a time: a narrow one whole, of others what registers hold."""
+    return width if width <= 64 else 32 if width <= 128 else 16
 
 
 def _tile(size: int) -> int:

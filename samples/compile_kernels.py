@@ -12,32 +12,26 @@ import hashlib
 import json
 import sys
 import time
-from functools import cache, lru_cache
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from dit_accel.kernels import aot_cases
 from dit_accel.kernels.aot import Resources, compile_cases
 from dit_accel.kernels.aot_cases import Case, shipped
 from dit_accel.kernels.triton_configs import TILES
 from dit_accel.report import environment
 
-
-@lru_cache(maxsize=1)
-def source() -> str:
-    """The kernels: of what the compiler reads, all that is ours."""
-    folder = Path(str(aot_cases.__file__)).parent
-    names = ("tiles", "summaries", "attention", "statistics", "selection")
-    return "".join((folder / f"triton_{name}.py").read_text(encoding="utf-8") for name in names)
+# What a launch tells the compiler beside the constants of the kernel.
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 @cache
 def key(case: Case) -> str:
-    """What a result depends on: the case, what it is launched with, the kernels' source and the compiler."""
-    options = sorted(case.launch().options.items(), key=str)
-    text = f"{[item for item in options if item[0].isupper() or item[0].startswith('num_')]}"
-    digest = hashlib.sha256(f"{text} {metadata.version('triton')} {source()}".encode()).hexdigest()[:16]
-    return f"{digest} {case.arch} {case.tile_name} {case.name}"
+    """What a result depends on: the case, what it is launched with, the code that its kernel reaches, the compiler."""
+    made = case.launch()
+    told = sorted((name, str(value)) for name, value in made.options.items() if name.isupper() or name in _OPTIONS)
+    code = f"{told} {made.kernel.cache_key} {metadata.version('triton')}"
+    return f"{hashlib.sha256(code.encode()).hexdigest()[:16]} {case.arch} {case.tile_name} {case.name}"
 
 
 def known(path: Path) -> dict[str, Resources]:

@@ -185,6 +185,7 @@ def test_shipped_kernels_of_every_architecture_compile_without_spills():
         AttentionCase(90, TILES[90][128][0], replace(half, rest=1)),
         AttentionCase(90, TILES[90][128][3], replace(half, rest=3)),
         AttentionCase(100, TILES[100][128][0], half),
+        AttentionCase(100, TILES[100][64][3], replace(narrow, stride=(1, 1, 1), ball=True)),
         AttentionCase(120, TILES[120][128][1], replace(half, uniform=False, has_length=True)),
         AttentionCase(120, TILES[120][128][2], replace(half, stride=(1, 1, 1), ball=True)),
         HelperCase(90, 128, torch.bfloat16, helpers["seen_by_means uniform"]),
