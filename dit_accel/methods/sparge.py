@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -15,6 +16,7 @@ from dit_accel.plan import Blocking
 from dit_accel.selection import Budget, Rounding, TopP, pooled_scores, self_similarity, smooth_keys
 from dit_accel.state import CallContext
 
+Threshold = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Cosine = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 
 
@@ -23,16 +25,26 @@ class Sparge(DynamicMethod):
     """Mean-pooled top-k or top-p, with a gate: a block whose tokens are not alike is not judged by its mean but kept.
 
     Keys are smoothed first, which changes no attention weight but makes the gate see what differs between tokens.
-    Kept-by-the-gate blocks come on top of the budget, as published. The skip of products inside the kernel is not part
-    of the selection.
+    Kept-by-the-gate blocks come on top of the budget, as published.
+
+    A second filter inside the kernel (`pv_threshold`) leaves out selected tiles whose scores turn out to lie far below
+    the running maximum: their product with the values and their share of the denominator. The denominator is that of
+    the released code; the paper's algorithm 1 still adds the skipped weights to it. Published is one limit per head,
+    tuned on samples, and a decision of the queries of a block or of a warp; here one number serves all heads, and the
+    queries of a tile of the kernel decide together.
 
     Args:
         density: share of key blocks by rank, rounded down; None for the rule of `mass`.
         mass: share of the mass that the kept blocks stay within (the crossing block is left out), with density None.
         similarity: the gate: query and key blocks whose mean pairwise cosine is not above this are attended whole.
             Any value below 0 turns it off, as the similarity is never negative; the released default, -0.1, does so.
-        smooth: subtract the mean key of each head before keys are pooled and compared.
+        smooth: subtract the mean key of each head before keys are pooled, compared and quantised.
         precision: "input", or "int8": queries and keys of the exact part are quantised to 8 bits, as published.
+        pv_threshold: leave out tiles in which every query has seen a score at least this much larger before, in units
+            of log 2 as the released `pvthreshd`: a key left out weighs at most 2**-pv_threshold of the largest weight.
+            Released default: 50, which changes nothing that half precision could show; tuned ones are smaller.
+            Default None: no tile is left out. On a GPU only the Triton backend obeys it, and none does on compute
+            capability 10.x, where the call fails with the reason.
         block, key_block: 128 and 64 tokens, as released for most GPUs.
     """
 
@@ -43,6 +55,7 @@ class Sparge(DynamicMethod):
     similarity: Cosine = 0.2
     smooth: bool = True
     precision_: Literal["input", "int8"] = Field(default="input", alias="precision")
+    pv_threshold: Threshold | None = None
     block: BlockSize = 128
     key_block: BlockSize | None = 64
 
@@ -73,5 +86,6 @@ class Sparge(DynamicMethod):
 
     @property
     def precision(self) -> Precision | None:
-        """As chosen."""
-        return None if self.precision_ == "input" else Precision(self.precision_)
+        """As chosen; the kernels know the threshold in natural logarithms."""
+        skip = None if self.pv_threshold is None else self.pv_threshold * math.log(2)
+        return None if self.precision_ == "input" and skip is None else Precision(self.precision_, self.smooth, skip)
