@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
 from dit_accel.engine import Engine
@@ -16,7 +17,7 @@ from dit_accel.families.base import Family
 from dit_accel.families.hoisting import Hoist
 from dit_accel.families.registry import family_of
 from dit_accel.families.tracking import track
-from dit_accel.handle import ACTIVE, Acceleration, Installed
+from dit_accel.handle import Acceleration, Installed, Replaced, carry_settings, handle_of
 from dit_accel.methods.base import Method
 from dit_accel.presets import Preset, load_preset
 from dit_accel.resolve import resolve_policy, second_schedule
@@ -76,12 +77,15 @@ def accelerate(
     timing = {key: value for key, value in parameters.items() if key in Schedule.model_fields}
     policy, timetable = resolve_policy(resolved, method, schedule, parameters)
     models = _transformers(pipe)
-    second = second_schedule(resolved, schedule, schedule_2, timing, models) or timetable
+    second = second_schedule(resolved, schedule, schedule_2, timing, models, policy) or timetable
     families = {name: (family or family_of(model)).for_model(model) for name, model in models.items()}
     _check_family(resolved, families)
     for model in models.values():
-        if model in ACTIVE:
-            ACTIVE[model].remove()
+        if (earlier := handle_of(model)) is not None:
+            earlier.remove()
+    for name, model in models.items():
+        for layer in families[name].layers(model):
+            families[name].check_processor(layer)
     settings: dict[str, Any] = {
         "preset": None if resolved is None else resolved.name,
         "method": policy.name,
@@ -99,7 +103,7 @@ def accelerate(
         for name, model in models.items():
             chosen = second if name == "transformer_2" else timetable
             installed[name] = _install(name, model, families[name], policy, chosen, backend, break_even, seed, hoist)
-    except UnsupportedError:
+    except BaseException:
         Acceleration(settings, installed, lambda: None).remove()
         undo_extras()
         raise
@@ -128,27 +132,25 @@ def _install(
     hoist: bool,
 ) -> Installed:
     layers = family.layers(model)
-    for layer in layers:
-        family.check_processor(layer)
     engine = Engine(method, schedule, [layer.module for layer in layers], component, backend, break_even, seed, hoist)
     first_of_role = {layer.role: layer for layer in reversed(layers)}
     processors = {role: family.processor(layer, engine) for role, layer in first_of_role.items()}
     for role, layer in first_of_role.items():
-        # What `set_attention_backend` and `enable_parallelism` told the stock processors holds for ours.
-        for setting in ("_attention_backend", "_parallel_config"):
-            setattr(processors[role], setting, getattr(layer.module.processor, setting, None))
-    originals = tuple((layer.module, layer.module.processor) for layer in layers)
-    for layer in layers:
-        layer.module.set_processor(processors[layer.role])
-    order = Hoist(model, family, engine, [(layer.module, processors[layer.role]) for layer in layers])
-    return Installed(model, engine, originals, track(model, family, engine.begin, order.begin), order)
+        carry_settings(layer.module.processor, processors[role])
+    replaced = tuple(Replaced(x.module, x.module.processor, processors[x.role]) for x in layers)
+    order = Hoist(model, family, engine, [(layer.module, layer.ours) for layer in replaced])
+    hook = track(model, family, engine.begin, order.begin)
+    # Last, so that whatever fails before leaves the model as it was.
+    for each in replaced:
+        each.module.set_processor(each.ours)
+    return Installed(model, engine, replaced, hook, order)
 
 
 def _transformers(pipe: Any) -> dict[str, nn.Module]:
     if isinstance(pipe, nn.Module):
-        return {"transformer": pipe}
+        return {"transformer": unwrap_module(pipe)}
     found = {name: getattr(pipe, name, None) for name in _COMPONENTS}
-    models = {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+    models = {name: unwrap_module(model) for name, model in found.items() if isinstance(model, nn.Module)}
     if not models:
         raise UnsupportedError(f"{type(pipe).__name__}: expected a pipeline with a `transformer`, or a transformer")
     return models

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +78,7 @@ class Engine:
         self.guard = None if schedule.max_error is None else Guard(schedule.max_error, seed)
         self.observer: Callable[[DenseCall], None] | None = None
         self.state: RunState | None = None
-        self._layer_of = {id(module): index for index, module in enumerate(layers)}
+        self._layer_of = {module: index for index, module in enumerate(layers)}
         self._methods = [self._method_for(index) for index in range(len(layers))]
         self._heads: dict[tuple[int, HeadShard, torch.device], list[tuple[Method, Tensor]]] = {}
         self._planner = Planner(schedule, seed)
@@ -99,6 +101,21 @@ class Engine:
             self.calls, self.pictures = [], {}
         self.state = state
         self.standing.begin()
+
+    def end(self) -> None:
+        """No forward pass is under way, nor will be: forget all but the report of the latest generation."""
+        self.reset()
+        self.state = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        """An engine with the same settings for the copies of the layers, without a history.
+
+        So a copied pipeline is accelerated as the original is, and both know nothing of each other.
+        """
+        copied = memo[id(self)] = Engine.__new__(Engine)
+        settings = (self.component, self.backend, self.break_even, self.seed, self.standing.is_allowed)
+        copied.__init__(self.method, self.schedule, copy.deepcopy([*self._layer_of], memo), *settings)  # type: ignore[misc]
+        return copied
 
     def reset(self) -> None:
         """Forget what was kept between calls (plans that depend on q and k, centroids, statistics, errors)."""
@@ -136,7 +153,7 @@ class Engine:
         Returns:
             Like q.
         """
-        state, layer = self.running, self._layer_of[id(module)]
+        state, layer = self.running, self._layer_of[module]
         method, layout = self._methods[layer], self._layout(state, text, k.shape[1], valid)
         record = CallRecord(
             self.component, layer, state.step, state.branch, state.generation, method.name, method.requested_density

@@ -30,6 +30,23 @@ def install_extras(extras: Extras, pipe: Any, models: dict[str, nn.Module], guid
     """
     _check_fit(extras, pipe, models)
     undo: list[Callable[[], None]] = []
+
+    def undo_all() -> None:
+        for step in reversed(undo):
+            step()
+
+    try:
+        _switch_on(extras, pipe, models, guidance, undo)
+    except BaseException:
+        undo_all()
+        raise
+    return undo_all
+
+
+def _switch_on(
+    extras: Extras, pipe: Any, models: dict[str, nn.Module], guidance: Guidance, undo: list[Callable[[], None]]
+) -> None:
+    """Every extra in the one order that works; what undoes those that are on goes to `undo`."""
     if extras.layerwise_casting is not None:
         _cast(extras.layerwise_casting, models)
     if extras.cache is not None:
@@ -38,12 +55,6 @@ def install_extras(extras: Extras, pipe: Any, models: dict[str, nn.Module], guid
         _offload(extras.offload, pipe, models)
     if extras.compile is not None:
         undo.append(_compile(extras.compile, models))
-
-    def undo_all() -> None:
-        for step in reversed(undo):
-            step()
-
-    return undo_all
 
 
 def _check_fit(extras: Extras, pipe: Any, models: dict[str, nn.Module]) -> None:
@@ -112,6 +123,13 @@ def _has_hook(model: nn.Module, name: str) -> bool:
 def _compile(spec: Compile, models: dict[str, nn.Module]) -> Callable[[], None]:
     options = {"mode": spec.mode, "dynamic": spec.dynamic, "backend": spec.backend, "fullgraph": False}
     before = {id(module) for model in models.values() for module in model.modules() if _is_compiled(module)}
+
+    def undo() -> None:
+        for model in models.values():
+            for module in model.modules():
+                if _is_compiled(module) and id(module) not in before:
+                    module._compiled_call_impl = None
+
     for name, model in models.items():
         transformer: Any = model
         if spec.scope == "model":
@@ -120,14 +138,8 @@ def _compile(spec: Compile, models: dict[str, nn.Module]) -> Callable[[], None]:
         try:
             transformer.compile_repeated_blocks(**options)
         except (AttributeError, ValueError) as error:
+            undo()
             raise UnsupportedError(f"extras.compile: scope blocks on {name}: {error}; use scope model") from None
-
-    def undo() -> None:
-        for model in models.values():
-            for module in model.modules():
-                if _is_compiled(module) and id(module) not in before:
-                    module._compiled_call_impl = None
-
     return undo
 
 

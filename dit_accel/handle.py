@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -15,8 +14,36 @@ from dit_accel.families.hoisting import Hoist
 from dit_accel.families.tracking import RunStateHook, untrack
 from dit_accel.report import Report
 
-# Which handle holds a transformer, so that a second `accelerate()` replaces the first.
-ACTIVE: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.WeakKeyDictionary()
+# Where a transformer keeps its handle: a table of ours would keep the transformer alive, and not know copies of it.
+_HANDLE = "_dit_accel_handle"
+# What Diffusers tells processors by `set_attention_backend` and `enable_parallelism`.
+_PROCESSOR_SETTINGS = ("_attention_backend", "_parallel_config")
+
+
+def handle_of(model: nn.Module) -> Acceleration | None:
+    """The handle that holds `model`, so that a second `accelerate()` replaces the first; None: it is as it was."""
+    return getattr(model, _HANDLE, None)
+
+
+def carry_settings(old: Any, new: Any) -> None:
+    """Let the attention backend and the parallelism that Diffusers told one processor hold for another."""
+    for setting in _PROCESSOR_SETTINGS:
+        if hasattr(new, setting):
+            setattr(new, setting, getattr(old, setting, None))
+
+
+class Replaced(NamedTuple):
+    """An attention layer: its module, the processor it came with, and ours."""
+
+    module: Any
+    stock: Any
+    ours: Any
+
+    def put_back(self) -> None:
+        """The stock processor again; what Diffusers told ours by `set_attention_backend` and the like holds for it."""
+        if self.module.processor is self.ours:
+            carry_settings(self.ours, self.stock)
+        self.module.set_processor(self.stock)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,14 +53,14 @@ class Installed:
     Args:
         model: the transformer.
         engine: what its attention layers call.
-        originals: (attention module, its own processor), one per layer.
+        layers: the attention layers, with both processors.
         hook: tells the engine step, noise level and guidance branch.
         hoist: puts tokens into an order that all layers share.
     """
 
     model: nn.Module
     engine: Engine
-    originals: tuple[tuple[Any, Any], ...]
+    layers: tuple[Replaced, ...]
     hook: RunStateHook
     hoist: Hoist
 
@@ -55,7 +82,7 @@ class Acceleration:
         self._undo_extras = undo_extras
         self._last = Report([], settings)
         for part in installed.values():
-            ACTIVE[part.model] = self
+            setattr(part.model, _HANDLE, self)
 
     @property
     def is_active(self) -> bool:
@@ -79,7 +106,7 @@ class Acceleration:
             what.append(f"schedule of transformer_2 {self.settings['schedule_2']}")
         if self.settings["extras"]:
             what.append(f"extras {self.settings['extras']}")
-        where = [f"{name}: {len(part.originals)} attention layers" for name, part in self._installed.items()]
+        where = [f"{name}: {len(part.layers)} attention layers" for name, part in self._installed.items()]
         where += [
             f"{name}: tokens stand in the one order of all its layers from the first block to the last"
             for name, part in self._installed.items()
@@ -113,11 +140,12 @@ class Acceleration:
             return
         self._last = self.report()
         for part in self._installed.values():
-            for module, processor in part.originals:
-                module.set_processor(processor)
+            for layer in part.layers:
+                layer.put_back()
             untrack(part.model)
             part.hoist.remove()
-            ACTIVE.pop(part.model, None)
+            part.engine.end()
+            delattr(part.model, _HANDLE)
         self._installed = {}
         self._undo_extras()
 

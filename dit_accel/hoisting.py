@@ -27,7 +27,7 @@ class Standing:
     """
 
     def __init__(self, methods: Callable[[], Iterable[Method]], min_tokens: int, hoist: bool) -> None:
-        self._methods, self._min_tokens, self._hoist = methods, min_tokens, hoist
+        self._methods, self._min_tokens, self.is_allowed = methods, min_tokens, hoist
         self._common: dict[TokenLayout, Tensor | None] = {}
         self._orders: dict[TokenLayout, TokenOrder] = {}
         self._ordered: Tensor | None = None
@@ -50,7 +50,7 @@ class Standing:
         the next. Whoever puts the tokens into it says so by `set`.
         """
         layout = TokenLayout(state.grid, prefix_frames=state.prefix_frames)
-        if not self._hoist or layout.tokens < self._min_tokens:
+        if not self.is_allowed or layout.tokens < self._min_tokens:
             return None
         if layout not in self._common:
             self._common = {layout: common_order(self._methods(), layout)}

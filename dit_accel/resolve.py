@@ -39,14 +39,19 @@ def resolve_policy(
     if isinstance(method, Method):
         if parameters:
             method = get_method(method.name, **{**method.model_dump(exclude_unset=True), **parameters})
+        _check_overrides(method, timetable)
         return method, timetable
     chosen: dict[str, Any] = {}
     if preset is not None and method in (None, preset.method.name):
         method, chosen = preset.method.name, dict(preset.method.parameters)
     policy = get_method(str(method or "dense"), **{**chosen, **parameters})
-    for layer in {start for override in timetable.overrides for start, _ in override.layers}:
-        get_method(policy.name, **{**policy.model_dump(exclude_unset=True), **timetable.parameters_for(layer)})
+    _check_overrides(policy, timetable)
     return policy, timetable
+
+
+def _check_overrides(method: Method, schedule: Schedule) -> None:
+    for layer in {start for override in schedule.overrides for start, _ in override.layers}:
+        get_method(method.name, **{**method.model_dump(exclude_unset=True), **schedule.parameters_for(layer)})
 
 
 def second_schedule(
@@ -55,6 +60,7 @@ def second_schedule(
     schedule_2: Schedule | Mapping[str, Any] | None,
     timing: dict[str, Any],
     components: Container[str],
+    method: Method,
 ) -> Schedule | None:
     """The schedule of `transformer_2` where it differs; a `schedule` given in the call replaces both of a preset.
 
@@ -62,9 +68,10 @@ def second_schedule(
         preset, schedule, schedule_2: as `accelerate` got them.
         timing: fields of schedules among its keyword arguments.
         components: names of the pipeline's transformers.
+        method: what runs in both.
 
     Raises:
-        ConfigError: a second schedule for a pipeline with one transformer.
+        ConfigError: a second schedule for a pipeline with one transformer, or a wrong value in it.
     """
     if schedule_2 is None and schedule is None and preset is not None:
         schedule_2 = preset.schedule_2
@@ -73,4 +80,6 @@ def second_schedule(
     if "transformer_2" not in components:
         raise ConfigError("schedule_2", "is for the second of two experts, and this pipeline has no transformer_2")
     fields = schedule_2.model_dump(exclude_unset=True) if isinstance(schedule_2, Schedule) else dict(schedule_2)
-    return Schedule.make("schedule_2", **{**fields, **timing})
+    second = Schedule.make("schedule_2", **{**fields, **timing})
+    _check_overrides(method, second)
+    return second

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers.hooks import ModelHook
 
 import dit_accel
 from dit_accel.cli import generate, main
@@ -91,16 +90,6 @@ def unexplained_length(pipe):
         return "; ".join(acceleration.report().to_dict()["dense_reasons"])
 
 
-def late_parallelism(pipe):
-    with dit_accel.accelerate(pipe, method="radial"):
-        hooks = pipe.transformer._diffusers_hook
-        hooks.register_hook(ModelHook(), "cp_input---later")  # as enable_parallelism() does
-        try:
-            return error(lambda: pipe(**tiny_arguments("wan2.1-t2v")))
-        finally:
-            hooks.remove_hook("cp_input---later")
-
-
 def ring():
     return error(lambda: Degrees(ring=2).check_preset(load_preset("wan2.1-t2v-14b-720p"), 40))
 
@@ -161,7 +150,6 @@ PRINTED = {
     "cannot be made anew: call remove() before": processor_made_anew,
     "backend 'triton' cannot run this call": triton_without_gpu,
     "the call has 99 tokens where the geometry says 27": unexplained_length,
-    "enable_parallelism() was called after accelerate()": late_parallelism,
     "torchrun started 2 processes": lambda: error(lambda: Degrees().check(Processes(count=2))),
     "under ring attention each process holds a share": ring,
     "extras.cache: pab cannot run on WanPipeline": wrong_cache,

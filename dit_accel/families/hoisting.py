@@ -7,6 +7,7 @@ whatever else is given per token, undone where they leave, changes nothing but t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,14 +83,11 @@ class Hoist:
             return
         if hooked is not None:
             hooked[1].remove()
-
-        def passed(_: nn.Module, inputs: Any, output: Any) -> Any:
-            return self._passed(path, output)
-
-        self._handles[path] = (module, module.register_forward_hook(passed))
+        # A bound method, unlike a closure, is copied with the model that is copied.
+        self._handles[path] = (module, module.register_forward_hook(partial(self._passed, path)))
 
     @torch.compiler.disable
-    def _passed(self, path: str, output: Any) -> Any:
+    def _passed(self, path: str, module: nn.Module, inputs: Any, output: Any) -> Any:
         """What a port gives out, in order where tokens enter, in the raster where they leave."""
         if self._index is None or self._ports is None:
             return output

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import BaseState, StateManager
+from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from dit_accel.errors import UnsupportedError
 from dit_accel.families.base import Family, ForwardGeometry, bind_forward
 from dit_accel.state import RunState
 
@@ -35,6 +35,7 @@ class RunStateHook(ModelHook):
         self.family = family
         self.begin = begin
         self.rearrange = rearrange
+        self.attached: RemovableHandle | None = None
         # Diffusers hands the cache context to every StateManager that it finds on a stateful hook.
         self.contexts = StateManager(BaseState)
         self.last: RunState | None = None
@@ -45,16 +46,10 @@ class RunStateHook(ModelHook):
         self._timestep: float | None = None
 
     @torch.compiler.disable
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Announce the forward pass; its arguments pass through, in another order where `rearrange` says so.
-
-        Raises:
-            UnsupportedError: context parallelism was switched on later, so that only a shard would be seen here.
-        """
-        registry: Any = module._diffusers_hook
-        order = registry._hook_order
-        if any(name.startswith("cp_input") for name in order[order.index(HOOK_NAME) :]):
-            raise UnsupportedError("enable_parallelism() was called after accelerate(); call it before")
+    def announce(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Announce the forward pass; its arguments pass through, in another order where `rearrange` says so."""
         geometry = self.family.read(module, bind_forward(module, args, kwargs))
         context = getattr(self.contexts, "_context", None)
         if getattr(context, "step_index", None) is not None:
@@ -146,13 +141,27 @@ class RunStateHook(ModelHook):
 def track(
     model: nn.Module, family: Family, begin: Callable[[RunState], None], rearrange: Rearrange | None = None
 ) -> RunStateHook:
-    """Attach a `RunStateHook` that calls `begin` before every forward pass of `model`, and then `rearrange`."""
+    """Attach a `RunStateHook` that calls `begin` before every forward pass of `model`, and then `rearrange`.
+
+    PyTorch calls the hook; Diffusers' registry only knows it, to tell it contexts and resets. Were it one of the
+    registry's wrappers around `model.forward`, then Accelerate's offload, which takes its own wrapper off and puts it
+    on again after every pipeline call, would take this one with it.
+    """
     hook = RunStateHook(family, begin, rearrange)
-    registry = HookRegistry.check_if_exists_or_initialize(model)
-    registry.register_hook(hook, HOOK_NAME)
+    registry: Any = HookRegistry.check_if_exists_or_initialize(model)
+    registry.hooks[HOOK_NAME] = hook
+    # At the bottom, where no other hook's wrapper is taken for the one around it.
+    registry._hook_order.insert(0, HOOK_NAME)
+    registry._fn_refs.insert(0, HookFunctionReference())
+    hook.attached = model.register_forward_pre_hook(hook.announce, with_kwargs=True)
     return hook
 
 
 def untrack(model: nn.Module) -> None:
     """Remove the hook that `track` attached."""
-    HookRegistry.check_if_exists_or_initialize(model).remove_hook(HOOK_NAME, recurse=False)
+    registry: Any = HookRegistry.check_if_exists_or_initialize(model)
+    index = registry._hook_order.index(HOOK_NAME)
+    registry._hook_order.pop(index)
+    registry._fn_refs.pop(index)
+    attached = registry.hooks.pop(HOOK_NAME).attached
+    attached.remove()
