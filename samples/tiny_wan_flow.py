@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from dit_accel.samples.train_tiny_wan import Draw
 
 _TEXT = 24  # text tokens in training; the last is always padding
-PIPELINE_TEXT = 64  # text tokens that WanPipeline is told to attend, at most
+PIPELINE_TEXT = 512  # text tokens that WanPipeline attends unless told otherwise
+_SHORT_TEXT, _SHORT_SHARE = 28, 0.8  # texts are padded to so many tokens at most, for which share of the steps
 DROP_CAPTION = 0.12
 DECAY = 0.1  # without it the output of cross-attention grows until it drowns everything else
 _LAYOUT_SHARE, _LAYOUT_SHIFT = 0.5, 10.0  # of the samples: at noise levels where it is decided what goes where
@@ -106,13 +107,15 @@ class FrameRope(nn.Module):
         return cos, sin
 
 
-def choose_padding() -> int:
-    """How far the texts of a step are padded: from 24 to 64 tokens, few most often.
+def choose_padding(done: float) -> int:
+    """How far the texts of a step are padded when a share `done` of the steps is done: from 24 tokens on.
 
-    At the 512 tokens to which WanPipeline pads unless told otherwise, a caption's dozen words get one per cent of the
-    attention, and a model this small learns next to nothing of them.
+    At the 512 tokens to which WanPipeline pads, a caption's dozen words get one per cent of the attention of a model
+    that does not know them yet, and it learns next to nothing of them. Once it knows them, it learns to overlook the
+    padding, of any length up to those 512.
     """
-    return round(_TEXT * (PIPELINE_TEXT / _TEXT) ** torch.rand(()).item())
+    most = _SHORT_TEXT if done < _SHORT_SHARE else PIPELINE_TEXT
+    return round(_TEXT * (most / _TEXT) ** torch.rand(()).item())
 
 
 def choose_frames(frames: int, count: int) -> Tensor:
@@ -189,11 +192,11 @@ def train_transformer(
         rows = torch.randint(len(bank.captions), (draw.batch,))
         rope.chosen = choose_frames(total, draw.latent_frames)
         latents, objects = bank.latents[rows][:, :, rope.chosen].float(), bank.objects[rows][:, rope.chosen]
-        cross.pad_to(choose_padding())
+        cross.pad_to(choose_padding(step / steps))
         captions = ["" if torch.rand(()) < DROP_CAPTION else bank.captions[i] for i in rows]
         loss = flow_loss(model, text, latents, objects, captions, sizes.flow_shift)
         placing = probe.loss(rope.chosen, captions, objects)
-        (loss + probe_weight(step) * placing).backward()
+        (loss + probe_weight(step / steps) * placing).backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         run.update(step, steps)
         run.log("flow", step, steps, loss, f"placing {placing.item():.3f}")

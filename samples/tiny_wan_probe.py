@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from dit_accel.samples.clips import BACKGROUNDS, COLORS, SHAPES
 
 _PROBED_LAYERS = 3
-_PROBE_WEIGHTS, _PROBE_STEPS = (1.0, 0.05), (100, 500)  # at first, and later; until and from which step
+_WEIGHTS, _FADE = (1.0, 0.1), (0.25, 0.35)  # of its loss at first and later; shares of the steps between which it fades
+_SHAPE_WEIGHT = 8.0  # of the words for shapes: they change outlines only, and are learnt last or never without it
 
 
 class Probe(nn.Module):
@@ -54,21 +55,25 @@ class Probe(nn.Module):
         _, rows, columns = self.sizes[:3]
         places = torch.cartesian_prod(frames, torch.arange(rows), torch.arange(columns)).unbind(-1)
         words = torch.tensor([[float(is_said(caption)) for is_said in MEANINGS] for caption in captions])
+        weight = torch.tensor([1.0] * (len(MEANINGS) - len(SHAPES)) + [_SHAPE_WEIGHT] * len(SHAPES))
         losses = []
         for index, head in enumerate(self.heads):
             *where, said, there = head(self._hidden.pop(index)).split(self.sizes, dim=-1)
             for guess, at in zip(where, places, strict=True):
                 losses.append(F.cross_entropy(guess.flatten(0, 1), at.repeat(len(guess))))
-            losses.append(10 * F.binary_cross_entropy_with_logits(said, words[:, None].expand_as(said)))
+            losses.append(10 * F.binary_cross_entropy_with_logits(said, words[:, None].expand_as(said), weight))
             mask = objects.flatten(1).unsqueeze(-1).float()
             losses.append(10 * F.binary_cross_entropy_with_logits(there, mask))
         return torch.stack(losses).mean()
 
 
-def probe_weight(step: int) -> float:
-    """Weight of the probe's loss: its lessons come first, as the flow-matching loss alone drowns them for long."""
-    (begin, end), (high, low) = _PROBE_STEPS, _PROBE_WEIGHTS
-    return high + (low - high) * min(1.0, max(0.0, (step - begin) / (end - begin)))
+def probe_weight(done: float) -> float:
+    """Weight of the probe's loss when a share `done` of the steps is done.
+
+    Its lessons come first and stay until they are learnt, as the flow-matching loss alone drowns them for long.
+    """
+    (begin, end), (high, low) = _FADE, _WEIGHTS
+    return high + (low - high) * min(1.0, max(0.0, (done - begin) / (end - begin)))
 
 
 def _says(*beginnings: str) -> Callable[[str], bool]:

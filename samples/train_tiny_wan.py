@@ -53,11 +53,11 @@ class Draw:
 
 CANVAS = Canvas(33, 64, 64, clips=1600)
 DRAWS = (
-    Draw(latent_frames=2, batch=9, shares=(0.50, 0.35, 0.20)),
-    Draw(latent_frames=3, batch=6, shares=(0.40, 0.35, 0.25)),
+    Draw(latent_frames=2, batch=9, shares=(0.50, 0.25, 0.10)),
+    Draw(latent_frames=3, batch=6, shares=(0.40, 0.25, 0.20)),
     Draw(latent_frames=5, batch=3, shares=(0.10, 0.20, 0.20)),
-    Draw(latent_frames=9, batch=2, shares=(0.00, 0.10, 0.20)),
-    Draw(latent_frames=17, batch=1, shares=(0.00, 0.00, 0.15)),
+    Draw(latent_frames=9, batch=2, shares=(0.00, 0.20, 0.25)),
+    Draw(latent_frames=17, batch=1, shares=(0.00, 0.10, 0.25)),
 )
 
 

@@ -114,7 +114,7 @@ def test_one_biased_padding_key_stands_for_all_of_the_pipelines():
     torch.nn.init.normal_(model.condition_embedder.text_embedder.linear_1.bias)
     latents, timestep = torch.randn(2, 4, 3, 4, 4), torch.tensor([500.0, 500.0])
     captions = ["a red ball", ""]
-    embeds, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=64)
+    embeds, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=512)
     stock = model(latents, timestep, embeds, return_dict=False)[0]
     cross = PaddedCrossAttention()
     model.set_attn_processor({n: cross if "attn2" in n else p for n, p in model.attn_processors.items()})
