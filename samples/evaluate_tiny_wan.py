@@ -62,23 +62,28 @@ def _centered(mask: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(cv2.warpAffine(mask.astype(np.float32), matrix, (size, size)) > 0.5)
 
 
-def judge(clip: np.ndarray, scene: Scene) -> dict[str, bool]:
-    """Which criteria a clip (uint8 `[T, H, W, 3]`) meets."""
+def describe(clip: np.ndarray) -> dict[str, str]:
+    """What a clip (uint8 `[T, H, W, 3]`) shows, by criterion; "none" where no object is found in two frames."""
     border = np.concatenate([clip[:, 0], clip[:, -1], clip[:, :, 0], clip[:, :, -1]], axis=1).reshape(-1, 3)
     background = np.median(border, axis=0)
     masks = [find_object(frame, background) for frame in clip]
     seen = [i for i, mask in enumerate(masks) if mask.sum() >= 20]
-    verdict = {"background": nearest(background, BACKGROUNDS) == scene.background}
+    found = dict.fromkeys(CRITERIA, "none") | {"background": nearest(background, BACKGROUNDS)}
     if len(seen) < 2:
-        return verdict | dict.fromkeys(("color", "shape", "direction"), False)
+        return found
     middle = seen[len(seen) // 2]
     inside = cv2.erode(masks[middle].astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
     inside = inside if inside.any() else masks[middle]
-    verdict["color"] = nearest(np.median(clip[middle][inside], axis=0), COLORS) == scene.color
-    verdict["shape"] = likeliest_shape(masks[middle]) == scene.shape
+    found["color"] = nearest(np.median(clip[middle][inside], axis=0), COLORS)
+    found["shape"] = likeliest_shape(masks[middle])
     first, last = (np.argwhere(masks[i]).mean(0)[::-1] for i in (seen[0], seen[-1]))
-    verdict["direction"] = _direction(last - first) == scene.direction
-    return verdict
+    found["direction"] = _direction(last - first)
+    return found
+
+
+def judge(clip: np.ndarray, scene: Scene) -> dict[str, bool]:
+    """Which criteria a clip (uint8 `[T, H, W, 3]`) meets."""
+    return {name: found == getattr(scene, name) for name, found in describe(clip).items()}
 
 
 def _direction(path: np.ndarray) -> str:

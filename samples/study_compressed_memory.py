@@ -2,7 +2,8 @@
 
 Queries, keys and values are captured from a causal pass of a model over a drawn clip. Attention of the last chunk over
 the whole past is the truth; it is compared with a sink and a window alone, with a larger window of the same memory, and
-with the same sink and window joined by the compressed past. `--generate` also streams, and follows the colours.
+with the same sink and window joined by the compressed past. What becomes of colour and shape in a long stream is for
+`python samples/evaluate_stream.py --compare-memory` to say.
 """
 
 from __future__ import annotations
@@ -104,24 +105,6 @@ def error(out: Tensor, truth: Tensor) -> float:
     return float((out - truth).norm() / truth.norm())
 
 
-def color_drift(
-    pipe: StreamingWanPipeline, chunks: list[int], settings: StreamSettings, seed: int, **options: Any
-) -> dict[int, float]:
-    """Distance of the colour histogram (16 bins a channel, total variation) of later chunks from that of the second."""
-    drift, first = {}, None
-    stream = pipe.stream(next(captioned_clips(seed, 5, 32, 32))[1], seed=seed, settings=settings, **options)
-    for chunk in stream:
-        bins = [np.histogram(chunk.frames[..., c], 16, (0, 1))[0] / chunk.frames[..., c].size for c in range(3)]
-        histogram = np.concatenate(bins)
-        if chunk.index == 1:
-            first = histogram
-        if chunk.index in chunks and first is not None:
-            drift[chunk.index] = float(np.abs(histogram - first).sum() / 6)
-        if chunk.index >= max(chunks):
-            break
-    return drift
-
-
 def main() -> None:
     """Print and save the study."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -131,7 +114,6 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=10, help="frames of the window, sink included")
     parser.add_argument("--tile", type=int, default=4, help="tokens per side of a block")
     parser.add_argument("--clips", type=int, default=4)
-    parser.add_argument("--generate", type=int, nargs="*", default=[], help="chunks after which colour is compared")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     pipe = load_pipeline(arguments.model, pipeline_class=StreamingWanPipeline)
@@ -147,16 +129,8 @@ def main() -> None:
     }
     for name, row in table.items():
         print(f"{name:45s} {row['frames_of_memory']:6.1f} frames  error {row['error']:.4f}")
-    drift = {}
-    if arguments.generate:
-        base = StreamSettings(chunk=CHUNK, sink=SINK, window=arguments.window, positions="reindex")
-        size = {"height": arguments.size, "width": arguments.size}
-        policies = {"sink and window": DenseContext, "compressed": lambda: CompressedMemory((arguments.tile,) * 2)}
-        for name, made in policies.items():
-            drift[name] = color_drift(pipe, arguments.generate, base, 0, policy=made, **size)
-            print(f"{name:45s} colour drift {drift[name]}")
     if arguments.output:
-        content = {"arguments": {k: str(x) for k, x in vars(arguments).items()}, "attention": table, "drift": drift}
+        content = {"arguments": {k: str(x) for k, x in vars(arguments).items()}, "attention": table}
         arguments.output.write_text(json.dumps({**content, "environment": environment()}, indent=1))
 
 
