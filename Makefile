@@ -8,10 +8,13 @@ export PROMPT OUTPUT
 PINNED := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PINNED)
 
-.PHONY: video test lint wheel clean
+.PHONY: video results test lint wheel clean
 
 video: $(VENV)/.base ## make a video and a report: make video PROMPT="a red ball moving right"
 	@$(VENV)/bin/generate-video --prompt "$$PROMPT" --output "$$OUTPUT"
+
+results: $(VENV)/.base ## measure this machine into docs/results: kernels, whole steps, single calls
+	$(VENV)/bin/dit-accel bench all --output docs/results
 
 test: $(VENV)/.dev ## run the test suite
 	$(VENV)/bin/pytest -n auto --dist loadfile

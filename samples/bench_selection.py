@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch.nn import functional as F
 
-from dit_accel.bench.attention import stamp
+from dit_accel.bench.table import stamp
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method
 from dit_accel.models import load_pipeline

@@ -11,8 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from dit_accel.bench.attention import stamp
-from dit_accel.bench.table import stream_csv
+from dit_accel.bench.table import stamp, stream_csv
 from dit_accel.calibrate.run import DEFAULT_CANDIDATES, Plan, assign, measure
 from dit_accel.calibrate.tasks import calibration_prompts
 from dit_accel.calibrate.write import write_preset

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from dit_accel.bench.attention import stamp
 from dit_accel.bench.random_blocks import RandomBlocks
+from dit_accel.bench.table import stamp
 from dit_accel.compare.candidates import Candidate, parse_candidate, references
 from dit_accel.compare.runner import Task, run_task
 from dit_accel.compare.tables import summarise, to_markdown

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch.nn import functional as F
 
-from dit_accel.bench.attention import stamp
+from dit_accel.bench.table import stamp
 from dit_accel.compare.candidates import parse_candidate
 from dit_accel.compare.runner import run_task
 from dit_accel.compare.tables import summarise, to_markdown

@@ -3,55 +3,25 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from dit_accel.bench.options import TIME_IS_UP, Options, heads_that_fit
 from dit_accel.bench.random_blocks import RandomBlocks
 from dit_accel.bench.shapes import Shape, structured_qkv
-from dit_accel.bench.timing import DenseRun, Spread, available_bytes, fastest_dense, interleaved, ratios, seconds, timed
+from dit_accel.bench.timing import DenseRun, Spread, fastest_dense, interleaved, ratios, seconds, timed
+from dit_accel.bench.verify import request_for, verify
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels import block_attention
-from dit_accel.kernels.attention import request_of
-from dit_accel.kernels.registry import Request, choose_backend
+from dit_accel.kernels.registry import choose_backend
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method, method_class
 from dit_accel.order import TokenOrder
-from dit_accel.plan import BlockPlan
 from dit_accel.state import CallContext
-
-_SMALL_GRID = (3, 13, 11)  # no multiple of any block or tile
-_TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-_PROBE_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to measure.
-
-    Args:
-        device, dtype: where, and in what.
-        rounds: interleaved rounds.
-        heads: heads to time. Default None: those of the model, or as many as `limit` allows.
-        limit: longest dense call in seconds; heads are left out to keep to it. Default 60.
-        backend: backend of `block_attention`. Default "auto".
-        seed: of the inputs.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    rounds: int = 5
-    heads: int | None = None
-    limit: float = 60.0
-    backend: str = "auto"
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,35 +79,6 @@ def variants(names: Iterable[str], densities: Sequence[float]) -> list[Method]:
     return found
 
 
-def verify(method: Method, shape: Shape, options: Options) -> float:
-    """Largest error of the method's attention on a small case, against the float64 specification of its own plan.
-
-    The same backend, dtype and head size are used as in the timed call, and the same text position.
-
-    Raises:
-        DitAccelError: the error is more than rounding, or the method cannot run.
-    """
-    text = min(shape.layout.text, 19)
-    layout = TokenLayout(_SMALL_GRID, text, shape.layout.text_position)
-    raster = structured_qkv(layout, 2, shape.head_dim, options.device, options.dtype, options.seed)
-    q, k, v = raster
-    outs = []
-    for name, dtype in ((options.backend, options.dtype), ("reference", torch.float64)):
-        # A call of its own for each, since a method may keep what it computed.
-        call = CallContext(layout, seed=options.seed)
-        order, plan = method.plan(layout, *raster, call)
-        q, k, v = raster if order is None else order.to(options.device).apply(*raster)
-        backend = choose_backend(name, _request(method, q, plan)).name
-        outs.append(method.compute(q.to(dtype), k.to(dtype), v.to(dtype), plan, call, backend=backend).double())
-    error = float((outs[0] - outs[1]).abs().max() / outs[1].abs().max())
-    whole = block_attention(q, k, v, BlockPlan.full(plan.q_blocks, plan.k_blocks, q.device), backend=options.backend)
-    dense = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    error = max(error, float((whole.double() - dense).abs().max() / dense.abs().max()))
-    if not error <= _TOLERANCE.get(options.dtype, 1e-6):
-        raise DitAccelError(f"wrong: the small case is off by {error:.2g}")
-    return error
-
-
 @dataclass
 class _Case:
     """One method on the tensors to time, with the state it keeps between calls."""
@@ -162,7 +103,7 @@ class _Case:
         ordering, (order, ordered) = timed(put_in_order, device)
         self.call.values = ordered[2]
         selecting, plan = timed(lambda: self.method.select(*ordered[:2], self.call).to(device), device)
-        self.chosen = choose_backend(self.backend, _request(self.method, ordered[0], plan)).name
+        self.chosen = choose_backend(self.backend, request_for(self.method, ordered[0], plan)).name
 
         def attend() -> Tensor:
             out = self.method.compute(*ordered, plan, self.call, backend=self.chosen)
@@ -176,14 +117,9 @@ class _Case:
         return ordering + attending + (0.0 if self.method.is_static else selecting)
 
 
-def _request(method: Method, q: Tensor, plan: BlockPlan) -> Request:
-    """What `method` asks of a backend. q `[B, H, N, D]`."""
-    return request_of(q, plan, method.remainder, method.completes, method.precision)
-
-
 def measure(shape: Shape, methods: Sequence[Method], options: Options) -> Iterator[Row]:
     """Verify and time every method at one shape, one row each; a method that fails or is wrong gets a note instead."""
-    heads, told = heads_that_fit(shape, options)
+    heads, told = (0, TIME_IS_UP) if options.is_over else heads_that_fit(shape, options)
     if heads == 0:
         yield from (replace(_row(shape, m, options, 0), note=told) for m in methods)
         return
@@ -199,6 +135,9 @@ def measure(shape: Shape, methods: Sequence[Method], options: Options) -> Iterat
     dense_name, dense = fastest_dense(q, k, v)
     for method, off in good:
         row = replace(_row(shape, method, options, heads), dense_backend=dense_name, verified_error=off, note=told)
+        if options.is_over:
+            yield replace(row, note=TIME_IS_UP)
+            continue
         try:
             yield _timed(row, method, (q, k, v), dense, shape.layout, options)
         except (DitAccelError, RuntimeError) as failure:
@@ -253,28 +192,3 @@ def _row(shape: Shape, method: Method, options: Options, heads: int) -> Row:
         parameters=json.dumps(method.model_dump(mode="json", exclude_unset=True)),
         requested_density=method.requested_density,
     )
-
-
-def heads_that_fit(shape: Shape, options: Options) -> tuple[int, str]:
-    """How many heads to time, and why not all; 0 when not even one fits into time and memory."""
-    wanted = options.heads or shape.heads
-    one = 4 * shape.layout.tokens * shape.head_dim * options.dtype.itemsize  # q, k, v and the output
-    free = available_bytes(options.device)
-    fits = wanted if free is None else int(0.5 * free // (2 * one))  # orders and padding copy once
-    small = TokenLayout((1, 1, min(_PROBE_TOKENS, shape.layout.tokens)))
-    q, k, v = structured_qkv(small, 2, shape.head_dim, options.device, options.dtype)
-    _, dense = fastest_dense(q, k, v)
-    taken = seconds(partial(dense, q, k, v), options.device) / 2 * (shape.layout.tokens / small.tokens) ** 2
-    in_time = int(options.limit // taken)
-    heads = min(wanted, fits, in_time)
-    if heads < 1:
-        what = f"one head takes about {taken:.0f} s" if in_time < 1 else "one head does not fit into memory"
-        return 0, f"not timed: {what}"
-    return heads, "" if heads == shape.heads else f"{heads} of {shape.heads} heads"
-
-
-def stamp() -> dict[str, str]:
-    """Date, hardware and versions: the columns that make a row of figures worth keeping."""
-    from dit_accel.report import environment
-
-    return {"date": time.strftime("%Y-%m-%d"), **environment()}

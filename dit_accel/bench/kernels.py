@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,10 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dit_accel.bench.attention import Options, heads_that_fit
+from dit_accel.bench.options import TIME_IS_UP, Options, heads_that_fit
 from dit_accel.bench.shapes import Shape
 from dit_accel.bench.timing import DenseRun, Spread, fastest_dense, interleaved, ratios, seconds
-from dit_accel.errors import ConfigError, near_matches
+from dit_accel.bench.verify import verify_kernel
+from dit_accel.errors import ConfigError, DitAccelError, near_matches
 from dit_accel.kernels import Precision, Remainder, block_attention
 from dit_accel.kernels.attention import request_of
 from dit_accel.kernels.registry import choose_backend
@@ -44,6 +44,7 @@ class KernelRow:
         rate: TFLOP/s over the selected pairs, 4 D operations each.
         efficiency: that rate as a share of the dense one; the density at which both take the same time.
         extra: time beyond that of "exact" at the same density, as a share of it; empty without that row.
+        verified_error: largest error on a small case of ragged blocks, against the float64 specification.
     """
 
     shape: str
@@ -69,6 +70,7 @@ class KernelRow:
     rate: float | None = None
     efficiency: float | None = None
     extra: float | None = None
+    verified_error: float | None = None
     note: str = ""
 
 
@@ -153,7 +155,6 @@ def measure_kernels(
     options: Options,
     blocks: tuple[int, int] = (128, 64),
     pattern: Pattern = "random",
-    deadline: float | None = None,
 ) -> Iterator[KernelRow]:
     """One row for each density and variant on one shape, in this order; one that fails says so and loses no other.
 
@@ -164,7 +165,6 @@ def measure_kernels(
         options: where and how often.
         blocks: query and key block size. Default (128, 64).
         pattern: see `pattern_plan`. Default "random".
-        deadline: as `time.monotonic` gives it; what has not begun by then is left out, and its row says so.
     """
     heads, note = heads_that_fit(shape, options)
     tokens = shape.layout.tokens
@@ -180,8 +180,8 @@ def measure_kernels(
         plan: BlockPlan | None = None
         for variant in variants:
             row = replace(empty, variant=variant, requested_density=density, note=note)
-            if deadline is not None and time.monotonic() > deadline:
-                yield replace(row, note="left out: the time is up")
+            if options.is_over:
+                yield replace(row, note=TIME_IS_UP)
                 continue
             try:
                 if prepared is None:
@@ -206,6 +206,16 @@ def _drawn(shape: Shape, heads: int, options: Options) -> tuple[Tensor, Tensor, 
     return q, k, v
 
 
+def _verified(row: KernelRow, options: Options) -> float:
+    """The error on a small case of the same kind: two heads, a few blocks, the last ones short."""
+    sizes, device = (row.q_block, row.k_block), options.device
+    tokens = 2 * max(sizes) + max(sizes) // 3 + 1
+    generator = torch.Generator().manual_seed(options.seed)
+    draws = (torch.randn(1, 2, tokens, row.head_dim, generator=generator).to(device, options.dtype) for _ in range(3))
+    plan = pattern_plan("random", tokens, sizes, 2, 0.4, device, options.seed)
+    return verify_kernel((next(draws), next(draws), next(draws)), plan, *VARIANTS[row.variant], options)
+
+
 def _timed(
     row: KernelRow,
     qkv: tuple[Tensor, Tensor, Tensor],
@@ -218,9 +228,14 @@ def _timed(
     remainder, precision = VARIANTS[row.variant]
     request = request_of(qkv[0], plan, remainder, precision=precision)
     chosen = choose_backend(options.backend, request)
+    row = replace(row, backend=chosen.name)
     fault = fault_of(chosen, request)
     if fault is not None:
-        return replace(row, backend=chosen.name, note=f"not timed: {fault}")
+        return replace(row, note=f"not timed: {fault}")
+    try:
+        row = replace(row, verified_error=_verified(row, options))
+    except DitAccelError as wrong:
+        return replace(row, note=f"not timed: {wrong}")
     attend = partial(block_attention, *qkv, plan, remainder=remainder, precision=precision, backend=chosen.name)
     runs: list[Callable[[], Tensor]] = [partial(dense, *qkv), attend]
     for run in runs:
@@ -232,7 +247,6 @@ def _timed(
     operations = 4e-9 * row.heads * row.head_dim * row.tokens**2  # in TFLOP per ms of dense attention
     return replace(
         row,
-        backend=chosen.name,
         density=density,
         dense_ms=dense_ms,
         attend_ms=attend_ms,

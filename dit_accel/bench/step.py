@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.acceleration import accelerate
+from dit_accel.bench.options import Options
 from dit_accel.bench.random_models import (
     Blueprint,
     blueprint_of,
@@ -19,13 +20,19 @@ from dit_accel.bench.random_models import (
     step_arguments,
     total_layers,
 )
+from dit_accel.bench.shapes import Shape
 from dit_accel.bench.timing import Spread, available_bytes, interleaved, ratios, seconds
-from dit_accel.errors import UnsupportedError
-from dit_accel.estimate import token_grid
+from dit_accel.bench.verify import verify
+from dit_accel.errors import DitAccelError, UnsupportedError
+from dit_accel.estimate import token_layout
 from dit_accel.handle import Acceleration
+from dit_accel.kernels.dense import preferred
 from dit_accel.methods.base import Method
 from dit_accel.presets import Preset
 
+_CALL = ("model", "layers", "model_layers", "tokens", "dtype", "method", "parameters")
+_FIGURES = ("density", "dense_backend", "dense_s", "method_s", "ratio", "ratio_low", "ratio_high", "verified_error")
+_EMPTY: dict[str, Any] = {**dict.fromkeys(_FIGURES), "note": ""}
 _WEIGHTS_SHARE = 0.6  # of the free memory; the rest is for activations
 
 
@@ -95,6 +102,9 @@ def measure_step(
 ) -> Iterator[dict[str, Any]]:
     """Time a forward pass dense and with each method, in interleaved rounds; one row per method.
 
+    Dense is what the dense steps of a schedule run: the fastest dense kernel known for the device. A method is first
+    verified on a small call with the model's head size and dtype; one that is wrong, or fails, gets a note and no time.
+
     Args:
         preset: names the model in the rows. Its schedule has no say: every layer runs the method at every density.
         built: what `build` made.
@@ -102,38 +112,52 @@ def measure_step(
         rounds: interleaved rounds, after one of each that does not count.
         backend: backend of `block_attention`.
     """
-    model, device = built.model, next(built.model.parameters()).device
+    weight = next(built.model.parameters())
+    sizes, layout = preset.model, token_layout(preset.model, preset.generation)
+    shape = Shape(preset.name, layout, sizes.heads, sizes.head_dim, preset.description)
+    options = Options(weight.device, weight.dtype, rounds, backend=backend)
+    common = {
+        "model": preset.name,
+        "layers": built.layers,
+        "model_layers": built.published_layers,
+        "tokens": layout.video,
+        "dtype": str(weight.dtype)[6:],
+    }
     for method in methods:
-        common = {
-            "model": preset.name,
-            "layers": built.layers,
-            "model_layers": built.published_layers,
-            "tokens": int(torch.tensor(token_grid(preset.model, preset.generation)).prod()),
-            "dtype": str(next(model.parameters()).dtype)[6:],
-            "method": method.name,
-            "parameters": method.model_dump_json(exclude_unset=True),
-        }
-        dense = partial(_forward, built, lambda: accelerate(model, method="dense"), device, [])
-        seen: list[float] = []
-        fast = partial(
-            _forward,
-            built,
-            partial(accelerate, model, method=method, backend=backend, break_even=1.0),
-            device,
-            seen,
-        )
-        dense(), fast()
-        base, other = interleaved([dense, fast], rounds)
-        ratio = ratios(base, other)
-        yield {
-            **common,
-            "density": seen[-1],
-            "dense_s": Spread.of(base).median,
-            "method_s": Spread.of(other).median,
-            "ratio": ratio.median,
-            "ratio_low": ratio.low,
-            "ratio_high": ratio.high,
-        }
+        row = {**common, "method": method.name, "parameters": method.model_dump_json(exclude_unset=True), **_EMPTY}
+        try:
+            row["verified_error"] = verify(method, shape, options)
+            row |= _compared(built, method, shape, options)
+        except (DitAccelError, RuntimeError) as failure:
+            row["note"] = str(failure).splitlines()[0]
+        yield row
+
+
+def left_out(model: str, note: str) -> dict[str, Any]:
+    """The row of a model of which nothing was measured, and why."""
+    return {**dict.fromkeys(_CALL), **_EMPTY, "model": model, "note": note}
+
+
+def _compared(built: StepModel, method: Method, shape: Shape, options: Options) -> dict[str, Any]:
+    """Dense and the method in interleaved rounds, after one of each that does not count."""
+    model, device, seen = built.model, options.device, list[float]()
+    # Too short a sequence is what makes a schedule run everything dense.
+    short = partial(accelerate, model, method=method, min_tokens=shape.layout.tokens + 1)
+    dense = partial(_forward, built, short, device, [])
+    sparse = partial(accelerate, model, method=method, backend=options.backend, break_even=1.0)
+    fast = partial(_forward, built, sparse, device, seen)
+    dense(), fast()
+    base, other = interleaved([dense, fast], options.rounds)
+    ratio = ratios(base, other)
+    return {
+        "density": seen[-1],
+        "dense_backend": preferred(torch.empty(1, 1, 1, shape.head_dim, device=device, dtype=options.dtype)),
+        "dense_s": Spread.of(base).median,
+        "method_s": Spread.of(other).median,
+        "ratio": ratio.median,
+        "ratio_low": ratio.low,
+        "ratio_high": ratio.high,
+    }
 
 
 @torch.no_grad()

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import csv
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dit_accel.errors import ConfigError
+
+
+def stamp() -> dict[str, str]:
+    """Date, hardware and versions: the columns that make a row of figures worth keeping."""
+    from dit_accel.report import environment
+
+    return {"date": time.strftime("%Y-%m-%d"), **environment()}
 
 
 def stream_csv(

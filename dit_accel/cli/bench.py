@@ -45,9 +45,10 @@ def attention(
     """
     import torch
 
-    from dit_accel.bench.attention import Options, measure, stamp, variants
+    from dit_accel.bench.attention import measure, variants
+    from dit_accel.bench.options import Options
     from dit_accel.bench.shapes import find_shape, list_shapes
-    from dit_accel.bench.table import stream_csv
+    from dit_accel.bench.table import stamp, stream_csv
     from dit_accel.methods.registry import list_methods
     from dit_accel.models import resolve_device
 
@@ -62,7 +63,7 @@ def attention(
     options = Options(torch.device(where), kind, rounds, heads, limit, backend, seed)
     rows = (row.to_dict() for shape in chosen for row in measure(shape, cases, options))
     for row in stream_csv(csv, rows, {**stamp(), "command": command_line()}):
-        console.print(_line(row), markup=False)
+        console.print(attention_line(row), markup=False)
     if csv is not None:
         console.print(f"written: {csv}", markup=False)
 
@@ -97,34 +98,34 @@ def kernels(
     """Time block attention alone against the fastest dense attention, after a numerical check of each variant."""
     import torch
 
-    from dit_accel.bench.attention import Options, stamp
     from dit_accel.bench.kernels import DENSITIES, MARKDOWN, find_pattern, find_variants, measure_kernels
+    from dit_accel.bench.options import Options
     from dit_accel.bench.shapes import MODEL_SHAPES, find_shape
-    from dit_accel.bench.table import stream_csv, stream_markdown
+    from dit_accel.bench.table import stamp, stream_csv, stream_markdown
     from dit_accel.models import resolve_device
 
     where, kind = resolve_device(device, dtype)
     usual = list(MODEL_SHAPES) if torch.device(where).type == "cuda" else ["cpu-1k"]
     chosen, names = [find_shape(name) for name in shapes or usual], find_variants(variants or [])
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-    options = Options(torch.device(where), kind, rounds, heads, limit, backend, seed)
+    options = Options(torch.device(where), kind, rounds, heads, limit, backend, seed, deadline)
     rows = (
         vars(row)
         for shape in chosen
         for row in measure_kernels(
-            shape, densities or DENSITIES, names, options, (q_block, k_block), find_pattern(pattern), deadline
+            shape, densities or DENSITIES, names, options, (q_block, k_block), find_pattern(pattern)
         )
     )
     common = {**stamp(), "command": command_line()}
     for row in stream_markdown(markdown, stream_csv(csv, rows, common), MARKDOWN, common):
-        console.print(_kernel_line(row), markup=False)
+        console.print(kernel_line(row), markup=False)
     for path in (csv, markdown):
         if path is not None:
             console.print(f"written: {path}", markup=False)
 
 
-def _kernel_line(row: Mapping[str, Any]) -> str:
-    """One row for people."""
+def kernel_line(row: Mapping[str, Any]) -> str:
+    """One row of `bench kernels` for people."""
     head = f"{row['shape']} {row['variant']} {row['requested_density']:.0%} of {row['heads']} heads"
     if row["attend_ms"] is None:
         return f"{head}: {row['note']}"
@@ -152,9 +153,9 @@ def step(
     """Time one forward pass of a whole transformer with random weights, dense and accelerated in turn."""
     import torch
 
-    from dit_accel.bench.attention import stamp, variants
+    from dit_accel.bench.attention import variants
     from dit_accel.bench.step import build, measure_step
-    from dit_accel.bench.table import stream_csv
+    from dit_accel.bench.table import stamp, stream_csv
     from dit_accel.methods.registry import get_method
     from dit_accel.models import resolve_device
     from dit_accel.presets import load_preset
@@ -167,15 +168,24 @@ def step(
     console.print(f"{resolved.name}: {built.layers} of {built.published_layers} blocks, random weights", markup=False)
     rows = measure_step(resolved, built, cases, rounds, backend)
     for row in stream_csv(csv, rows, {**stamp(), "command": command_line()}):
-        console.print(
-            f"{row['method']} {row['parameters']}: {row['ratio']:.2f}x dense [{row['ratio_low']:.2f}, "
-            f"{row['ratio_high']:.2f}], {row['dense_s']:.2f} s dense, {row['method_s']:.2f} s, "
-            f"density {row['density']:.3f}",
-            markup=False,
-        )
+        console.print(step_line(row), markup=False)
+    if csv is not None:
+        console.print(f"written: {csv}", markup=False)
 
 
-def _line(row: Any) -> str:
+def step_line(row: Mapping[str, Any]) -> str:
+    """One row of `bench step` for people."""
+    head = f"{row['model']} {row['method'] or ''} {row['parameters'] or ''}".rstrip()
+    if row["ratio"] is None:
+        return f"{head}: {row['note']}"
+    return (
+        f"{head}: {row['ratio']:.2f}x dense [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}], {row['dense_s']:.2f} s "
+        f"dense, {row['method_s']:.2f} s, density {row['density']:.3f}"
+    )
+
+
+def attention_line(row: Mapping[str, Any]) -> str:
+    """One row of `bench attention` for people."""
     head = f"{row['shape']} {row['method']} {row['parameters']}"
     if row["ratio"] is None:
         return f"{head}: {row['note']}"

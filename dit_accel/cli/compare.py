@@ -41,8 +41,7 @@ def compare(
     backend: Annotated[str, typer.Option(help="Backend of the sparse attention.")] = "auto",
 ) -> None:
     """Compare time, closeness to dense, steadiness and prompt following; write CSV, Markdown, a plot and videos."""
-    from dit_accel.bench.attention import stamp
-    from dit_accel.bench.table import stream_csv
+    from dit_accel.bench.table import stamp, stream_csv
     from dit_accel.cli.bench import command_line
     from dit_accel.cli.inputs import check_inputs, read_inputs
     from dit_accel.compare.candidates import all_candidates

@@ -79,7 +79,9 @@ def generate(
     ulysses_degree: Annotated[
         int, typer.Option(help="GPUs that share one video, as many as torchrun started; see docs/batches.md.", min=1)
     ] = 1,
-    ring_degree: Annotated[int, typer.Option(help="The same by ring attention, for --method dense.", min=1)] = 1,
+    ring_degree: Annotated[
+        int, typer.Option(help="The same by ring attention, for dense and static methods.", min=1)
+    ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run; load no model.")] = False,
     show_presets: Annotated[bool, typer.Option("--list-presets", help="List the presets and leave.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=version_option, is_eager=True)] = False,

@@ -9,6 +9,7 @@ import typer
 
 from dit_accel.cli.app import console, run_app, version_option
 from dit_accel.cli.bench import bench_app
+from dit_accel.cli.bench_all import bench_all
 from dit_accel.cli.calibrate import calibrate
 from dit_accel.cli.compare import compare
 from dit_accel.cli.demo import demo
@@ -22,6 +23,7 @@ app.add_typer(presets_app, name="presets")
 app.add_typer(methods_app, name="methods")
 app.command()(demo)
 app.add_typer(bench_app, name="bench")
+bench_app.command("all")(bench_all)
 app.command()(doctor)
 app.command()(report)
 app.command()(compare)

@@ -50,7 +50,8 @@ def show_method(
     method = get_method(name, **parse_parameters(parameter or []))
     if grid is None:
         if output is not None or head_table is not None:
-            raise ConfigError("--output", "a picture needs a grid, for example --grid 21x30x52")
+            given = "--output" if output is not None else "--head-table"
+            raise ConfigError(given, "a picture needs a grid, for example --grid 21x30x52")
         console.print(inspect.cleandoc(cls.__doc__ or ""), markup=False)
         console.print(f"\nSource: {cls.source}\n\nDefaults:", markup=False)
         for field, default in cls.parameters().items():

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dit_accel.bench import kernels, shapes
-from dit_accel.bench.attention import Options
 from dit_accel.bench.kernels import find_pattern, find_variants, measure_kernels, pattern_plan
+from dit_accel.bench.options import Options
 from dit_accel.bench.shapes import Shape
 from dit_accel.cli import main
 from dit_accel.errors import ConfigError
@@ -29,6 +29,7 @@ def test_a_row_follows_from_its_times():
     for row in rows:
         assert row.note == ""
         assert row.backend == "torch"
+        assert 0 <= row.verified_error < 1e-3
         assert row.density == pytest.approx(row.requested_density, abs=0.05)
         operations = 4 * row.heads * row.head_dim * row.tokens**2
         assert row.dense_rate == pytest.approx(operations / (row.dense_ms / 1e3) / 1e12)
@@ -83,9 +84,9 @@ def test_one_failure_loses_no_other_row(monkeypatch):
 
 
 def test_nothing_begins_after_the_deadline():
-    rows = list(measure_kernels(TINY, [0.5, 1.0], ["exact"], OPTIONS, (32, 16), deadline=0.0))
+    rows = list(measure_kernels(TINY, [0.5, 1.0], ["exact"], replace(OPTIONS, deadline=0.0), (32, 16)))
     assert [row.note for row in rows] == 2 * ["left out: the time is up"]
-    (row,) = measure_kernels(TINY, [0.5], ["exact"], OPTIONS, (32, 16), deadline=time.monotonic() + 60)
+    (row,) = measure_kernels(TINY, [0.5], ["exact"], replace(OPTIONS, deadline=time.monotonic() + 60), (32, 16))
     assert row.attend_ms > 0
 
 

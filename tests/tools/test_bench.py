@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from dit_accel.acceleration import accelerate
-from dit_accel.bench.attention import Options, measure, variants, verify
+from dit_accel.bench.attention import measure, variants
+from dit_accel.bench.options import Options
 from dit_accel.bench.random_blocks import RandomBlocks
 from dit_accel.bench.random_models import Blueprint, blueprint_of, make_model, step_arguments
 from dit_accel.bench.shapes import Shape, find_shape, list_shapes, structured_qkv
 from dit_accel.bench.step import build, measure_step
 from dit_accel.bench.timing import Spread, fastest_dense, interleaved, ratios
+from dit_accel.bench.verify import verify
 from dit_accel.cli import main
 from dit_accel.errors import ConfigError, DitAccelError, UnsupportedError
 from dit_accel.estimate import token_grid
@@ -156,6 +158,8 @@ def test_a_step_runs_the_whole_transformer():
     assert row["tokens"] == 3 * 8 * 8
     assert 0.2 < row["density"] < 0.6
     assert row["ratio"] > 0
+    assert (row["dense_backend"], row["note"]) == ("sdpa", "")
+    assert row["verified_error"] < 1e-3
     unknown = preset.model_copy(update={"repository": "someone/else"})
     with pytest.raises(ConfigError, match="someone/else"):
         build(unknown, 1, torch.device("cpu"), torch.float32)
@@ -232,3 +236,20 @@ def test_the_command_writes_rows_with_hardware_versions_date_and_command(monkeyp
     assert "flux1-dev-4k" in out
     assert call(monkeypatch, capsys, "bench", "attention", "--shapes", "smal")[0] == 2
     assert call(monkeypatch, capsys, "bench", "attention", *options[:-1], "/proc/none/x.csv")[0] == 2
+
+
+def test_a_method_that_is_wrong_is_not_timed_in_a_step(monkeypatch):
+    from dit_accel.bench import step
+
+    preset = load_preset("tiny-wan")
+    generation = preset.generation.model_copy(update={"height": 32, "width": 32, "num_frames": 5})
+    small = preset.model_copy(update={"generation": generation})
+    built = build(small, 1, torch.device("cpu"), torch.float32)
+
+    def wrong(*_):
+        raise DitAccelError("wrong: the small case is off by 0.5")
+
+    monkeypatch.setattr(step, "verify", wrong)
+    (row,) = measure_step(small, built, [get_method("composed", density=0.3)], rounds=1)
+    assert row["ratio"] is None
+    assert "wrong" in row["note"]

@@ -1,0 +1,73 @@
+"""Offload and stored 8-bit weights under sparse attention: the same results, or a refusal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from extras_cases import CACHES, IMAGE, OFFLOADS, SPARSE, WAN, WAN_TWO, generate, offload_to_the_cpu, with_extras
+from preset_cases import pipeline_of
+
+from dit_accel.acceleration import accelerate
+from dit_accel.errors import UnsupportedError
+from dit_accel.extras import Extras
+from dit_accel.presets import load_preset
+from dit_accel.samples.tiny_random import tiny_pipeline
+
+
+@pytest.mark.parametrize("name", [WAN_TWO, "hunyuan-video-t2v-720p", IMAGE])
+def test_layerwise_casting_stores_eight_bits_under_sparse_attention_and_a_cache(name):
+    cache = {"name": "first_block", "parameters": CACHES["first_block"]}
+    preset = with_extras(name, layerwise_casting={}, cache=cache)
+    pipe = tiny_pipeline(preset.tiny)
+    for _ in range(2):  # the second finds the weights cast already
+        acceleration = accelerate(pipe, preset, **SPARSE, schedule={})
+    stored = {weight.dtype for weight in pipe.transformer.parameters()}
+    assert torch.float8_e4m3fn in stored
+    out = generate(pipe, preset)
+    assert torch.isfinite(out).all()
+    assert any(call.reason is None for call in acceleration.report().calls)
+    acceleration.remove()
+    assert torch.float8_e4m3fn in {weight.dtype for weight in pipe.transformer.parameters()}
+
+
+@pytest.mark.parametrize("mode", ["model", "sequential", "group"])
+def test_offload_without_an_accelerator_is_refused(mode):
+    if torch.accelerator.is_available():
+        pytest.skip("there is an accelerator here")
+    with pytest.raises(UnsupportedError, match=rf"extras\.offload: mode {mode}.*no accelerator here"):
+        accelerate(pipeline_of(load_preset(WAN).tiny), with_extras(WAN, offload={"mode": mode}))
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("name", [WAN, IMAGE])
+def test_weights_that_come_when_needed_give_the_same_under_sparse_attention(monkeypatch, name, offload):
+    preset = with_extras(name, offload=offload)
+    pipe, plain = tiny_pipeline(preset.tiny), preset.model_copy(update={"extras": Extras()})
+    stock = generate(pipe, preset)
+    with accelerate(pipe, plain, **SPARSE):
+        expected = generate(pipe, preset)
+    offload_to_the_cpu(monkeypatch, pipe)
+    with accelerate(pipe, preset, **SPARSE) as acceleration:
+        away = offload["mode"] == "sequential"
+        assert {weight.is_meta for weight in pipe.transformer.parameters()} == {away}
+        assert torch.equal(generate(pipe, preset), expected)
+        assert any(call.reason is None for call in acceleration.report().calls)
+    assert torch.equal(generate(pipe, preset), stock)
+
+
+def test_streams_are_refused_on_an_accelerator_without_them(monkeypatch):
+    monkeypatch.setattr("dit_accel.extras_install._accelerator", lambda: "mps")
+    preset = with_extras(WAN, offload={"mode": "group", "stream": True})
+    with pytest.raises(UnsupportedError, match=r"extras\.offload: stream is for CUDA and XPU devices.*mps"):
+        accelerate(pipeline_of(preset.tiny), preset)
+
+
+def test_model_and_sequential_offload_switch_diffusers_on_once(monkeypatch):
+    monkeypatch.setattr("dit_accel.extras_install._accelerator", lambda: "cuda")
+    for mode, method in (("model", "enable_model_cpu_offload"), ("sequential", "enable_sequential_cpu_offload")):
+        pipe, called = tiny_pipeline(load_preset(WAN).tiny), []
+        monkeypatch.setattr(pipe, method, lambda device, called=called: called.append(device))
+        accelerate(pipe, with_extras(WAN, offload={"mode": mode})).remove()
+        assert called == [torch.device("cuda")]
+    with pytest.raises(UnsupportedError, match="needs a pipeline"):
+        accelerate(pipe.transformer, with_extras(WAN, offload={"mode": "model"}))
