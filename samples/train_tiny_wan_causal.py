@@ -20,7 +20,14 @@ from dit_accel.models import check_model
 from dit_accel.presets import load_preset
 from dit_accel.samples.muon import Muon, split_parameters
 from dit_accel.samples.tiny_wan_causal import CausalTeacher, Excerpt, draw_excerpt
-from dit_accel.samples.tiny_wan_flow import ADAM_PARTS, DECAY, DROP_CAPTION, Captioner, PaddedCrossAttention
+from dit_accel.samples.tiny_wan_flow import (
+    ADAM_PARTS,
+    DECAY,
+    DROP_CAPTION,
+    Captioner,
+    PaddedCrossAttention,
+    choose_padding,
+)
 from dit_accel.samples.tiny_wan_run import TrainingRun, replace_parts
 from dit_accel.samples.tiny_wan_vae import Bank, encode_bank
 from dit_accel.samples.train_tiny_wan import Canvas
@@ -68,6 +75,7 @@ def train_causal(
     for step in range(run.first, steps):
         row = torch.randint(len(bank.captions), (1,))
         caption = "" if torch.rand(()) < DROP_CAPTION else bank.captions[int(row)]
+        cross.pad_to(choose_padding(1.0))  # the words are known by now
         with torch.no_grad():
             words = text([caption])
         loss = teacher.loss(draw_excerpt(kinds), bank.latents[row].float(), bank.objects[row], words)
