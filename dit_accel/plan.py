@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ class Blocking:
         """True length of every block, int64 `[n]` on the CPU."""
         return self.starts.diff()
 
-    @property
+    @cached_property
     def is_uniform(self) -> bool:
         """Whether every block but the last holds exactly `size` tokens."""
         return bool((self.starts[:-1] == torch.arange(self.count) * self.size).all())

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.triton_backend import why_not_on
+from dit_accel.kernels.triton_backend import is_interpreted, why_not_on
 
 # Compares the Triton form with the plain one on a small case; returns what is wrong, in one clause, or None.
 Check = Callable[[torch.device, torch.dtype], str | None]
@@ -29,6 +29,8 @@ def register_operation(name: str, check: Check) -> None:
 
 def uses_triton(name: str, x: Tensor) -> bool:
     """Whether the operation `name` runs in Triton on tensors like x."""
+    if x.device.type == "cpu" and not is_interpreted():
+        return False  # the answer of `why_not`, without its search for the package at every call
     return why_not(name, x.device, x.dtype) is None
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.chunk import attend_chunk
 from dit_accel.kernels.spec import Remainder
 
 _CHUNK_NUMBERS = 1 << 20  # size of the largest temporary, in numbers: 4 MiB in fp32
@@ -57,34 +56,14 @@ class Summary:
         delta = self.k[head, blocks] - self.mean_k[head, blocks].unsqueeze(1)
         return delta if self.real is None else delta.mul_(self.real[head, blocks].unsqueeze(-1))
 
-    def logits(self, head: int, q: Tensor, selected: Tensor, scale: float, blocks: slice) -> Tensor:
-        """Logits `[U, T, n]` of the summary keys `blocks`, about the mean key; -inf where selected or empty.
-
-        Args:
-            head: which of the G heads.
-            q: query blocks `[U, T, D]` of that head.
-            selected: bool `[U, nk]`, the blocks that were computed exactly.
-            scale: factor on q·k.
-            blocks: n of the nk key blocks.
-        """
-        mass = self.tokens[head, blocks].log()
-        out = torch.matmul(q, scale * self.mean_k[head, blocks].T)
-        if self.variance is not None:
-            second = torch.matmul((scale * q).square_(), 0.5 * self.variance[head, blocks].T)
-            out += second.minimum(mass)
-        # A small bias rather than a mask of the logits: one pass less over them.
-        return out.add_(torch.where(selected[:, blocks], -torch.inf, mass).unsqueeze(1))
-
     def seen_by(self, head: int, centres: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """What each of the queries `centres` `[U, D]` gets from each block: log-mass `[U, nk]`, value `[nk, U, D]`."""
-        if self.real is None:
-            queries = centres.expand(self.k.shape[1], *centres.shape)
-            value, mass = attend_chunk(queries, self.k[head], self.v[head], None, scale)
-            return mass.T, value
-        logits = torch.matmul(scale * centres, self.k[head].transpose(1, 2))
-        logits.masked_fill_(self.real[head].unsqueeze(1) == 0, -torch.inf)
+        """What each of the queries `centres` `[U, D]` gets from each block: log-mass `[U, nk]`, value `[U, nk, D]`."""
+        # One product over the keys of all blocks is faster than one per block.
+        logits = torch.mm(scale * centres, self.k[head].flatten(0, 1).T).view(len(centres), *self.k.shape[1:3])
+        if self.real is not None:
+            logits.masked_fill_(self.real[head] == 0, -torch.inf)
         weights, mass = _softmax(logits)
-        return mass.T, torch.bmm(weights, self.v[head])
+        return mass, torch.bmm(weights.transpose(0, 1), self.v[head]).transpose(0, 1)
 
     def covariances(self, head: int, first: int, last: int, group: int) -> tuple[Tensor, Tensor]:
         """H summed over groups of `group` blocks, `[g, D, D]`, and their tokens `[g]`, for blocks first to last."""
@@ -118,17 +97,40 @@ class _Head:
         """Queries of some query blocks relative to the point of expansion, `[U, T, D]`."""
         return self.q[rows] if self.centres is None else self.q[rows] - self.centres[rows].unsqueeze(1)
 
-    def logits(self, rows: slice, blocks: slice) -> tuple[Tensor, Tensor]:
-        """Logits `[U, T, n]` of the summary keys `blocks` and their values, `[n, D]` or one set per row `[U, n, D]`."""
-        summary, chosen = self.summary, self.selected[rows]
+    def logits(self, rows: slice, blocks: slice, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits of the n summary keys `blocks`, -inf where selected or empty, and their values.
+
+        Args:
+            rows: U of the query blocks.
+            blocks: n of the key blocks.
+            beside: `[U, T]`, a further column of logits.
+
+        Returns:
+            Logits `[U, T, n]`, or `[U, T, n + 1]` with `beside`; values `[n, D]`, or one set per row `[U, n, D]`.
+        """
+        summary, mean_k = self.summary, self.summary.mean_k[self.index, blocks]
+        bias, values = self._mass(rows)
+        bias, count = bias.masked_fill(self.selected[rows], -torch.inf)[:, blocks], len(mean_k)
+        out = bias.new_empty(*bias.shape[:1], self.q.shape[1], count + (beside is not None))
+        # A small bias where the product is written, rather than a mask of the logits: passes less over them.
+        out[..., :count] = bias.unsqueeze(1)
+        if beside is not None:
+            out[..., count] = beside
+        queries, flat = self.q[rows].flatten(0, 1), out.flatten(0, 1)[:, :count]
+        flat.addmm_(queries, mean_k.T, alpha=self.scale)
+        if summary.variance is not None:
+            second = torch.mm((self.scale * queries).square_(), 0.5 * summary.variance[self.index, blocks].T)
+            flat += second.minimum(summary.tokens[self.index, blocks].log())
+        return out, values[..., blocks, :]
+
+    def _mass(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Log-mass of every block for a query at the origin `[U, nk]`, and values `[nk, D]` or `[U, nk, D]`."""
+        summary, index = self.summary, self.index
         if self.centres is None:
-            return summary.logits(self.index, self.q[rows], chosen, self.scale, blocks), summary.mean_v[self.index]
-        mass, value = summary.seen_by(self.index, self.centres[rows], self.scale)
-        mean_k = self.scale * summary.mean_k[self.index].T
+            return summary.tokens[index].log().expand(len(self.q[rows]), -1), summary.mean_v[index]
+        mass, values = summary.seen_by(index, self.centres[rows], self.scale)
         # scale * (q - c)·m is taken apart, so that c stays out of the pass over the queries.
-        bias = (mass - torch.matmul(self.centres[rows], mean_k)).masked_fill_(chosen, -torch.inf)
-        out = torch.matmul(self.q[rows], mean_k).add_(bias.unsqueeze(1))
-        return out[..., blocks], value.transpose(0, 1)[:, blocks]
+        return mass.addmm(self.centres[rows], summary.mean_k[index].T, alpha=-self.scale), values
 
 
 def add_remainder(
@@ -195,22 +197,29 @@ def _shares(weights: Tensor, group: int, pool: Tensor | None) -> Tensor:
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax of logits `[..., L]` and their log-sum-exp `[...]`; of nothing but -inf they are 0 and -inf."""
-    largest, weights = logits.amax(-1), logits.softmax(-1)
+    """Softmax of logits `[..., L]`, which it overwrites, and their log-sum-exp `[...]`; of nothing but -inf 0, -inf."""
+    largest = logits.amax(-1)
+    weights = torch.softmax(logits, -1, out=logits)
     # The largest weight is exp(largest - lse), which costs a maximum instead of exponentials of its own.
     lse = largest - weights.amax(-1).log()
     empty = largest.isneginf()
-    return weights.masked_fill_(empty.unsqueeze(-1), 0), lse.masked_fill_(empty, -torch.inf)
+    if bool(empty.any()):
+        weights.masked_fill_(empty.unsqueeze(-1), 0)
+        lse.masked_fill_(empty, -torch.inf)
+    return weights, lse
 
 
 def _join(head: _Head, rows: slice, out: Tensor, lse: Tensor) -> Tensor:
     """Summary keys into one softmax with the exact part of query blocks `[U, T, D]`, in place; their weights."""
-    logits, values = head.logits(rows, slice(None))
     # The exact part is one more column: a softmax is cheaper than a log-sum-exp and an exponential.
-    weights, joint = _softmax(torch.cat([logits, lse.unsqueeze(-1)], -1))
+    logits, values = head.logits(rows, slice(None), beside=lse)
+    weights, joint = _softmax(logits)
     out.mul_(weights[..., -1:])
     weights = weights[..., :-1]
-    out.add_(torch.matmul(weights, values))
+    if values.ndim == 3:
+        out.baddbmm_(weights, values)
+    else:
+        out.flatten(0, 1).addmm_(weights.flatten(0, 1), values)
     lse.copy_(joint)
     return weights
 

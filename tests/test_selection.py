@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_accel.errors import ConfigError
+from dit_accel.kernels.ranking import LongRanking, SortedRanking
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
 from dit_accel.selection import (
@@ -247,6 +248,20 @@ def test_smoothing_does_not_change_selection_and_similarity_is_a_mean_cosine():
         start = int(blocks.starts[j])
         unit = torch.nn.functional.normalize(k[0, 0, start : start + length], dim=-1)
         torch.testing.assert_close(measured[0, 0, j], (unit @ unit.T).mean())
+
+
+@given(st.integers(0, 2**31), st.integers(1, 60), st.integers(1, 7))
+@settings(max_examples=30, deadline=None)
+def test_a_cut_keeps_what_a_stable_sort_keeps(seed, columns, values):
+    generator = torch.Generator().manual_seed(seed)
+    # Few values, so that many tie, some of them with what must not be chosen.
+    scores = torch.randint(-values, values, (2, 3, columns), generator=generator).float()
+    scores[torch.rand(scores.shape, generator=generator) < 0.2] = -INF
+    first = torch.rand(scores.shape, generator=generator) < 0.1
+    counts = torch.randint(0, columns + 1, (2, 3), generator=generator)
+    kept = LongRanking(scores, first).leading(counts)
+    assert torch.equal(kept, SortedRanking(scores, first).leading(counts))
+    assert torch.equal(kept.sum(-1), counts)
 
 
 def test_noise_is_seeded_shared_by_the_batch_and_scaled():

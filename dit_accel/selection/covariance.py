@@ -9,10 +9,11 @@ from dit_accel.kernels.block_statistics import covariance_squares_in_triton
 from dit_accel.kernels.operations import uses_triton
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
-from dit_accel.selection.pooling import block_means, gather_blocks, lengths_of, pooled_scores, working
+from dit_accel.selection.pooling import Valid, gather_blocks, lengths_of, pooled_scores
 from dit_accel.selection.scores import row_groups
 
 _SHARPNESS = 0.85
+_SAMPLES = 16  # tokens of a block that its covariance needs: with all of them the choice is no better
 _FLOOR = 1e-5  # of the published code: keeps the logarithm of a block of identical keys or values finite
 
 
@@ -29,20 +30,33 @@ def covariance_squares(k: Tensor, v: Tensor, blocks: Blocking, layout: TokenLayo
         blocks: partition of the keys.
         layout: token geometry; padding counts for nothing.
     """
+    return _squares(k, v, blocks, layout.valid)
+
+
+def _squares(k: Tensor, v: Tensor, blocks: Blocking, valid: Valid) -> Tensor:
     if uses_triton("covariance squares", k):
-        return covariance_squares_in_triton(k, v, blocks, lengths_of(layout.valid, k.device))
-    squares, width = [], k.shape[0] * k.shape[1] * k.shape[3] * max(k.shape[3], blocks.size)
-    for group in row_groups(blocks.count, width, k.device):
-        inside = slice(int(blocks.starts[group.start]), int(blocks.starts[group.stop]))
-        part = Blocking.from_lengths(blocks.lengths[group], blocks.size)
-        valid = layout.valid and tuple(min(max(n - inside.start, 0), part.tokens) for n in layout.valid)
-        keys, real = gather_blocks(k[:, :, inside], part, valid)
-        values, _ = gather_blocks(v[:, :, inside], part, valid)
-        counts = real.sum(-1).to(keys.dtype).clamp(min=1)[:, None, :, None, None]
+        return covariance_squares_in_triton(k, v, blocks, lengths_of(valid, k.device))
+    (keys, real), (values, _) = (gather_blocks(x, blocks, valid) for x in (k, v))
+    counts = real.sum(-1).to(keys.dtype).clamp(min=1)[:, None, :, None, None]
+    real = real[:, None, :, :, None]
+    squares, dim = [], k.shape[-1]
+    for group in row_groups(blocks.count, k.shape[0] * k.shape[1] * dim * max(dim, blocks.size), k.device):
+        inside = keys[:, :, group]
         # The deviations sum to zero, so the mean of one factor is enough.
-        h = (keys - keys.sum(3, keepdim=True) / counts).mul_(real[:, None, :, :, None]).transpose(-1, -2) @ values
-        squares.append(h.square_().sum(-1))
+        delta = (inside - inside.sum(3, keepdim=True) / counts[:, :, group]).mul_(real[:, :, group])
+        squares.append((delta.transpose(-1, -2) @ values[:, :, group]).square_().sum(-1))
     return torch.cat(squares, 2)
+
+
+def sample_tokens(blocks: Blocking, stride: int) -> tuple[Tensor, Blocking]:
+    """One of `stride` tokens of every block, int64 `[m]` on the CPU, and the blocks that they form.
+
+    Places move on by one within the stride, so that no column of a box is left out; every block keeps its first token.
+    """
+    first = torch.arange(0, blocks.size, stride)
+    places = (first + torch.arange(len(first)) % stride).clamp(max=blocks.size - 1)
+    inside = places < blocks.lengths.unsqueeze(-1)
+    return (blocks.starts[:-1].unsqueeze(-1) + places)[inside], Blocking.from_lengths(inside.sum(-1), len(places))
 
 
 def covariance_scores(q: Tensor, k: Tensor, v: Tensor, blocks: Blocking, layout: TokenLayout) -> Tensor:
@@ -69,6 +83,7 @@ def error_scores(q: Tensor, k: Tensor, v: Tensor, blocks: Blocking, layout: Toke
     covariance of the queries of the block taken as diagonal, is weighed by the mass of the block, as the pooled map has
     it, to the power 0.85: pooling makes the map too sharp. Unlike scores that are log-masses up to a constant per row,
     these compare rows and heads with one another: where queries or keys are alike, few exact blocks are needed.
+    Covariances are taken over 16 tokens of a block or more, one in `block size // 16`; means over all.
 
     Args:
         q, k, v: `[B, H, N, D]`.
@@ -78,9 +93,16 @@ def error_scores(q: Tensor, k: Tensor, v: Tensor, blocks: Blocking, layout: Toke
     Returns:
         `[B, H, nq, nk]`, -inf at blocks without real keys.
     """
-    means, _ = block_means(q, blocks, layout.valid)
-    squares, _ = block_means(working(q).square(), blocks, layout.valid)
-    variance = (squares - means.square()).clamp_(min=0) * (1 / q.shape[-1])
-    hidden = variance @ covariance_squares(k, v, blocks, layout).transpose(-1, -2)
+    stride, (queries, keys, values) = max(1, blocks.size // _SAMPLES), (q, k, v)
+    parts, valid = blocks, layout.valid
+    if stride > 1:
+        tokens, parts = sample_tokens(blocks, stride)
+        valid = valid and tuple(int((tokens < n).sum()) for n in valid)
+        queries, keys, values = (x.index_select(2, tokens.to(x.device)) for x in (q, k, v))
+    queries, real = gather_blocks(queries, parts, valid)
+    counts = real.sum(-1).to(queries.dtype).clamp(min=1)[:, None, :, None]
+    variance = queries.square().sum(3) / counts - (queries.sum(3) / counts).square()
+    variance = variance.clamp_(min=0) * (1 / q.shape[-1])
+    hidden = stride**2 * (variance @ _squares(keys, values, parts, valid).transpose(-1, -2))
     shares = pooled_scores(q, k, blocks, layout).log_softmax(-1)
     return _SHARPNESS * shares + 0.5 * (hidden + _FLOOR**2).log()

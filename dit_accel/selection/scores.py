@@ -22,6 +22,8 @@ from dit_accel.selection.pooling import gather_blocks, real_tokens, working
 # A GPU needs more at once to be busy.
 _ELEMENTS = 2**18
 _TIMES_ON_GPU = 256
+# How much more where products of long rows are what costs: few large ones are faster than many small.
+_LONG_PRODUCT = 8
 
 
 def row_groups(rows: int, width: int, device: torch.device) -> Iterator[slice]:
@@ -127,12 +129,14 @@ def antidiagonal_scores(
     """
     queries, seen = _grouped(q, q_blocks, layout, stride)
     keys, counts = _grouped(k, k_blocks, layout, stride)
-    queries = queries.flip(-2).flatten(-2) * (q.shape[-1] ** -0.5 / stride)
-    keys = slots_first(keys)
+    # Keys are copied anyway: turning them round and scaling them leaves the queries as they are.
+    queries, keys = queries.flatten(-2), slots_first(keys.flip(-2)).mul_(q.shape[-1] ** -0.5 / stride)
     bias = (counts / stride).log().transpose(1, 2).flatten(1)[:, None, None]
     groups, scores = queries.shape[3], []
-    for part in row_groups(q_blocks.count, q.shape[0] * q.shape[1] * groups * keys.shape[-1], q.device):
-        shares = (queries[:, :, part].flatten(2, 3) @ keys).add_(bias).softmax(-1)
+    width = q.shape[0] * q.shape[1] * groups * keys.shape[-1]
+    for part in row_groups(q_blocks.count, width // _LONG_PRODUCT, q.device):
+        logits = (queries[:, :, part].flatten(2, 3) @ keys).add_(bias)
+        shares = torch.softmax(logits, -1, out=logits)
         shares = shares.unflatten(-1, (-1, k_blocks.count)).sum(-2).unflatten(2, (-1, groups))
         scores.append((shares * (seen / stride)[:, None, part, :, None]).sum(3))
     return log_mass(torch.cat(scores, 2), (counts.sum(-1) > 0)[:, None, None])

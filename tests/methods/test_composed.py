@@ -211,22 +211,26 @@ def test_covariance_scores_are_the_norms_of_the_covariances():
         torch.testing.assert_close(scores[:, :, 0, j], (norm + 1e-5).log())
 
 
-def test_error_scores_are_tempered_mass_times_the_spread_of_queries_through_the_covariances():
-    layout = TokenLayout((1, 5, 7), 9, "after", valid=(41,))
+@pytest.mark.parametrize(("grid", "size", "stride"), [((1, 5, 7), 8, 1), ((1, 17, 11), 32, 2), ((1, 17, 19), 50, 3)])
+def test_error_scores_are_tempered_mass_times_the_spread_of_queries_through_the_covariances(grid, size, stride):
+    end = grid[1] * grid[2] + 6
+    layout = TokenLayout(grid, 9, "after", valid=(end,))
     q, k, v = (x.double() for x in tensors(layout))
-    blocks, scale = layout.blocks(8), q.shape[-1] ** -0.5
+    blocks, scale = layout.blocks(size), q.shape[-1] ** -0.5
     scores = error_scores(q, k, v, blocks, layout)
     shares = pooled_scores(q, k, blocks, layout).log_softmax(-1)
-    parts = [slice(int(a), min(int(b), 41)) for a, b in pairwise(blocks.starts)]
+    # Of every `stride` tokens one is looked at, each time the next.
+    picked = [min(i + n % stride, size - 1) for n, i in enumerate(range(0, size, stride))]
+    parts = [[a + i for i in picked if a + i < min(b, end)] for a, b in pairwise(blocks.starts.tolist())]
     for i, j in ((0, 0), (1, 3), (4, 2)):
         keys = k[:, :, parts[j]]
-        h = (keys - keys.mean(2, keepdim=True)).transpose(-1, -2) @ v[:, :, parts[j]]
+        h = stride * (keys - keys.mean(2, keepdim=True)).transpose(-1, -2) @ v[:, :, parts[j]]
         rows = (scale * q[:, :, parts[i]]).var(2, unbiased=False).diag_embed()
         spread = (h.transpose(-1, -2) @ rows @ h).diagonal(dim1=-2, dim2=-1).sum(-1)
         torch.testing.assert_close(
             scores[:, :, i, j], 0.85 * shares[:, :, i, j] + 0.5 * spread.log(), rtol=1e-6, atol=1e-6
         )
-    assert scores[..., int(blocks.block_of_token()[41]) + 1 :].isneginf().all()
+    assert scores[..., int(blocks.block_of_token()[end]) + 1 :].isneginf().all()
 
 
 def test_routing_noise_is_seeded_and_changes_the_choice():
