@@ -265,7 +265,8 @@ class Engine:
 
     def _search(self, groups: _Groups, layer: int, layout: TokenLayout, qkv: QKV, record: CallRecord) -> None:
         for member, heads in groups:
-            self._planner.search(member, layer, layout, self.running, of_heads(qkv, heads), record)
+            taken, standing = of_heads(qkv, heads), self.standing.order(layout)
+            self._planner.search(member, layer, layout, self.running, taken, record, standing)
 
     def _reason(self, method: Method, layer: int, state: RunState, layout: TokenLayout, k: Tensor) -> str | None:
         if self.is_dense:

@@ -95,7 +95,7 @@ class Standing:
 def common_order(methods: Iterable[Method], layout: TokenLayout) -> Tensor | None:
     """The one order that every method but "dense" chooses on `layout`, int64 `[video]`.
 
-    None where a method depends on queries and keys, where heads differ, or queries from keys, where two methods differ,
+    None where an order depends on queries and keys, where heads differ, or queries from keys, where two methods differ,
     and where it is the raster.
 
     Args:
@@ -107,9 +107,9 @@ def common_order(methods: Iterable[Method], layout: TokenLayout) -> Tensor | Non
     for method in methods:
         if method.name == "dense":
             continue
-        if not method.is_static:
+        if not method.has_static_order:
             return None
-        nothing = torch.empty(1, 1, layout.video, 0)  # a static method looks at no token
+        nothing = torch.empty(1, 1, layout.video, 0)  # a static order looks at no token
         order = method.order(nothing, nothing, nothing, CallContext(layout))
         if order is not None and not order.is_shared:
             return None

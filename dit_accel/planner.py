@@ -85,9 +85,9 @@ class Planner:
     ) -> tuple[Planned, QKV]:
         """Order and plan, new or kept, and q, k, v `[B, H, N, D]` in that order; times go to `record`.
 
-        Where tokens stand in the shared order `standing` and not in the raster, `method` must be static, and the order
-        is what takes them from there to that of the method. Where q holds the tokens of `shard` alone, it must be
-        static too, and the plan is that of those tokens.
+        Where tokens stand in the shared order `standing` and not in the raster, the order of `method` must be static,
+        and it becomes what takes them from there to that of the method. Where q holds the tokens of `shard` alone, the
+        method must be static, and the plan is that of those tokens.
         """
         device = qkv[0].device
         kept = self._kept(method, layer, layout, state, qkv[0], standing, shard)
@@ -107,12 +107,19 @@ class Planner:
         return kept, qkv
 
     def search(
-        self, method: Method, layer: int, layout: TokenLayout, state: RunState, qkv: QKV, record: CallRecord
+        self,
+        method: Method,
+        layer: int,
+        layout: TokenLayout,
+        state: RunState,
+        qkv: QKV,
+        record: CallRecord,
+        standing: TokenOrder | None = None,
     ) -> None:
         """Make the plan of a call that runs dense, for the steps that follow, unless the one that is kept will do."""
-        if not method.is_static and self._kept(method, layer, layout, state, qkv[0]) is None:
-            planned, _ = self._make(method, self.call(method, layer, layout, state, len(qkv[0])), qkv, record)
-            self._keep(method, layer, layout, state, qkv[0], planned, record)
+        if not method.is_static and self._kept(method, layer, layout, state, qkv[0], standing) is None:
+            planned, _ = self._make(method, self.call(method, layer, layout, state, len(qkv[0])), qkv, record, standing)
+            self._keep(method, layer, layout, state, qkv[0], planned, record, standing)
 
     def _make(
         self, method: Method, call: CallContext, qkv: QKV, record: CallRecord, standing: TokenOrder | None = None
@@ -153,7 +160,11 @@ class Planner:
                 self._static.move_to_end((method, layout, q.device, standing, shard))
             return found
         made = self._made.get(self._slot(method, layer, state))
-        if made is None or made.key != (method, layout, q.shape[:2]) or not self.schedule.keeps(made.step, state.step):
+        if (
+            made is None
+            or made.key != (method, layout, q.shape[:2], standing)
+            or not self.schedule.keeps(made.step, state.step)
+        ):
             return None
         return made.planned if layer == made.layer else made.for_others
 
@@ -177,7 +188,7 @@ class Planner:
         group = self.schedule.layer_group(layer)
         if group is None and not self.schedule.keeps_plans:
             return
-        slot, key = self._slot(method, layer, state), (method, layout, q.shape[:2])
+        slot, key = self._slot(method, layer, state), (method, layout, q.shape[:2], standing)
         old = self._made.get(slot)
         with record.timed("select", q.device):
             if old is not None and old.key == key and old.layer == layer and _comparable(old.planned, planned):

@@ -39,6 +39,14 @@ class Method(BaseModel):
     is_static: ClassVar[bool] = False
     """True when order and plan depend on the layout alone: they are then made once and shared by layers and steps."""
 
+    @property
+    def has_static_order(self) -> bool:
+        """Whether `order` depends on the layout alone and is the same for all heads. Default: as `is_static`.
+
+        Such an order can be hoisted: tokens are put into it once per forward pass, and not in every layer.
+        """
+        return self.is_static
+
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
         """Choose how tokens stand. q, k, v `[B, H, N, D]` in raster order. Default None: raster."""
         return None

@@ -148,6 +148,11 @@ class Composed(Method):
             raise ValueError("touching needs one order for all heads, got one per head in axes")
         return self
 
+    @property
+    def has_static_order(self) -> bool:
+        """Yes, but for the orders by content and those that differ from head to head."""
+        return self.order_ not in _BY_CONTENT and (self.order_ != "axes" or len(self.axes) == 1)
+
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
         """As chosen; None for the raster. q, k, v `[B, H, N, D]`."""
         if self.order_ == "hot_keys":

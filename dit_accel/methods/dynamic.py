@@ -156,6 +156,11 @@ class DynamicMethod(BlockSelection):
             raise ValueError("key_block goes with order='raster'; with order='tile' both blocks are one tile")
         return self
 
+    @property
+    def has_static_order(self) -> bool:
+        """Yes: tiles and the raster look at no token."""
+        return True
+
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
         """Tiles, or None for the raster."""
         return self.key_order(call)

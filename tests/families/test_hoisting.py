@@ -52,6 +52,26 @@ def test_windows_and_dense_layers_are_those_of_an_order_per_layer(name):
     torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-4)
 
 
+CHOOSING = [
+    {"method": "aurora", "tile": [1, 2, 2], "block": 4, "density": 0.5},
+    {"method": "composed", "tile": [1, 2, 2], "density": 0.4, "remainder": "drop", "refresh": 2},
+    {"method": "psa", "order": "tile", "tile": [1, 2, 2], "dense_steps": 1, "search_steps": [0]},
+]
+
+
+@pytest.mark.parametrize("settings", CHOOSING, ids=lambda settings: settings["method"])
+def test_methods_that_choose_by_content_in_a_fixed_order_are_those_of_an_order_per_layer(settings):
+    model, values = captured("wan2.1-t2v")
+    found = []
+    for hoist in (True, False):
+        with dit_accel.accelerate(model, **settings, break_even=1.0, dense_layers=1, hoist=hoist) as acc:
+            times = (torch.full_like(values["timestep"], time) for time in (900, 600))
+            found.append(torch.stack([run(model, {**values, "timestep": time}) for time in times]))
+            assert acc.report().density < 1
+            assert acc.engines["transformer"].standing.is_hoisted == hoist
+    torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-4)
+
+
 def test_a_step_cache_sees_one_order_in_dense_and_sparse_steps():
     from diffusers import FirstBlockCacheConfig
 
@@ -147,6 +167,13 @@ def test_methods_agree_on_an_order_or_there_is_none():
         get_method("neighborhood", tile=(1, 2, 2), key_tile=(1, 1, 4)),  # keys stand otherwise
     ):
         assert common_order([*tiles, other], LAYOUT) is None
+    chosen = [get_method("composed", tile=[1, 2, 2]), get_method("psa", order="tile", tile=[1, 2, 2])]
+    assert torch.equal(common_order([*tiles, *chosen], LAYOUT), index)
+    for by_content in (
+        get_method("composed", order="kmeans"),
+        get_method("composed", order="axes", axes=["fhw", "hwf"]),
+    ):
+        assert common_order([by_content], LAYOUT) is None
     assert common_order([get_method("radial"), get_method("a_shape")], LAYOUT) is None
     assert common_order([get_method("dense")], LAYOUT) is None
 
