@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from pydantic import PrivateAttr
@@ -19,6 +20,7 @@ from dit_accel.plan import BlockPlan
 from dit_accel.presets import Generation
 from dit_accel.state import CallContext
 
+T = TypeVar("T")
 _FIELD_GRID = (8, 16, 16)
 
 
@@ -53,6 +55,13 @@ class _Recorder(Method):
         """Everything."""
         blocks = call.layout.blocks(64)
         return BlockPlan.full(blocks, blocks, q.device)
+
+
+def clocked(run: Callable[[], T]) -> tuple[float, T]:
+    """CPU milliseconds of one call, and what it returns: other programs on the machine do not count."""
+    begun = time.process_time()
+    value = run()
+    return 1e3 * (time.process_time() - begun), value
 
 
 def captured(pipe: Any, generation: Generation, prompt: str, seed: int, steps: Collection[int]) -> list[Call]:

@@ -32,6 +32,7 @@ from dit_accel.presets import Generation, Preset, load_preset
 from dit_accel.schedule import Schedule
 
 RANDOM = "random blocks"
+PAIRS = "## Pairs"
 # All keep the same share of blocks in the sparse steps, and the same steps dense.
 METHODS = (
     "aurora",
@@ -64,13 +65,18 @@ def candidates_of(texts: Sequence[str], base: Preset, density: float, dense_step
     return found
 
 
-def fingerprint(repository: str, generation: Generation, candidates: Sequence[Candidate], count: int) -> str:
-    """What rows must share to stand in one table: weights, sizes, prompts and candidates."""
+def weights_digest(repository: str) -> str:
+    """SHA-256 of all weights of a pipeline, in hexadecimal."""
     weights = hashlib.sha256()
     for path in sorted(Path(check_model(repository)).rglob("*.safetensors")):
         weights.update(path.read_bytes())
+    return weights.hexdigest()
+
+
+def fingerprint(repository: str, generation: Generation, candidates: Sequence[Candidate], count: int) -> str:
+    """What rows must share to stand in one table: weights, sizes, prompts and candidates."""
     told = [str(generation), count, *((c.label, c.method.model_dump_json(), str(c.schedule)) for c in candidates)]
-    return hashlib.sha256((weights.hexdigest() + json.dumps(told)).encode()).hexdigest()[:12]
+    return hashlib.sha256((weights_digest(repository) + json.dumps(told)).encode()).hexdigest()[:12]
 
 
 def kept_rows(path: Path, run: str) -> list[dict[str, Any]]:
@@ -149,7 +155,7 @@ def page(rows: Sequence[dict[str, Any]], criteria: Sequence[str], generation: Ge
         "rule": rule,
     }
     text = to_markdown(ranked, head)
-    return "\n\n".join(["# Methods ranked by paired renders", text, "## Pairs", "\n".join(paired)]) + "\n"
+    return "\n\n".join(["# Methods ranked by paired renders", text, PAIRS, "\n".join(paired)]) + "\n"
 
 
 def main() -> None:

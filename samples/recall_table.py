@@ -2,7 +2,8 @@
 
 One prompt is generated dense; queries and keys of all layers are taken at two steps; every method that can be asked
 for a density makes its plan from them, and the share of the attention mass that the plan covers is computed exactly
-on sampled query rows. Writes `docs/results/recall.md`, and the index of all methods with that table, `docs/methods.md`.
+on sampled query rows. Writes `docs/results/recall.md`, and `docs/methods.md`: the index of all methods, their ranking
+where `python samples/rank_methods.py` has made one, and that table.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dit_accel.plan import BlockPlan
 from dit_accel.presets import load_preset
 from dit_accel.report import environment
 from dit_accel.samples.captured_attention import Call, captured
+from dit_accel.samples.rank_methods import PAIRS
 from dit_accel.selection import TopK, generator_for, select_plan
 from dit_accel.selection.scores import block_mass, log_mass
 from dit_accel.state import CallContext
@@ -165,7 +167,7 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=[0.125, 0.25, 0.5])
     parser.add_argument("--steps", type=int, default=8, help="of the generation that queries and keys are taken from")
     parser.add_argument("--rows", type=int, default=128, help="query rows per call on which recall is computed")
-    parser.add_argument("--methods", nargs="+", default=None, help="lines to measure, by the start of their names")
+    parser.add_argument("--methods", nargs="+", default=None, help="lines to measure and print, no page")
     parser.add_argument("--output", type=Path, default=Path("docs/results/recall.md"))
     parser.add_argument("--index", type=Path, default=Path("docs/methods.md"))
     arguments = parser.parse_args()
@@ -183,10 +185,13 @@ def main() -> None:
         except DitAccelError as error:
             lines.append(f"| {label} | {error} |" + " |" * (len(head) - 2))
         print(lines[-1], flush=True)
+    if arguments.methods:
+        return
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     made = [*_preamble(source, dense), *lines, ""]
     arguments.output.write_text("\n".join(["# Recall of selections on the small model", "", *made]), encoding="utf-8")
-    arguments.index.write_text("\n".join([*index(), "## Recall on the small model", "", *made]), encoding="utf-8")
+    page = [*index(), *ranking(), "## Recall on the small model", "", *made]
+    arguments.index.write_text("\n".join(page), encoding="utf-8")
 
 
 def index() -> list[str]:
@@ -213,6 +218,16 @@ def index() -> list[str]:
         "Recall is a unit test beside it.",
         "",
     ]
+
+
+def ranking(path: Path = Path("docs/results/ranking.md")) -> list[str]:
+    """The pairs of the ranking by renders, and a link to the rest; nothing where it was not made."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    pairs = text[text.index(PAIRS) + len(PAIRS) :].strip()
+    made = f"Renders of the small model paired with dense, closest first; [the whole table](results/{path.name})."
+    return ["## Ranking by paired renders", "", made, "", *pairs.splitlines(), ""]
 
 
 def _preamble(source: str, dense: float) -> list[str]:

@@ -1,0 +1,162 @@
+"""What the study of the remainder runs: its methods, and one of them on one attention call.
+
+`study_remainder.py` runs it, `remainder_report.py` writes what came out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from dit_accel.methods.base import Method
+from dit_accel.methods.registry import get_method
+from dit_accel.order import TokenOrder
+from dit_accel.samples.captured_attention import Call, clocked
+from dit_accel.state import CallContext
+
+DENSITIES = (0.0625, 0.125, 0.25, 0.5)
+BAR_DENSITY = 0.125
+DROP = "aurora, rest dropped"
+_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method as it runs in the study; `kind` is "published", "variant" (of a published method) or "ours"."""
+
+    label: str
+    method: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    kind: str = "published"
+
+
+# Published rules that choose their own density are switched off: all methods keep the same share of blocks.
+CASES = (
+    Case("PISA", "pisa"),
+    Case("PISA, covariance-aware", "pisa", {"score": "covariance"}),
+    Case("PASA's grouped term", "pisa", {"first_order": "grouped"}),
+    Case(
+        "Sol-Attn's order and tail", "pisa", {"order": "morton", "remainder": "pooled", "keep_self": True, "reach": 1}
+    ),
+    Case("PISA, block-wise first order", "pisa", {"first_order": "block"}, "variant"),
+    Case("PISA in boxes", "pisa", {"order": "bisect", "tile": [2, 4, 8]}, "variant"),
+    Case("Rectified", "rectified", {"mass": None, "touching": False}),
+    Case("SVG2", "svg2"),
+    Case("SpargeAttn", "sparge"),
+    Case("XAttention", "xattention"),
+    Case("SubBlock", "subblock"),
+    Case("DraftAttention", "draft", {"rounding": "floor"}),
+    Case("PBS-Attn", "pbs", {"mass": None, "rounding": "floor"}),
+    Case("LSH order, dropped", "pbs", {"mass": None, "order": "lsh", "block": 64, "rounding": "floor"}, "variant"),
+    Case("aurora", "aurora", {}, "ours"),
+    Case(DROP, "aurora", {"remainder": "drop"}, "ours"),
+    Case("aurora, order 0", "aurora", {"remainder": "pooled"}, "ours"),
+    Case("aurora, global first order", "aurora", {"first_order": "global"}, "ours"),
+    Case("aurora, block-wise first order", "aurora", {"first_order": "block"}, "ours"),
+    Case("aurora, about the key", "aurora", {"about": "key"}, "ours"),
+    Case("aurora, about the key, second-order mass", "aurora", {"about": "key", "second_order": True}, "ours"),
+    Case(
+        "aurora, second-order mass, grouped",
+        "aurora",
+        {"about": "key", "second_order": True, "first_order": "grouped"},
+        "ours",
+    ),
+    Case("aurora, pooled score", "aurora", {"score": "pooled"}, "ours"),
+    Case("aurora, covariance score", "aurora", {"score": "covariance", "scope": "row"}, "ours"),
+    Case("aurora, a budget per row", "aurora", {"scope": "row"}, "ours"),
+    Case("aurora, a budget per head", "aurora", {"scope": "head"}, "ours"),
+    Case("aurora, boxes 2x4x8", "aurora", {"tile": [2, 4, 8]}, "ours"),
+    Case("aurora, neighbours forced", "aurora", {"reach": 1}, "ours"),
+    Case("aurora in the raster", "aurora", {"order": "raster"}, "ours"),
+    Case("aurora, Morton order", "aurora", {"order": "morton"}, "ours"),
+    Case("aurora, tiles 4x4x4", "aurora", {"order": "tile", "tile": [4, 4, 4]}, "ours"),
+    Case("aurora, k-means order", "aurora", {"order": "kmeans"}, "ours"),
+    Case("aurora, blocks of 32", "aurora", {"block": 32}, "ours"),
+    Case("aurora, INT8", "aurora", {"precision": "int8"}, "ours"),
+)
+SWEPT = (
+    "PISA",
+    "PISA, covariance-aware",
+    "Rectified",
+    "XAttention",
+    "DraftAttention",
+    "aurora",
+    DROP,
+    "aurora, k-means order",
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One method on one call.
+
+    Args:
+        label, kind: of the case.
+        call: prompt, layer and step.
+        shape: heads x tokens x head size.
+        requested: the density asked for.
+        density: what was computed.
+        error: |out - dense| / |dense| over all heads.
+        milliseconds: CPU time of selection and attention, and of an order that differs from call to call.
+        moving: CPU time of moving q, k, v and the output in and out of an order that depends on the layout alone: a
+            pipeline does it once per forward pass.
+    """
+
+    label: str
+    kind: str
+    call: str
+    shape: str
+    requested: float
+    density: float
+    error: float
+    milliseconds: float
+    moving: float
+
+
+def whole_blocks(density: float, tokens: int) -> float:
+    """The density rounded down to whole blocks of 64: what every rule of rounding, per row or per layer, grants."""
+    blocks = -(-tokens // _BLOCK)
+    return max(1, math.floor(density * blocks + 1e-6)) / blocks
+
+
+def measure(
+    runs: Sequence[tuple[Case, float]], calls: Sequence[Call], references: Sequence[Tensor], prompt: str = ""
+) -> list[Figure]:
+    """Run methods at densities on calls in the order of the steps, with memory per layer.
+
+    All run on a call before the next one, so that figures of the same call were taken within seconds.
+    """
+    figures, memories = [], [dict[int, dict[str, Any]]() for _ in runs]
+    for call, reference in zip(calls, references, strict=True):
+        for (case, density), memory in zip(runs, memories, strict=True):
+            asked = whole_blocks(density, call.layout.tokens)
+            method = get_method(case.method, density=asked, **case.parameters)
+            context = CallContext(call.layout, call.layer, call.step, memory=memory.setdefault(call.layer, {}))
+            out, computed, spent, moving = _attend(method, call, context)
+            error = float((out - reference).norm() / reference.norm())
+            name = f"{prompt}, {call.name}" if prompt else call.name
+            shape = "x".join(map(str, reference.shape[1:]))
+            figures.append(Figure(case.label, case.kind, name, shape, density, computed, error, spent, moving))
+    return figures
+
+
+def _attend(method: Method, call: Call, context: CallContext) -> tuple[Tensor, float, float, float]:
+    """Output in the raster, density, milliseconds, and those of moving where the order is static."""
+    ordering, order = clocked(lambda: method.order(*call.qkv, context))
+    entering, qkv = clocked(lambda: call.qkv if order is None else order.apply(*call.qkv))
+    context.values = qkv[2]
+    selecting, plan = clocked(lambda: method.select(*qkv[:2], context))
+    attending, out = clocked(lambda: method.compute(*qkv, plan, context))
+    leaving, out = clocked(partial(_restored, order, out))
+    moving = ordering + entering + leaving
+    spent, moving = (0.0, moving) if method.has_static_order else (moving, 0.0)
+    return out, plan.density + context.extra_density, spent + selecting + attending, moving
+
+
+def _restored(order: TokenOrder | None, out: Tensor) -> Tensor:
+    return out if order is None else order.restore(out)
