@@ -50,6 +50,7 @@ class Plan:
         every: only every n-th step is measured.
         layer_reuse: instead of candidates per head, how many layers back the plan of the one candidate is tried.
             Default 0: candidates per head.
+        weights: which weights were measured; see `fingerprint`. Default "": not said.
     """
 
     preset: Preset
@@ -60,6 +61,7 @@ class Plan:
     share: float = 0.25
     every: int = 1
     layer_reuse: int = 0
+    weights: str = ""
 
     def settings(self) -> dict[str, Any]:
         """Plain values that say whether statistics belong to this plan."""
@@ -73,6 +75,7 @@ class Plan:
             "share": self.share,
             "every": self.every,
             "layer_reuse": self.layer_reuse,
+            "weights": self.weights,
         }
 
     def observer(self, schedule: Schedule, sums: Statistics, number: int) -> Observer:

@@ -46,6 +46,7 @@ def calibrate(
     from dit_accel.calibrate.layers import check_method
     from dit_accel.calibrate.run import DEFAULT_CANDIDATES, Plan, assign, group_layers, measure
     from dit_accel.calibrate.tasks import calibration_prompts
+    from dit_accel.calibrate.weights import fingerprint
     from dit_accel.calibrate.write import head_table, write_layer_preset, write_preset
     from dit_accel.cli.inputs import check_inputs, read_inputs
     from dit_accel.compare.candidates import parse_candidate
@@ -72,10 +73,10 @@ def calibrate(
             raise ConfigError("--candidates", f"expected one method with --layer-reuse, got {len(methods)}")
         check_method(next(iter(methods.values())))
     texts = calibration_prompts(base, prompts or [], num_prompts, seed)
-    plan = Plan(base, methods, texts, generation, seed, share, every, layer_reuse)
     quiet_loading()
     pipe = load_pipeline(model or base.repository, device, dtype)
     inputs = read_inputs(base, given)
+    plan = Plan(base, methods, texts, generation, seed, share, every, layer_reuse, fingerprint(pipe))
     path = output.with_suffix(".safetensors")
     held = measure(pipe, plan, path, lambda line: errors.print(line, markup=False), inputs)
     if layer_reuse:
