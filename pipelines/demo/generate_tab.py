@@ -69,6 +69,8 @@ def generate_tab(studio: Studio, example: str, report: gr.HTML) -> None:
         api_name=False,
         show_progress="hidden",
     )
+    # Presets of one model differ in size and steps; what was typed for another would be taken for the new one's own.
+    preset.change(sizes_of, preset, [height, width, frames, steps], queue=False, api_name=False)
     # Not queued behind the job that it stops.
     stop.click(lambda: cancel(studio), None, None, queue=False, api_name=False)
 
@@ -76,6 +78,12 @@ def generate_tab(studio: Studio, example: str, report: gr.HTML) -> None:
 def cancel(studio: Studio) -> None:
     """Stop the running job, and say so in a note: the status line is the job's own."""
     gr.Info("Stopping after this step." if studio.cancel() else "Nothing is running.")
+
+
+def sizes_of(preset: str) -> tuple[int, int, int, int]:
+    """Height, width, frames and steps that a preset generates with."""
+    made = load_preset(preset).generation
+    return made.height, made.width, made.num_frames, made.num_inference_steps
 
 
 def _generate(

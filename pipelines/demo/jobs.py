@@ -115,12 +115,18 @@ class Studio:
         try:
             yield self._load()
         finally:
-            self._busy.release()
+            self._end()
 
     def _begin(self) -> None:
         if not self._busy.acquire(blocking=False):
             raise RuntimeError("another job is running; wait for it or cancel it")
         self._stop.clear()
+
+    def _end(self) -> None:
+        # What a job held is free by now; give it back to the device, where others may want it.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._busy.release()
 
     def cancel(self) -> bool:
         """Ask the running job to stop after its step; False when none runs."""
@@ -169,7 +175,7 @@ class Studio:
         finally:
             self._stop.set()
             worker.join()
-            self._busy.release()
+            self._end()
 
     def _work(
         self,

@@ -72,17 +72,19 @@ def _stream(
     """Run the stream and yield status, video so far and the saved history."""
     studio = streamer.studio
     path: Path | None = None
+    made = 0
     try:
         history = _history(prompt, height, width, chunks, seed, replay)
         yield "Loading the model.", None, None
         for grown in streamer.run(history, studio.preset.generation.fps):
-            path = grown.path
+            path, made = grown.path, grown.chunk + 1
             told = _told(grown, history)
             yield told, str(path), None
         if path is not None:
             yield f"Done. {told}", str(path), str(_save(history, path))
     except Cancelled:
-        yield "Cancelled.", None if path is None else str(path), None
+        saved = None if path is None else str(_save(history.up_to(made), path))
+        yield "Cancelled.", None if path is None else str(path), saved
     except (DitAccelError, ValueError, RuntimeError) as error:
         yield f"**Error:** {' '.join(str(error).split())}", None, None
 

@@ -61,6 +61,11 @@ class History:
     chunks: int
     changes: list[Change] = field(default_factory=list)
 
+    def up_to(self, chunks: int) -> History:
+        """The history of the first `chunks` alone, for a stream that was stopped."""
+        kept = [change for change in self.changes if change.chunk < chunks]
+        return History(self.seed, self.height, self.width, chunks, kept)
+
     def to_json(self) -> str:
         """As text; `from_json` reads it."""
         return json.dumps({**vars(self), "changes": [vars(change) for change in self.changes]}, indent=1)

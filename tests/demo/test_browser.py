@@ -122,6 +122,9 @@ def test_stream_grows_and_takes_a_new_prompt(page):
     page.locator("#stream-cancel").click()
     api.expect(status).to_contain_text("Cancelled")
     api.expect(page.locator("#stream-video video")).to_be_visible()
+    saved = page.request.get(page.locator("#stream-history a").first.get_attribute("href")).json()
+    assert 0 < saved["chunks"] < 30
+    assert saved["changes"][-1]["prompt"] == "a blue square moving left"
 
 
 def test_a_history_is_replayed(page, tmp_path):

@@ -53,6 +53,11 @@ def test_cancelling_and_size_errors_free_the_studio(studio):
     assert not studio.is_busy
 
 
+def test_the_history_of_a_stream_that_was_stopped_is_that_of_its_chunks():
+    whole = History(3, 32, 48, 9, [Change(0, "a"), Change(2, "b", "blend"), Change(5, "c")])
+    assert whole.up_to(5) == History(3, 32, 48, 5, [Change(0, "a"), Change(2, "b", "blend")])
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -102,3 +102,9 @@ def test_difference_is_four_times_the_distance():
 def test_presets_are_those_of_the_loaded_model(studio):
     assert "tiny-wan" in studio.presets()
     assert all(name.startswith("tiny-wan") for name in studio.presets())
+
+
+def test_the_sizes_on_the_page_follow_the_preset():
+    generate_tab = pytest.importorskip("dit_accel.pipelines.demo.generate_tab", reason="gradio is not installed")
+    assert generate_tab.sizes_of("tiny-wan") == (64, 64, 33, 20)
+    assert generate_tab.sizes_of("flux1-dev-2k")[:3] == (2048, 2048, 1)
