@@ -108,7 +108,9 @@ def accelerate(
         undo_extras()
         raise
     for part in installed.values():
-        part.hook.siblings = [other.hook for other in installed.values() if other is not part]
+        others = [other for other in installed.values() if other is not part]
+        part.hook.siblings = [other.hook for other in others]
+        part.engine.siblings = [other.engine for other in others]
     return Acceleration(settings, installed, undo_extras)
 
 

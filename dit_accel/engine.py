@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from dit_accel.hoisting import Standing
 from dit_accel.kernels.attention import request_of
 from dit_accel.kernels.dense import fastest_first
 from dit_accel.kernels.registry import choose_backend
+from dit_accel.layer_methods import Groups, LayerMethods
 from dit_accel.layout import TextPosition, TokenLayout
 from dit_accel.methods.base import Method
-from dit_accel.methods.registry import get_method
 from dit_accel.parts import Part, join, of_heads
 from dit_accel.plan_picture import PlanPicture, picture
 from dit_accel.planner import QKV, Planner
@@ -42,9 +42,6 @@ class DenseCall:
     out: Tensor
 
 
-_Groups = Sequence[tuple[Method, Tensor | None]]
-
-
 class Engine:
     """Runs a method over the attention layers of one transformer.
 
@@ -58,6 +55,8 @@ class Engine:
             1.0: never.
         seed: seed for methods that draw random numbers.
         hoist: offer an order that all layers share to whoever can put the tokens into it once per pass (`standing`).
+
+    `siblings` are the engines of the pipeline's other transformers, which take turns in one run.
     """
 
     def __init__(
@@ -78,16 +77,16 @@ class Engine:
         self.guard = None if schedule.max_error is None else Guard(schedule.max_error, seed)
         self.observer: Callable[[DenseCall], None] | None = None
         self.state: RunState | None = None
+        self.siblings: list[Engine] = []
         self._layer_of = {module: index for index, module in enumerate(layers)}
-        self._methods = [self._method_for(index) for index in range(len(layers))]
-        self._heads: dict[tuple[int, HeadShard, torch.device], list[tuple[Method, Tensor]]] = {}
+        self.methods = LayerMethods(method, schedule, len(layers))
         self._planner = Planner(schedule, seed)
-        self.standing = Standing(self.all_methods, schedule.min_tokens, hoist)
+        self.standing = Standing(self.methods.all, schedule.min_tokens, hoist)
 
     @property
     def is_dense(self) -> bool:
         """No call ever runs a method."""
-        return self.method.name == "dense" and self.schedule.head_table is None
+        return self.methods.are_dense
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -98,7 +97,9 @@ class Engine:
         """Take note of the forward pass that starts; forget everything when it starts a new generation."""
         if self.state is None or state.generation != self.state.generation:
             self.reset()
-            self.calls, self.pictures = [], {}
+            # What the other expert of a run before has reported is no part of a run that begins.
+            for engine in (self, *(self.siblings if state.step == 0 else ())):
+                engine.calls, engine.pictures = [], {}
         self.state = state
         self.standing.begin()
 
@@ -115,6 +116,7 @@ class Engine:
         copied = memo[id(self)] = Engine.__new__(Engine)
         settings = (self.component, self.backend, self.break_even, self.seed, self.standing.is_allowed)
         copied.__init__(self.method, self.schedule, copy.deepcopy([*self._layer_of], memo), *settings)  # type: ignore[misc]
+        copied.siblings = copy.deepcopy(self.siblings, memo)
         return copied
 
     def reset(self) -> None:
@@ -154,19 +156,19 @@ class Engine:
             Like q.
         """
         state, layer = self.running, self._layer_of[module]
-        method, layout = self._methods[layer], self._layout(state, text, k.shape[1], valid)
+        method, layout = self.methods.of_layer(layer), self._layout(state, text, k.shape[1], valid)
         record = CallRecord(
             self.component, layer, state.step, state.branch, state.generation, method.name, method.requested_density
         )
         self.calls.append(record)
         self.standing.report_to(record)
-        record.reason = reason or self._reason(method, layer, state, layout, k)
+        record.reason = reason or self._reason(layer, state, layout, k)
         searches = record.reason is not None and self._searches(layer, state, layout, record.reason)
         if record.reason is None or searches:
             qkv = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
             heads = shard if isinstance(shard, HeadShard) else HeadShard(0, q.shape[2], q.shape[2])
             tokens = shard if isinstance(shard, TokenShard) else None
-            groups = self._groups(method, layer, heads, q.device)
+            groups = self.methods.groups(layer, heads, q.device)
             if searches:
                 self._search(groups, layer, layout, qkv, record)
             elif (out := self._attend(groups, layer, layout, qkv, tokens, record)) is not None:
@@ -180,7 +182,7 @@ class Engine:
         return out
 
     def _attend(
-        self, groups: _Groups, layer: int, layout: TokenLayout, qkv: QKV, tokens: TokenShard | None, record: CallRecord
+        self, groups: Groups, layer: int, layout: TokenLayout, qkv: QKV, tokens: TokenShard | None, record: CallRecord
     ) -> Tensor | None:
         """The methods' way, q, k, v `[B, H, N, D]`; None, with the reason recorded, when dense is faster."""
         q, k, v = qkv
@@ -212,7 +214,7 @@ class Engine:
         return out
 
     @staticmethod
-    def _guarded(guard: Guard, groups: _Groups, layout: TokenLayout, record: CallRecord) -> _Groups:
+    def _guarded(guard: Guard, groups: Groups, layout: TokenLayout, record: CallRecord) -> Groups:
         """The groups at the density that the guard asks for; where none would do, the reason is recorded."""
         key, methods = (record.layer, record.branch), tuple(method for method, _ in groups)
         methods, record.level, record.reason = guard.choose(key, methods, record.step, layout.tokens)
@@ -243,55 +245,29 @@ class Engine:
         is_dense = may_be_dense and isinstance(planned.density, float) and planned.density > limit
         return Part(heads, method, planned, qkv, call, backend, is_dense)
 
-    def _groups(self, method: Method, layer: int, shard: HeadShard, device: torch.device) -> _Groups:
-        """The methods of a layer and which heads of the shard run under each, int64 on `device`; None: all of them."""
-        table = self.schedule.head_table
-        if table is None:
-            return [(method, None)]
-        key = (layer, shard, device)
-        if key not in self._heads:
-            table.check_size(len(self._methods), shard.total)
-            mine = slice(shard.first, shard.first + shard.count)
-            groups = table.slice(heads=mine).groups(layer, method) if shard.first < shard.total else ()
-            self._heads[key] = [
-                (group.method, torch.tensor(group.heads, device=device)) for group in groups if group.method is not None
-            ]
-        return self._heads[key]
-
     def _searches(self, layer: int, state: RunState, layout: TokenLayout, reason: str) -> bool:
         """Whether a call that the schedule makes dense plans for the steps that follow."""
         timetable = self.schedule.dense_reason(layer, state.step, state.noise, layout.tokens)
         return reason == timetable and self.schedule.searches(layer, state.step, layout.tokens)
 
-    def _search(self, groups: _Groups, layer: int, layout: TokenLayout, qkv: QKV, record: CallRecord) -> None:
+    def _search(self, groups: Groups, layer: int, layout: TokenLayout, qkv: QKV, record: CallRecord) -> None:
         for member, heads in groups:
             taken, standing = of_heads(qkv, heads), self.standing.order(layout)
             self._planner.search(member, layer, layout, self.running, taken, record, standing)
 
-    def _reason(self, method: Method, layer: int, state: RunState, layout: TokenLayout, k: Tensor) -> str | None:
+    def _reason(self, layer: int, state: RunState, layout: TokenLayout, k: Tensor) -> str | None:
         if self.is_dense:
             return "method is dense"
         if k.shape[1] != layout.tokens:
             return f"the call has {k.shape[1]} tokens where the geometry says {layout.tokens}"
         return self.schedule.dense_reason(layer, state.step, state.noise, layout.tokens)
 
-    def all_methods(self) -> set[Method]:
-        """Every method that some head of some layer runs under."""
-        table = self.schedule.head_table
-        return {*self._methods} if table is None else set(table.methods(self._methods))
-
-    def _method_for(self, layer: int) -> Method:
-        changed = self.schedule.parameters_for(layer)
-        if not changed:
-            return self.method
-        return get_method(self.method.name, **{**self.method.model_dump(exclude_unset=True), **changed})
-
     @staticmethod
     def _layout(state: RunState, text: TextPosition, tokens: int, valid: tuple[int, ...] | None = None) -> TokenLayout:
         video = TokenLayout(state.grid, prefix_frames=state.prefix_frames)
         words = tokens - video.tokens
         if text == "none" or words <= 0:
-            return video
+            return video if words or valid is None else replace(video, valid=valid)
         if valid is None and state.text_valid is not None:
             valid = tuple(video.tokens + n for n in state.text_valid)
         return TokenLayout(state.grid, words, text, valid, state.prefix_frames)

@@ -12,12 +12,17 @@ from dit_accel.errors import ConfigError
 from dit_accel.handle import Acceleration
 from dit_accel.models import call_arguments, load_for_preset
 from dit_accel.presets import Preset, load_preset
+from dit_accel.resolve import resolve_policy
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline as _Pipeline
 else:
     # At run time the pipeline is the other base of each wrapper.
     _Pipeline = object
+
+
+# Arguments of `accelerate` that are neither a method nor when it runs.
+_SETTINGS_BESIDE = ("schedule_2", "backend", "break_even", "seed", "hoist", "family")
 
 
 class FromPreset(_Pipeline):
@@ -57,7 +62,8 @@ class FromPreset(_Pipeline):
             overrides: passed to `accelerate` (`method`, `density`, `dense_steps`, ...).
 
         Raises:
-            ConfigError: the preset does not exist, is for another pipeline, or its model cannot be loaded.
+            ConfigError: the preset does not exist or is for another pipeline, an override is wrong (before anything is
+                loaded), or the model cannot be loaded.
             UnsupportedError: an extra of the preset cannot work on this model or machine.
         """
         preset = load_preset(name)
@@ -65,6 +71,9 @@ class FromPreset(_Pipeline):
             raise ConfigError(
                 f"preset {preset.name}", f"is for {preset.pipeline}; {cls.__name__} is {cls.stock_class().__name__}"
             )
+        given = {key: value for key, value in overrides.items() if key not in _SETTINGS_BESIDE}
+        # A misspelt parameter shows here, not after a model has been loaded.
+        resolve_policy(preset, given.pop("method", None), given.pop("schedule", None), given)
         pipe = load_for_preset(preset, model, device or "auto", dtype or "auto", cls)
         pipe.preset = preset
         pipe.acceleration = accelerate(pipe, preset, **overrides)

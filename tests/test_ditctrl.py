@@ -9,14 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from dit_accel.errors import ConfigError, UnsupportedError
-from dit_accel.pipelines.ditctrl import (
-    ClipLayout,
-    MultiPromptCogVideoXPipeline,
-    Sharing,
-    _Control,
-    binary_map,
-    subject_map,
-)
+from dit_accel.pipelines.clip_layout import ClipLayout
+from dit_accel.pipelines.ditctrl import MultiPromptCogVideoXPipeline
+from dit_accel.pipelines.shared_keys import Control, Sharing, binary_map, subject_map
 from dit_accel.samples.tiny_random.cogvideox import cogvideox15_5b, cogvideox_2b, cogvideox_5b
 
 CLIPS = {"tile": 3, "overlap": 1, "transitions": 0}
@@ -131,7 +126,7 @@ def test_sharing_acts_in_its_steps_and_layers(pipe):
 
 def control(subject=(), layers=(0,), threshold=0.3):
     module = object()
-    made = _Control(Sharing(range(9), layers, subject, threshold), [module])
+    made = Control(Sharing(range(9), layers, subject, threshold), [module])
     made.begin(0, 5, 12)
     return made, module
 

@@ -11,11 +11,14 @@ import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
-from test_accelerate import inputs, run, tiny_transformer
+from test_accelerate import GRID, inputs, run, tiny_transformer
 
 import dit_accel
+from dit_accel.engine import Engine
 from dit_accel.errors import ConfigError, UnsupportedError
 from dit_accel.samples.tiny_random import tiny_arguments, tiny_pipeline
+from dit_accel.schedule import Schedule
+from dit_accel.state import RunState
 
 SPARSE = {"method": "radial", "variant": "paper", "block": 8, "break_even": 1.0}
 TILES = {"method": "sliding_tile", "tile": (1, 3, 2), "window": (3, 1, 1), "break_even": 1.0}
@@ -151,6 +154,36 @@ def test_a_preset_that_cannot_be_installed_leaves_nothing_on(monkeypatch):
         assert not pipe.transformer.is_cache_enabled
         assert {type(block.attn1.processor).__name__ for block in pipe.transformer.blocks} == {"WanAttnProcessor"}
         assert {block._compiled_call_impl for block in pipe.transformer.blocks} == {None}
+
+
+def test_a_report_holds_one_run_of_two_experts():
+    """A run that only the first expert does says nothing of what the second did in the run before."""
+    pipe = SimpleNamespace(transformer=tiny_transformer(), transformer_2=tiny_transformer())
+    acceleration = dit_accel.accelerate(pipe, **SPARSE)
+
+    def steps(*experts: str) -> list[tuple[str, int]]:
+        for step, name in enumerate(experts):
+            model = getattr(pipe, name)
+            with model.cache_context("cond", step_index=step, sigma=1 - step / 3, num_inference_steps=len(experts)):
+                run(model, **inputs())
+        return sorted({(call.component, call.step) for call in acceleration.report().calls})
+
+    assert steps("transformer", "transformer_2") == [("transformer", 0), ("transformer_2", 1)]
+    assert steps("transformer", "transformer") == [("transformer", 0), ("transformer", 1)]
+    assert steps("transformer_2", "transformer_2") == [("transformer_2", 0), ("transformer_2", 1)]
+    assert {shot.component for shot in acceleration.report().pictures} == {"transformer_2"}
+
+
+def test_padding_without_text_gets_no_weight():
+    """A mask that says a length may pad the video itself."""
+    module = torch.nn.Identity()
+    engine = Engine(dit_accel.get_method("radial", variant="paper", block=8), Schedule(), [module], break_even=1.0)
+    engine.begin(RunState(GRID, 0, 1.0))
+    q, k, v = torch.randn(3, 1, 90, 2, 8, generator=torch.Generator().manual_seed(0))
+    k[:, 70:] = v[:, 70:] = torch.nan
+    out = engine.attend(module, q, k, v, dense=lambda: q, valid=(70,))
+    assert engine.calls[0].reason is None
+    assert out[:, :70].isfinite().all()
 
 
 def test_settings_made_under_acceleration_outlive_it():

@@ -37,6 +37,13 @@ def test_dense_equals_stock_bit_for_bit(guidance):
     assert torch.equal(generate(pipe, guidance), stock)
 
 
+@pytest.mark.parametrize("wrong", [{"method": "radail"}, {"densty": 0.3}, {"dense_steps": "two"}])
+def test_wrong_overrides_are_refused_before_a_model_is_loaded(wrong, monkeypatch):
+    monkeypatch.setattr("dit_accel.pipelines.base.load_for_preset", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ConfigError, match=r"radial|density|dense_steps"):
+        WanAccelPipeline.from_preset("tiny-wan/radial", **wrong)
+
+
 def test_two_runs_in_one_process_equal_two_processes():
     settings = {"method": "radial", "variant": "paper", "block": 16, "sink": False, "break_even": 1.0, "refresh": 2}
     pipe = random_wan_pipeline()

@@ -211,6 +211,11 @@ def test_another_method_or_cache_does_not_inherit_parameters(tmp_path):
         ("generation: {guidance_scale_2: 3.0}", "guidance_scale_2", "one transformer"),
         ("schedule_2: {dense_steps: 1}", "schedule_2", "one transformer"),
         ("schedule: {dense_steps: [[0, 4], [2, 6]]}", "schedule", "overlaps"),
+        (
+            "schedule: {overrides: [{layers: 2, parameters: {dencity: 0.2}}]}",
+            "method.radial.dencity",
+            "did you mean 'density'",
+        ),
         ("task: t2w", "task", "'t2v'"),
         ("task: t2i", "generation.num_frames", "makes one image"),
         ("method: {name: radail}", "method", "did you mean 'radial'"),

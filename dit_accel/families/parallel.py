@@ -66,7 +66,7 @@ def attend_ring(
     from diffusers.hooks import context_parallel
 
     config = parallel.context_parallel_config
-    refused = refusal_of_ring(engine.all_methods(), engine.schedule.max_error)
+    refused = refusal_of_ring(engine.methods.all(), engine.schedule.max_error)
     if config.ulysses_degree > 1:
         refused = "ring and Ulysses parallelism together"
     if mask is not None:
