@@ -74,11 +74,11 @@ class MultiPromptCogVideoXPipeline(CogVideoXPipeline):
         self._guidance_scale, self._interrupt = guidance_scale, False
         texts = self._texts(prompts, negative_prompt, layout)
         latents = self._denoise(texts, layout, (height, width), sharing or Sharing(), num_inference_steps, generator)
-        frames: Any = latents
+        video: Any = latents
         if output_type != "latent":
-            frames = self.video_processor.postprocess_video(self.decode_latents(latents), output_type=output_type)
+            video = self.video_processor.postprocess_video(self.decode_latents(latents), output_type=output_type)
         self.maybe_free_model_hooks()
-        return frames
+        return video
 
     def _texts(self, prompts: list[str], negative: str, layout: ClipLayout) -> list[tuple[Tensor, Tensor]]:
         """Embeddings `[1, M, C]` of each clip, without and with its prompt."""
