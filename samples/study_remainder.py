@@ -89,8 +89,8 @@ def renders(pipe: Any, preset: Preset, count: int, kept: Path) -> list[str]:
 
 def folder_of(work: Path, preset: Preset, prompts: Sequence[str], steps: Sequence[int]) -> Path:
     """Where parts of a run are kept: one folder per weights, canvas, prompts, steps and parameters of the methods."""
-    methods = [get_method(c.method, **c.parameters).model_dump_json() for c in study.CASES]
-    told = repr((str(preset.generation), list(prompts), list(steps), study.DENSITIES, methods))
+    methods = [get_method(c.method, density=density, **c.parameters).model_dump_json() for c, density in runs()]
+    told = repr((str(preset.generation), list(prompts), list(steps), methods))
     return work / hashlib.sha256((weights_digest(preset.repository) + told).encode()).hexdigest()[:12]
 
 
