@@ -1,8 +1,9 @@
-"""Does a calibrated preset beat uniform ones at equal time? `python samples/calibrate_tiny_wan.py --density 0.3`.
+"""Does a calibrated preset beat uniform ones at equal time? `python samples/calibrate_tiny_wan.py`.
 
-Calibrates the small model on captions it was trained on, at the density asked for, at half of it and at one and a half
-times it, then compares these presets with every candidate alone on held-out captions, from the same seeds, interleaved.
-Uniform presets are compared with the calibrated ones at their own time, along the line through the three.
+Calibrates the small model on captions it was trained on, for three budgets of time that lie among those of the
+candidates (or, with `--density`, for that mean density, half of it and one and a half times it), then compares these
+presets with every candidate alone on held-out captions, from the same seeds, interleaved. Uniform presets are compared
+with the calibrated ones at their own time, along the line through the three.
 
 A run that was killed, or whose time was up, goes on where it stopped when it is started again. At the end the page
 `calibration.md`, its rows as `calibration.csv` and the plot are written to `--results`.
@@ -42,7 +43,7 @@ Rows = list[dict[str, Any]]
 def parse_arguments() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--density", type=float, default=0.3, help="mean density of the middle calibrated preset")
+    parser.add_argument("--density", type=float, default=None, help="budgets of density, not of time: the middle one")
     parser.add_argument("--preset", default="tiny-wan/composed")
     parser.add_argument("--model", default=None, help="pipeline folder instead of the preset's")
     parser.add_argument("--candidates", nargs="+", default=UNIFORM, help="uniform presets, which calibration combines")
@@ -68,12 +69,21 @@ def calibrated(pipe: Any, base: Preset, arguments: argparse.Namespace, weights: 
     prompts = calibration_prompts(base, [], arguments.calibration_prompts, 1000)
     plan = Plan(base, methods, prompts, base.generation, 1000, weights=weights)
     held = measure(pipe, plan, arguments.output / f"statistics-{weights}.safetensors", tell)
-    cheapest = float(held.mean_density()[held.calls > 0].amin(-1).mean())
+    cost = (held.mean_time() if arguments.density is None else held.mean_density())[held.calls > 0]
+    for text, alone in zip(methods, cost.mean((0, 1)).tolist(), strict=True):
+        tell(f"{text}: {alone:.3f} of dense")
+    if arguments.density is None:
+        # A budget between two candidates: the fastest and the one in the middle, half-way, and all but the dearest.
+        alone = sorted(cost.mean((0, 1)).tolist())
+        wanted = [(alone[0] + alone[1]) / 2, (alone[1] + alone[len(alone) // 2]) / 2, alone[-2]]
+    else:
+        wanted = [share * arguments.density for share in SHARES]
+    budget, cheapest = "max_time" if arguments.density is None else "max_density", float(cost.amin(-1).mean())
     found = []
-    for density in dict.fromkeys(max(cheapest, min(1.0, share * arguments.density)) for share in SHARES):
-        path = arguments.output / f"calibrated-{density:.3f}.yaml"
-        write_preset(path, plan, assign(held, max_density=density), held)
-        found.append(replace(parse_candidate(str(path), base), label=f"calibrated, density {density:.3f}"))
+    for limit in dict.fromkeys(round(max(1.001 * cheapest, min(1.0, each)), 3) for each in wanted):
+        path = arguments.output / f"calibrated-{limit:.3f}.yaml"
+        write_preset(path, plan, assign(held, **{budget: limit}), held)
+        found.append(replace(parse_candidate(str(path), base), label=f"calibrated, {budget} {limit:.3f}"))
     return found
 
 

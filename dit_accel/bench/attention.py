@@ -80,7 +80,7 @@ def variants(names: Iterable[str], densities: Sequence[float]) -> list[Method]:
 
 
 @dataclass
-class _Case:
+class Case:
     """One method on the tensors to time, with the state it keeps between calls."""
 
     method: Method
@@ -90,6 +90,7 @@ class _Case:
     times: dict[str, list[float]] = field(default_factory=lambda: {"order": [], "select": [], "attend": []})
     density: float = 1.0
     chosen: str = ""
+    break_even: float = 1.0
 
     def run(self) -> float:
         """One timed call, as the engine would make it, but for a static plan, which is made once and does not count."""
@@ -103,7 +104,8 @@ class _Case:
         ordering, (order, ordered) = timed(put_in_order, device)
         self.call.values = ordered[2]
         selecting, plan = timed(lambda: self.method.select(*ordered[:2], self.call).to(device), device)
-        self.chosen = choose_backend(self.backend, request_for(self.method, ordered[0], plan)).name
+        backend = choose_backend(self.backend, request_for(self.method, ordered[0], plan))
+        self.chosen, self.break_even = backend.name, backend.break_even
 
         def attend() -> Tensor:
             out = self.method.compute(*ordered, plan, self.call, backend=self.chosen)
@@ -153,7 +155,7 @@ def _timed(
     options: Options,
 ) -> Row:
     """Dense and the method in interleaved rounds, after one call of each that does not count."""
-    case = _Case(method, qkv, CallContext(layout, seed=options.seed), options.backend)
+    case = Case(method, qkv, CallContext(layout, seed=options.seed), options.backend)
     case.run()
     first = case.times["select"][0]
     case.times = {name: [] for name in case.times}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dit_accel.calibrate.clock import dense_seconds, method_seconds
 from dit_accel.calibrate.statistics import Statistics
 from dit_accel.engine import DenseCall
 from dit_accel.layout import TokenLayout
@@ -36,6 +37,9 @@ class Observer:
         seed: of the draw.
     """
 
+    takes_time: ClassVar[bool] = True
+    """Whether each layer's first call is also timed, whole, under every candidate."""
+
     def __init__(
         self,
         candidates: Sequence[Method],
@@ -50,6 +54,7 @@ class Observer:
         self._generator = torch.Generator().manual_seed(seed)
         self._memory: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._generation = -1
+        self._timed: set[tuple[str, int]] = set()
         self._static: OrderedDict[tuple[int, TokenLayout], Planned] = OrderedDict()
 
     @torch.no_grad()
@@ -71,6 +76,12 @@ class Observer:
         sums.error[layer] += (wrong / whole).double().cpu()
         sums.density[layer] += density.double().cpu()
         sums.calls[layer] += 1
+        if self.takes_time and (seen.component, layer) not in self._timed:
+            self._timed.add((seen.component, layer))
+            dense = dense_seconds(seen)
+            times = [method_seconds(method, seen, dense) / dense for method in self.candidates]
+            sums.time[layer] += torch.tensor(times, dtype=torch.float64)
+            sums.timings[layer] += 1
 
     def _measure(self, seen: DenseCall, real: Tensor) -> tuple[Tensor, Tensor]:
         """Squared errors and densities of one call, `[H, candidates]` each.

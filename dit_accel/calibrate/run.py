@@ -164,19 +164,30 @@ def _check_seen(held: Statistics) -> None:
         raise ConfigError("schedule", "nothing was measured: it keeps every layer or step dense; ask for more steps")
 
 
-def assign(held: Statistics, max_error: float | None = None, max_density: float | None = None) -> Assignment:
+def assign(
+    held: Statistics, max_error: float | None = None, max_density: float | None = None, max_time: float | None = None
+) -> Assignment:
     """Solve for the layers that were seen; layers that always run dense take the first candidate, which never runs.
 
     Args:
         held: what was measured.
-        max_error, max_density: the budget, one of them; see `solve`.
+        max_error, max_density, max_time: the budget, one of them; see `solve`. Time is that of attention as a share of
+            dense attention's.
 
     Raises:
         ConfigError: nothing was measured, because the schedule keeps every call dense; or see `solve`.
     """
     _check_seen(held)
     seen = held.calls > 0
-    found = solve(held.mean_error()[seen], held.mean_density()[seen], max_error=max_error, max_cost=max_density)
+    error, density, time = held.mean_error()[seen], held.mean_density()[seen], held.mean_time()[seen]
+    if max_time is None:
+        found = solve(error, density, max_error=max_error, max_cost=max_density)
+    elif max_error is None and max_density is None:
+        found = solve(error, time, max_cost=max_time, option="--max-time")
+    else:
+        raise ConfigError("budget", "expected one of error, density and time, got several")
+    taken = found.choice.unsqueeze(-1)
+    predicted = float(time.gather(-1, taken).mean()) if bool((held.timings[seen] > 0).all()) else None
     choice = torch.zeros(held.error.shape[:2], dtype=torch.int64)
     choice[seen] = found.choice
-    return replace(found, choice=choice)
+    return replace(found, choice=choice, cost=float(density.gather(-1, taken).mean()), time=predicted)

@@ -26,11 +26,13 @@ class Assignment:
         choice: int64 `[layers, heads]`.
         error: root of the mean over layers of the squared relative error, predicted.
         cost: mean over all heads, predicted.
+        time: share of dense attention's time, predicted; None where it was not measured.
     """
 
     choice: Tensor
     error: float
     cost: float
+    time: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,14 @@ class _Edge:
     paid: float
 
 
-def solve(error: Tensor, cost: Tensor, *, max_error: float | None = None, max_cost: float | None = None) -> Assignment:
+def solve(
+    error: Tensor,
+    cost: Tensor,
+    *,
+    max_error: float | None = None,
+    max_cost: float | None = None,
+    option: str = "--density",
+) -> Assignment:
     """Choose a candidate for every head.
 
     Args:
@@ -51,6 +60,7 @@ def solve(error: Tensor, cost: Tensor, *, max_error: float | None = None, max_co
         max_error: budget for the root of the mean over layers of the squared relative error. The cheapest assignment
             within it is taken.
         max_cost: budget for the mean cost over all heads. The most faithful assignment within it is taken.
+        option: how the user gives the budget of cost, for messages.
 
     Raises:
         ConfigError: not exactly one budget, or no assignment keeps it; the message says what the best one reaches.
@@ -78,18 +88,18 @@ def solve(error: Tensor, cost: Tensor, *, max_error: float | None = None, max_co
     reached = Assignment(
         torch.tensor(choice).view(layers, heads), (total_error / layers) ** 0.5, total_cost / (layers * heads)
     )
-    _check(reached, max_error, max_cost)
+    _check(reached, max_error, max_cost, option)
     return reached
 
 
-def _check(reached: Assignment, max_error: float | None, max_cost: float | None) -> None:
+def _check(reached: Assignment, max_error: float | None, max_cost: float | None, option: str) -> None:
     if max_error is not None and reached.error > max_error * (1 + _SLACK):
         raise ConfigError(
             "--max-error", f"expected at least {reached.error:.4g}, which the best candidates reach, got {max_error:g}"
         )
     if max_cost is not None and reached.cost > max_cost * (1 + _SLACK):
         raise ConfigError(
-            "--density", f"expected at least {reached.cost:.4g}, which the cheapest candidates need, got {max_cost:g}"
+            option, f"expected at least {reached.cost:.4g}, which the cheapest candidates need, got {max_cost:g}"
         )
 
 

@@ -30,6 +30,12 @@ def head_table(assignment: Assignment, candidates: dict[str, Method]) -> HeadTab
     return HeadTable.make({"modes": modes, "heads": [[f"m{i}" for i in row] for row in assignment.choice.tolist()]})
 
 
+def prediction(assignment: Assignment) -> str:
+    """What the solution promises, in one clause."""
+    told = f"predicted error {assignment.error:.4f} at density {assignment.cost:.3f}"
+    return told if assignment.time is None else f"{told}, attention in {assignment.time:.2f} of the time of dense"
+
+
 def write_preset(path: Path, plan: Plan, assignment: Assignment, held: Statistics) -> None:
     """Write the preset calibrated for, with the head table in place of its method; it stands on its own.
 
@@ -46,7 +52,7 @@ def write_preset(path: Path, plan: Plan, assignment: Assignment, held: Statistic
     changes = {
         "description": f"{preset.description}, calibrated per head",
         "method": MethodSpec(name=str(most.method), parameters=dict(most.parameters)),
-        "source": f"{_source(plan, held)}; predicted error {assignment.error:.4f} at density {assignment.cost:.3f}",
+        "source": f"{_source(plan, held)}; {prediction(assignment)}",
     }
     _write(path, plan, changes, ruled)
 

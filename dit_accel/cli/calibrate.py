@@ -13,6 +13,9 @@ from dit_accel.cli.app import console, errors
 def calibrate(
     max_error: Annotated[float | None, typer.Option(help="Budget for the relative error of a layer.", min=0)] = None,
     density: Annotated[float | None, typer.Option(help="Budget for the mean density, instead.", min=0, max=1)] = None,
+    max_time: Annotated[
+        float | None, typer.Option(help="Budget for attention's time as a share of dense, instead.", min=0, max=1)
+    ] = None,
     preset: Annotated[str, typer.Option(help="Preset that gives model, sizes and schedule.")] = "tiny-wan",
     candidates: Annotated[
         list[str] | None, typer.Option(help="METHOD[:KEY=VALUE,...], once per candidate. Default: a palette of nine.")
@@ -47,17 +50,17 @@ def calibrate(
     from dit_accel.calibrate.run import DEFAULT_CANDIDATES, Plan, assign, group_layers, measure
     from dit_accel.calibrate.tasks import calibration_prompts
     from dit_accel.calibrate.weights import fingerprint
-    from dit_accel.calibrate.write import head_table, write_layer_preset, write_preset
+    from dit_accel.calibrate.write import head_table, prediction, write_layer_preset, write_preset
     from dit_accel.cli.inputs import check_inputs, read_inputs
     from dit_accel.compare.candidates import parse_candidate
     from dit_accel.errors import ConfigError
     from dit_accel.models import load_pipeline, quiet_loading
     from dit_accel.presets import load_preset
 
-    if (max_error is None) == (density is None):
-        raise ConfigError("--max-error, --density", "expected exactly one of them")
+    if sum(budget is not None for budget in (max_error, density, max_time)) != 1:
+        raise ConfigError("--max-error, --max-time, --density", "expected exactly one of them")
     if layer_reuse and max_error is None:
-        raise ConfigError("--layer-reuse", "is solved for an error: give --max-error instead of --density")
+        raise ConfigError("--layer-reuse", "is solved for an error: give --max-error")
     if output.suffix not in (".yaml", ".yml"):
         raise ConfigError("--output", f"expected a name that ends in .yaml, got {str(output)!r}")
     base = load_preset(preset)
@@ -88,8 +91,8 @@ def calibrate(
         )
         console.print(f"preset: {output}", markup=False)
         return
-    assignment = assign(held, max_error, density)
+    assignment = assign(held, max_error, density, max_time)
     write_preset(output, plan, assignment, held)
     console.print(head_table(assignment, methods).render(), markup=False)
-    console.print(f"predicted error {assignment.error:.4f} at density {assignment.cost:.3f}", markup=False)
+    console.print(prediction(assignment), markup=False)
     console.print(f"preset: {output}", markup=False)

@@ -240,6 +240,35 @@ def test_layers_that_were_never_seen_do_not_count():
         assign(Statistics.empty(2, 1, 2), max_error=0.1)
 
 
+def test_a_budget_of_time_takes_the_faithful_among_the_fast():
+    """Two candidates of equal density: the one that is closer takes three times as long."""
+    held = Statistics(torch.zeros(2, 2, 3), torch.full((2, 2, 3), 0.4), torch.ones(2))
+    held.error[:] = torch.tensor([0.04, 0.01, 0.0])
+    held.time[:], held.timings[:] = torch.tensor([0.4, 1.2, 2.0]), 2.0
+    assert held.mean_time()[0, 0].tolist() == pytest.approx([0.2, 0.6, 1.0])
+    found = assign(held, max_time=0.3)
+    assert sorted(found.choice.flatten().tolist()) == [0, 0, 0, 1]
+    assert (found.cost, found.time) == (pytest.approx(0.4), pytest.approx(0.3))
+    assert assign(held, max_time=1.0).choice.unique().tolist() == [2]
+    with pytest.raises(ConfigError, match=r"--max-time: expected at least 0\.2"):
+        assign(held, max_time=0.1)
+
+
+def test_heads_share_the_time_of_their_layer_by_density():
+    held = Statistics(torch.zeros(1, 2, 1), torch.tensor([[[0.1], [0.3]]]), torch.ones(1))
+    held.time[:], held.timings[:] = 0.5, 1.0
+    assert held.mean_time().flatten().tolist() == pytest.approx([0.25, 0.75])
+
+
+def test_every_layer_is_timed_once_per_prompt(tmp_path):
+    held = measure(random_wan_pipeline(), small_plan(share=1.0), tmp_path / "s.safetensors", lambda line: None)
+    seen = held.calls > 0
+    assert held.timings[seen].tolist() == [2.0] * int(seen.sum())
+    assert (held.time[seen] > 0).all()
+    again = Statistics.load(tmp_path / "s.safetensors", small_plan(share=1.0).settings())
+    assert torch.equal(again.time, held.time)
+
+
 def test_the_preset_runs_and_keeps_the_predicted_density(tmp_path):
     plan, pipe = small_plan(share=1.0), random_wan_pipeline()
     held = measure(pipe, plan, tmp_path / "s.safetensors", lambda line: None)
