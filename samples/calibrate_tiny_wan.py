@@ -37,6 +37,7 @@ from dit_accel.schedule import Schedule
 
 UNIFORM = tuple(text for text in DEFAULT_CANDIDATES if text not in ("dense", "radial"))
 SHARES = (0.5, 1.0, 1.5)
+_SAVES = 0.9
 Rows = list[dict[str, Any]]
 
 
@@ -73,9 +74,9 @@ def calibrated(pipe: Any, base: Preset, arguments: argparse.Namespace, weights: 
     for text, alone in zip(methods, cost.mean((0, 1)).tolist(), strict=True):
         tell(f"{text}: {alone:.3f} of dense")
     if arguments.density is None:
-        # A budget between two candidates: the fastest and the one in the middle, half-way, and all but the dearest.
-        alone = sorted(cost.mean((0, 1)).tolist())
-        wanted = [(alone[0] + alone[1]) / 2, (alone[1] + alone[len(alone) // 2]) / 2, alone[-2]]
+        # Among the candidates that save time: a budget like the dearest of them must not buy dense attention.
+        alone = sorted(each for each in cost.mean((0, 1)).tolist() if each < _SAVES) or [_SAVES]
+        wanted = [sum(alone[:2]) / len(alone[:2]), alone[len(alone) // 2], alone[-1]]
     else:
         wanted = [share * arguments.density for share in SHARES]
     budget, cheapest = "max_time" if arguments.density is None else "max_density", float(cost.amin(-1).mean())
