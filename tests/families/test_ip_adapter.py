@@ -85,7 +85,7 @@ def test_adapters_stand_beside_sparse_attention_and_guidance(published):
     pipe = loaded(published, "xlabs.safetensors")
     guided = {"negative_prompt": "blurred", "true_cfg_scale": 3.0}
     stock = latents(pipe, **guided)
-    full = {"method": "composed", "density": 1.0, "break_even": 1.0}
+    full = {"method": "composed", "order": "raster", "density": 1.0, "break_even": 1.0}
     tiles = {"method": "sliding_tile", "tile": [1, 2, 2], "window": [0, 0, 0], "break_even": 1.0}
     for everything in (full, tiles):  # tokens stand in tiles through all blocks under the second
         with dit_accel.accelerate(pipe, **everything) as acc:
