@@ -22,8 +22,9 @@ class Aurora(Composed):
     - blocks chosen by what their expansion would get wrong, with one budget for all rows and heads of a layer, so that
       exact work goes where the rest would err;
     - every other block enters the softmax with the exact mass and value that the mean query of the query block gets
-      from it, so that outlier channels and large logits need no cap;
-    - a first-order term in the distance from the mean query, mixed per query block.
+      from it, so that outlier channels need no cap;
+    - a first-order term in the distance from the mean query, mixed per query block; where logits spread by more than
+      about 20 within a pair of blocks it overshoots, and `remainder="pooled"` is the safe choice.
 
     Args:
         density: share of key blocks that are exact, mean over the rows and heads of a layer. Default 0.125.
