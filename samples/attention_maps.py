@@ -127,7 +127,8 @@ def examples(heads: dict[tuple[int, int], Head]) -> list[Head]:
     for kind in KINDS:
         own = [head for head in heads.values() if head.kind == kind]
         if own:
-            chosen.append(max(own, key=lambda head, kind=kind: head.excess.get(kind, head.spread)))  # type: ignore[misc]
+            strengths = [head.excess.get(kind, head.spread) for head in own]
+            chosen.append(own[strengths.index(max(strengths))])
     return chosen
 
 

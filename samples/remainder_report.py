@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 
@@ -150,7 +151,8 @@ def read_figures(path: Path) -> list[Figure]:
     numbers = {column.name for column in fields(Figure) if column.type == "float"}
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return [Figure(**{k: float(v) if k in numbers else v for k, v in row.items()}) for row in rows]  # type: ignore[arg-type]
+    typed: list[dict[str, Any]] = [{k: float(v) if k in numbers else v for k, v in row.items()} for row in rows]
+    return [Figure(**row) for row in typed]
 
 
 def write_all(
