@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from dit_accel.selection import (
     TopK,
     TopP,
     adapt_heads,
+    block_means,
     gather_blocks,
     head_classes,
     own_blocks,
@@ -47,6 +50,33 @@ def test_gathered_blocks_are_the_tokens_of_the_blocks(tokens, size, valid):
     assert rows[0, 0][real[0]].flatten().tolist() == x[0].flatten().tolist()
     assert rows[1, 0][real[1]].flatten().tolist() == list(range(1, valid + 1))
     assert rows[~real.unsqueeze(1)].abs().sum() == 0
+
+
+@pytest.mark.parametrize("valid", [None, (30,), (57, 41)])
+@pytest.mark.parametrize("tiled", [False, True])
+def test_gathered_blocks_of_any_partition_leave_their_tokens_as_they_are(valid, tiled):
+    layout = TokenLayout((3, 4, 4), 9, "after", valid)
+    blocks = tile_blocks(layout, (2, 3, 3)) if tiled else layout.blocks(8)
+    x = torch.randn(2, 2, 57, 3, generator=torch.Generator().manual_seed(0))
+    for item, length in enumerate(valid * (3 - len(valid)) if valid else ()):
+        x[item, :, length:] = torch.nan
+    given = x.clone()
+    rows, real = gather_blocks(x, blocks, valid)
+    means, counts = block_means(x, blocks, valid)
+    smooth = smooth_keys(x, valid)
+    torch.testing.assert_close(x, given, equal_nan=True, rtol=0, atol=0)
+    for item in range(2):
+        length = 57 if valid is None else valid[min(item, len(valid) - 1)]
+        for block, (start, end) in enumerate(pairwise(blocks.starts.tolist())):
+            inside = x[item, :, start : min(end, length)]
+            number = max(0, min(end, length) - start)
+            assert real[min(item, len(real) - 1), block].sum() == counts[min(item, len(counts) - 1), 0, block] == number
+            assert torch.equal(rows[item, :, block, :number], inside)
+            assert not rows[item, :, block, number:].any()
+            torch.testing.assert_close(means[item, :, block], inside.sum(1) / max(1, number))
+        expected = x[item, :, :length] - x[item, :, :length].mean(1, keepdim=True)
+        torch.testing.assert_close(smooth[item, :, :length], expected)
+        assert not smooth[item, :, length:].any()
 
 
 def test_top_k_keeps_the_best_and_ties_go_to_the_lower_index():

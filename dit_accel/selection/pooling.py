@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dit_accel.kernels.block_statistics import block_means_in_triton
 from dit_accel.kernels.operations import uses_triton
@@ -57,11 +58,27 @@ def gather_blocks(x: Tensor, blocks: Blocking, valid: Valid = None) -> tuple[Ten
         return working(x).unflatten(2, (blocks.count, blocks.size)), every
     starts, lengths = blocks.on(x.device)
     place = torch.arange(blocks.size, device=x.device)
-    inside = place < lengths.unsqueeze(-1)
-    token = torch.where(inside, starts.unsqueeze(-1) + place, 0)
-    real = real_tokens(x.shape[2], valid, x.device)[:, token] & inside
-    rows = working(x).index_select(2, token.flatten()).unflatten(2, token.shape)
-    return rows.masked_fill(~real[:, None, :, :, None], 0), real
+    # Slots that hold no token read one of zeros behind the last, which costs less than filling them in.
+    token = torch.where(place < lengths.unsqueeze(-1), starts.unsqueeze(-1) + place, x.shape[2])
+    real = F.pad(real_tokens(x.shape[2], valid, x.device), (0, 1))[:, token]
+    if blocks.is_uniform:
+        rows = without_padding(x, valid, token.numel() - x.shape[2])
+    else:
+        rows = without_padding(x, valid, 1).index_select(2, token.flatten())
+    return rows.unflatten(2, token.shape), real
+
+
+def without_padding(x: Tensor, valid: Valid, more: int = 0) -> Tensor:
+    """A copy of tokens `[B, H, N, D]` in fp32 (fp64 for fp64), 0 at padding, with `more` tokens of zeros behind it."""
+    return _clear_padding(F.pad(working(x), (0, 0, 0, more)) if more else working(x).clone(), valid)
+
+
+def _clear_padding(rows: Tensor, valid: Valid) -> Tensor:
+    """`rows` `[B, H, N, D]`, overwritten with 0 at padding."""
+    # It stands last, so it is a slice: on a CPU a mask over all tokens costs more than all else that scores need.
+    for item, length in enumerate(valid or ()):
+        (rows if len(valid or ()) == 1 else rows[item])[..., length:, :] = 0
+    return rows
 
 
 def block_means(x: Tensor, blocks: Blocking, valid: Valid = None) -> tuple[Tensor, Tensor]:
@@ -89,10 +106,12 @@ def smooth_keys(k: Tensor, valid: Valid = None) -> Tensor:
 
     k `[B, H, N, D]`; the result is fp32 (fp64 for fp64), 0 at padding. Source: arXiv 2410.02367.
     """
-    padding = ~real_tokens(k.shape[2], valid, k.device)[:, None, :, None]
-    k = working(k).masked_fill(padding, 0)
-    count = (~padding).sum(2, keepdim=True)
-    return (k - k.sum(2, keepdim=True) / count).masked_fill(padding, 0)
+    if valid is None:
+        k = working(k)
+        return k - k.mean(2, keepdim=True)
+    keys = without_padding(k, valid)
+    count = torch.tensor(valid, device=k.device, dtype=keys.dtype).view(-1, 1, 1, 1)
+    return _clear_padding(keys.sub_(keys.sum(2, keepdim=True) / count), valid)
 
 
 def self_similarity(x: Tensor, blocks: Blocking, valid: Valid = None) -> Tensor:
@@ -102,7 +121,7 @@ def self_similarity(x: Tensor, blocks: Blocking, valid: Valid = None) -> Tensor:
     real tokens gets 1. x `[B, H, N, D]`. Source: arXiv 2502.18137, in the form of its released code.
     """
     rows, real = gather_blocks(x, blocks, valid)
-    total = torch.nn.functional.normalize(rows, dim=-1).sum(3)
+    total = F.normalize(rows, dim=-1).sum(3)
     count = real.sum(-1).unsqueeze(1)
     similarity = total.square().sum(-1) / count.clamp(min=1).square()
     return similarity.clamp(max=1).masked_fill(count == 0, 1)

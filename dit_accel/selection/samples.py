@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.products import KeyMatrix
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
 from dit_accel.selection.pooling import gather_blocks, real_tokens, working
@@ -75,9 +76,10 @@ def largest_weights(
         for rows, inside in (gather_blocks(q, q_blocks, layout.valid), gather_blocks(k, k_blocks, layout.valid))
     )
     queries, keys = queries * q.shape[-1] ** -0.5, slots_first(keys)
-    padded, count, weights = ~real.transpose(1, 2).flatten(1)[:, None, None], queries.shape[3], []
-    for group in row_groups(q_blocks.count, q.shape[0] * q.shape[1] * count * keys.shape[-1], q.device):
-        part = (queries[:, :, group].flatten(2, 3) @ keys).masked_fill_(padded, -torch.inf).softmax(-1)
+    padded, matrix = ~real.transpose(1, 2).flatten(1)[:, None, None], KeyMatrix(keys)
+    count, weights = queries.shape[3], []
+    for group in row_groups(q_blocks.count, q.shape[0] * q.shape[1] * count * keys.shape[2], q.device):
+        part = matrix.times(queries[:, :, group].flatten(2, 3)).masked_fill_(padded, -torch.inf).softmax(-1)
         part = part.unflatten(-1, (-1, k_blocks.count)).amax(-2).unflatten(2, (-1, count))
         weights.append(part.masked_fill(~seen[:, None, group, :, None], 0).amax(3))
     return torch.cat(weights, 2)
@@ -111,10 +113,10 @@ def sampled_scores(
     queries, _ = _sampled(q, q_blocks, layout, samples[0], generator)
     keys, real = _sampled(k, k_blocks, layout, samples[1], generator)
     queries, keys = queries * q.shape[-1] ** -0.5, slots_first(keys)
-    count, scores = queries.shape[3], []
-    empty = ~real[:, None, None]
-    for group in row_groups(q_blocks.count, q.shape[0] * q.shape[1] * count * keys.shape[-1], q.device):
-        logits = (queries[:, :, group].flatten(2, 3) @ keys).unflatten(-1, (-1, k_blocks.count)).amax(-2)
+    count, empty = queries.shape[3], ~real[:, None, None]
+    matrix, scores = KeyMatrix(keys), []
+    for group in row_groups(q_blocks.count, q.shape[0] * q.shape[1] * count * keys.shape[2], q.device):
+        logits = matrix.times(queries[:, :, group].flatten(2, 3)).unflatten(-1, (-1, k_blocks.count)).amax(-2)
         logits = logits.masked_fill(empty, -torch.inf)
         logits = logits - logits.amax(-1, keepdim=True)
         scores.append(logits.unflatten(2, (-1, count)).amax(3))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dit_accel.kernels.products import KeyMatrix
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
 from dit_accel.selection.pooling import gather_blocks, real_tokens, working
@@ -35,11 +36,11 @@ def row_groups(rows: int, width: int, device: torch.device) -> Iterator[slice]:
 
 
 def slots_first(x: Tensor) -> Tensor:
-    """Keys `[B, H, n, S, ...]` of n blocks as the columns of a product, `[B, H, D, S * n]` with D all that follows.
+    """Keys `[B, H, n, S, D]` of n blocks as the rows of one matrix, `[B, H, S * n, D]`.
 
     Blocks stand side by side in each slot, so that what is taken over the slots is taken over rows, which is fast.
     """
-    return x.transpose(2, 3).flatten(4).flatten(2, 3).transpose(-1, -2)
+    return x.transpose(2, 3).flatten(2, 3)
 
 
 def log_mass(mass: Tensor, real: Tensor) -> Tensor:
@@ -81,10 +82,10 @@ def block_mass(
     mass = queries.new_empty(len(queries), q_blocks.count, k_blocks.count)
     width = q_blocks.size * keys.shape[1]
     for head in row_groups(len(queries), width, q.device):
-        columns, padded = keys[head].transpose(1, 2), None if real is None else ~real[head].unsqueeze(1)
+        matrix, padded = KeyMatrix(keys[head]), None if real is None else ~real[head].unsqueeze(1)
         for group in row_groups(q_blocks.count, width * (head.stop - head.start), q.device):
             inside = slice(int(q_blocks.starts[group.start]), int(q_blocks.starts[group.stop]))
-            weights, own[head, inside] = _softmax_of(queries[head, inside] @ columns, padded)
+            weights, own[head, inside] = _softmax_of(matrix.times(queries[head, inside]), padded)
             weights = block_sums(weights, k_blocks)
             if lse is not None:
                 # A stale log-sum-exp may be far off; beyond this bound exp would overflow.
@@ -130,15 +131,17 @@ def antidiagonal_scores(
     queries, seen = _grouped(q, q_blocks, layout, stride)
     keys, counts = _grouped(k, k_blocks, layout, stride)
     # Keys are copied anyway: turning them round and scaling them leaves the queries as they are.
-    queries, keys = queries.flatten(-2), slots_first(keys.flip(-2)).mul_(q.shape[-1] ** -0.5 / stride)
-    bias = (counts / stride).log().transpose(1, 2).flatten(1)[:, None, None]
-    groups, scores = queries.shape[3], []
-    width = q.shape[0] * q.shape[1] * groups * keys.shape[-1]
+    queries, columns = queries.flatten(-2), keys.flip(-2).mul_(q.shape[-1] ** -0.5 / stride).flatten(-2).flatten(2, 3)
+    bias = None if _are_whole(k_blocks, layout, stride) else (counts / stride).log().flatten(1)[:, None, None]
+    matrix = KeyMatrix(columns, bias)
+    scores = []
+    width = q.shape[0] * q.shape[1] * queries.shape[3] * columns.shape[2]
     for part in row_groups(q_blocks.count, width // _LONG_PRODUCT, q.device):
-        logits = (queries[:, :, part].flatten(2, 3) @ keys).add_(bias)
-        shares = torch.softmax(logits, -1, out=logits)
-        shares = shares.unflatten(-1, (-1, k_blocks.count)).sum(-2).unflatten(2, (-1, groups))
-        scores.append((shares * (seen / stride)[:, None, part, :, None]).sum(3))
+        logits = matrix.times(queries[:, :, part].flatten(2, 3))
+        shares = torch.softmax(logits, -1, out=logits).unflatten(2, (-1, queries.shape[3]))
+        # Over queries first: those sums run along rows, and leave little for the sums over the groups of keys.
+        rows = (seen[:, None, part, None] / stride @ shares).squeeze(3)
+        scores.append(rows.unflatten(-1, (k_blocks.count, -1)).sum(-1))
     return log_mass(torch.cat(scores, 2), (counts.sum(-1) > 0)[:, None, None])
 
 
@@ -148,7 +151,7 @@ def _grouped(x: Tensor, blocks: Blocking, layout: TokenLayout, size: int) -> tup
     Returns `[B, H, n, G, size, D]`, missing tokens at the mean of their group, and counts `[B or 1, n, G]`.
     """
     rows, real = gather_blocks(x, blocks, layout.valid)
-    if layout.valid is None and blocks.tokens == blocks.count * blocks.size and blocks.size % size == 0:
+    if _are_whole(blocks, layout, size):
         whole = rows.unflatten(3, (-1, size))
         return whole, rows.new_full((1, *whole.shape[2:4]), size)
     rows = F.pad(rows, (0, 0, 0, -blocks.size % size)).unflatten(3, (-1, size))
@@ -156,6 +159,11 @@ def _grouped(x: Tensor, blocks: Blocking, layout: TokenLayout, size: int) -> tup
     counts = real.sum(-1).to(rows.dtype)
     means = rows.sum(4, keepdim=True) / counts.clamp(min=1)[:, None, :, :, None, None]
     return torch.where(real[:, None, ..., None], rows, means), counts
+
+
+def _are_whole(blocks: Blocking, layout: TokenLayout, size: int) -> bool:
+    """Whether every group of `size` tokens of every block is full of real tokens."""
+    return layout.valid is None and blocks.tokens == blocks.count * blocks.size and blocks.size % size == 0
 
 
 def subblock_scores(
@@ -177,12 +185,12 @@ def subblock_scores(
     """
     queries, seen = _part_means(q, q_blocks, layout, q_parts)
     keys, counts = _part_means(k, k_blocks, layout, k_parts)
-    queries, keys = queries * q.shape[-1] ** -0.5, keys.flatten(2, 3).transpose(-1, -2)
-    bias, parts, scores = counts.log().flatten(1)[:, None, None], queries.shape[3], []
+    queries, keys, parts = queries * q.shape[-1] ** -0.5, keys.flatten(2, 3), queries.shape[3]
+    matrix, scores = KeyMatrix(keys, counts.log().flatten(1)[:, None, None]), []
     # Where a query block holds padding alone, its row is not used but must not become NaN.
     weight = torch.where(seen.sum(-1, keepdim=True) > 0, seen, 1.0).log()[:, None, :, :, None]
-    for group in row_groups(q_blocks.count, q.shape[0] * q.shape[1] * parts * keys.shape[-1], q.device):
-        logits = queries[:, :, group].flatten(2, 3) @ keys + bias
+    for group in row_groups(q_blocks.count, q.shape[0] * q.shape[1] * parts * keys.shape[2], q.device):
+        logits = matrix.times(queries[:, :, group].flatten(2, 3))
         logits = logits.unflatten(-1, (k_blocks.count, -1)).logsumexp(-1).unflatten(2, (-1, parts))
         scores.append((logits + weight[:, :, group]).logsumexp(3))
     return torch.cat(scores, 2)
