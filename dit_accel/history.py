@@ -47,6 +47,7 @@ def with_history(
     call: CallContext,
     period: int,
     ramp: float,
+    scale: float | None = None,
 ) -> Tensor:
     """Dense output at a refresh; between refreshes the selected part at its kept share, plus the kept rest.
 
@@ -57,11 +58,12 @@ def with_history(
         call: step and memory; a refresh adds 1 to its density.
         period: steps from one refresh to the next.
         ramp: by how much the share grows with every step after the first; it never exceeds 1.
+        scale: factor on the logits, with which `out` and `lse` were made. Default 1 / sqrt(D).
     """
     if is_refresh(call, period):
         whole = BlockPlan.full(plan.q_blocks, plan.k_blocks, q.device)
         kv_len = call.layout.valid_lengths(q.device)
-        dense, full = block_attention(q, k, v, whole, kv_len=kv_len, return_lse=True)
+        dense, full = block_attention(q, k, v, whole, scale=scale, kv_len=kv_len, return_lse=True)
         share = (lse - full).exp().nan_to_num(0.0).unsqueeze(-1).to(out.dtype)
         call.memory[_KEY] = History(call.step, share, dense - share * out)
         call.extra_density += 1.0

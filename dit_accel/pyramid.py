@@ -81,7 +81,14 @@ def level_density(levels: Tensor, q_blocks: Blocking, k_blocks: Blocking) -> Ten
 
 
 def add_pooled_levels(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, layout: TokenLayout
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    layout: TokenLayout,
+    scale: float | None = None,
 ) -> Tensor:
     """Exact attention `out`, `lse` joined in one softmax with the blocks that are read at pooled levels.
 
@@ -92,6 +99,7 @@ def add_pooled_levels(
         q, k, v: `[B, H, N, D]`, in the order of the plan.
         plan: a `PyramidPlan`.
         layout: token geometry.
+        scale: factor on the logits. Default 1 / sqrt(D).
 
     Raises:
         UnsupportedError: the plan lost its levels, because heads or layers share it.
@@ -102,14 +110,21 @@ def add_pooled_levels(
         )
     outs, masses = [out], [lse.to(torch.float32 if out.dtype != torch.float64 else lse.dtype)]
     for level in LEVELS[1:]:
-        part, mass = _at_level(q, k, v, plan, plan.levels == level, level, layout)
+        part, mass = _at_level(q, k, v, plan, plan.levels == level, level, layout, scale)
         outs.append(part)
         masses.append(mass.to(masses[0].dtype) + math.log(level))
     return merge(outs, masses)[0]
 
 
 def _at_level(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, mask: Tensor, level: int, layout: TokenLayout
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    mask: Tensor,
+    level: int,
+    layout: TokenLayout,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention to the pooled keys of the blocks of `mask`; 0 and -inf for rows without any."""
     lengths = -(-plan.k_blocks.lengths // level)
@@ -120,7 +135,7 @@ def _at_level(
     columns = Blocking.from_lengths(torch.cat([lengths, torch.ones(1, dtype=torch.int64)]))
     coarse = BlockPlan.from_mask(torch.cat([mask, ~mask.any(-1, keepdim=True)], -1), plan.q_blocks, columns)
     real = torch.full((len(q),), len(kept), device=q.device)
-    return block_attention(q, keys, values, coarse, kv_len=real, return_lse=True)
+    return block_attention(q, keys, values, coarse, scale=scale, kv_len=real, return_lse=True)
 
 
 def _pooled(x: Tensor, blocks: Blocking, level: int, layout: TokenLayout) -> Tensor:

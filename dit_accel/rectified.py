@@ -34,7 +34,15 @@ def isolated_scores(q: Tensor, k: Tensor, blocks: Blocking, layout: TokenLayout)
 
 
 def rectify(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, layout: TokenLayout, *, gate: bool
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    layout: TokenLayout,
+    *,
+    gate: bool,
+    scale: float | None = None,
 ) -> Tensor:
     """Scale the selected part to the mass that the pooled map gives it, and add pooled values for the rest.
 
@@ -48,9 +56,11 @@ def rectify(
         layout: token geometry.
         gate: trust pooling for a pair of blocks only where the product of the means exceeds what the mean deviations
             of queries and keys could change in it.
+        scale: factor on the logits, with which `out` was made. Default 1 / sqrt(D).
     """
     blocks = plan.k_blocks
-    shares = isolated_scores(q, k, blocks, layout).softmax(-1).nan_to_num(0.0)
+    queries = q if scale is None else q * (scale * q.shape[-1] ** 0.5)
+    shares = isolated_scores(queries, k, blocks, layout).softmax(-1).nan_to_num(0.0)
     rest = ~plan.to_mask().expand(shares.shape)
     if gate:
         rest = rest & trusted(q, k, blocks, layout)

@@ -91,7 +91,15 @@ class Method(BaseModel):
         return False
 
     def complete(
-        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, call: CallContext
+        self,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan,
+        call: CallContext,
+        scale: float | None = None,
     ) -> Tensor:
         """What a method does after the kernel, for what is no softmax of selected blocks and their remainder.
 
@@ -102,6 +110,7 @@ class Method(BaseModel):
             q, k, v: `[B, H, N, D]` in the chosen order.
             plan: what was computed.
             call: layer, step and memory.
+            scale: factor on the logits, with which `out` and `lse` were made. Default 1 / sqrt(D).
 
         Returns:
             The output `[B, H, N, D]`, in the chosen order. Default: as it is.
@@ -136,7 +145,7 @@ class Method(BaseModel):
         if not self.completes:
             return block_attention(q, k, v, plan, **options)
         out, lse = block_attention(q, k, v, plan, return_lse=True, **options)
-        return self.complete(out, lse, q, k, v, plan, call)
+        return self.complete(out, lse, q, k, v, plan, call, scale)
 
     @classmethod
     def parameters(cls) -> dict[str, Any]:

@@ -153,7 +153,15 @@ class Clear(Method):
         return self.remainder_ == "pooled"
 
     def complete(
-        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, call: CallContext
+        self,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan,
+        call: CallContext,
+        scale: float | None = None,
     ) -> Tensor:
         """Merge what image queries see of all pooled keys. Tensors `[B, H, N, D]`, `lse` `[B, H, N]`, tile by tile."""
         layout, video = call.layout, call.layout.video_slice()
@@ -165,7 +173,7 @@ class Clear(Method):
             sums = torch.zeros(*x.shape[:2], count, x.shape[3], dtype=torch.float32, device=x.device)
             means.append((sums.index_add_(2, cell, x[:, :, video].float()) / size).to(x.dtype))
         pooled = BlockPlan.full(Blocking.uniform(layout.video, 64), Blocking.uniform(count, 64), q.device)
-        scale = self.logit_scale(q.shape[-1], layout)
+        scale = self.logit_scale(q.shape[-1], layout) if scale is None else scale
         far = block_attention(q[:, :, video].contiguous(), means[0], means[1], pooled, scale=scale, return_lse=True)
         call.extra_density += count * layout.video / layout.tokens**2
         out = out.clone()

@@ -80,7 +80,7 @@ class Composed(Method):
         keep_self: every block attends itself; no effect with the orders by content.
         reach: neighbours in the order, on either side, that a block attends too, with `keep_self`.
         touching: every block attends those that touch it in the video.
-        sink_frames: leading frames that every query attends.
+        sink_frames: leading frames that every query attends; no effect with the orders by content.
         noise: amplitude of seeded noise on the scores, in units of their spread in a row, against flicker.
         remainder: what becomes of the rest. "drop"; "pooled": one mean key and value per block; "taylor": with a
             first-order term as well; "rectified": the mass that a pooled map gives (arXiv 2511.19835); "history": what
@@ -259,11 +259,19 @@ class Composed(Method):
         return self.remainder_ in ("rectified", "history")
 
     def complete(
-        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, call: CallContext
+        self,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan,
+        call: CallContext,
+        scale: float | None = None,
     ) -> Tensor:
         """The rectified remainder, or that of earlier steps."""
         if self.remainder_ == "rectified":
-            return rectify(out, q, k, v, plan, call.layout, gate=self.gate)
+            return rectify(out, q, k, v, plan, call.layout, gate=self.gate, scale=scale)
         if self.remainder_ == "history":
-            return with_history(out, lse, q, k, v, plan, call, self.period, self.ramp)
+            return with_history(out, lse, q, k, v, plan, call, self.period, self.ramp, scale)
         return out

@@ -17,7 +17,7 @@ from dit_accel.methods.base import Method, Size
 from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder
 from dit_accel.plan import Blocking, BlockPlan
-from dit_accel.selection import block_means, own_blocks, plan_of_mask
+from dit_accel.selection import TopK, block_means, own_blocks, plan_of_mask, select_blocks, sink_blocks
 from dit_accel.selection.scores import row_groups
 from dit_accel.space_orders import morton_order
 from dit_accel.state import CallContext
@@ -30,7 +30,8 @@ class LLSA(Method):
     Coarse nodes are runs of `block` blocks along the Z-order curve. Each keeps its best coarse nodes; each query block
     then keeps the best blocks inside those of its own node. Selected blocks are exact. The other blocks of a coarse
     node that holds a selected one enter the same softmax as one mean key each, all other coarse nodes as one mean key
-    for the whole node, with the logarithm of their size added to the logit.
+    for the whole node, with the logarithm of their size added to the logit. Conditioning frames are always selected, if
+    need be beyond `keep`.
 
     The published cover overlaps (a pooled node stands beside its own tokens), which training makes up for; this one is
     disjoint. Mass is pooled from tokens, not from pooled blocks. Text is whole.
@@ -52,17 +53,23 @@ class LLSA(Method):
         return morton_order(call.layout)
 
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
-        """Top-k from coarse to fine; every block keeps itself. q, k `[B, H, N, D]`."""
+        """Top-k from coarse to fine; a block keeps itself and conditioning frames. q, k `[B, H, N, D]`."""
         layout, blocks = call.layout, call.layout.blocks(self.block)
-        own = own_blocks(blocks, blocks).to(q.device)
         fine = _products(q, k, blocks, layout)
         allowed = torch.ones_like(fine, dtype=torch.bool)
         if self.levels == 2:
             nodes, node = self._nodes(layout, blocks)
-            best = _largest(_products(q, k, nodes, layout), self.keep, own_blocks(nodes, nodes).to(q.device))
+            best = self._best(_products(q, k, nodes, layout), nodes, layout)
             allowed = best[..., node, :][..., node]
-        mask = _largest(fine.masked_fill(~allowed, -torch.inf), self.keep, own)
+        mask = self._best(fine.masked_fill(~allowed, -torch.inf), blocks, layout)
         return plan_of_mask(mask, blocks, blocks, layout, ~fine.isneginf())
+
+    def _best(self, scores: Tensor, blocks: Blocking, layout: TokenLayout) -> Tensor:
+        """The `keep` best of each row `[B, H, n, n]`, among them the own one and those of conditioning frames."""
+        forced = own_blocks(blocks, blocks)
+        if layout.prefix_frames:
+            forced = forced | sink_blocks(layout, blocks, 0, morton_order(layout))
+        return select_blocks(scores, TopK(count=self.keep), forced)
 
     def _nodes(self, layout: TokenLayout, blocks: Blocking) -> tuple[Blocking, Tensor]:
         """The coarse nodes, and the node of each block, int64 `[nk]`."""
@@ -80,7 +87,15 @@ class LLSA(Method):
         return self.levels == 2
 
     def complete(
-        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, call: CallContext
+        self,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan,
+        call: CallContext,
+        scale: float | None = None,
     ) -> Tensor:
         """Blocks beside selected ones, and coarse nodes without a selected block, join the softmax."""
         layout, blocks = call.layout, plan.k_blocks
@@ -92,7 +107,7 @@ class LLSA(Method):
         sizes = torch.cat([block_means(k, part, layout.valid)[1] for part in (blocks, nodes)], -1)
         free = torch.cat([opened[..., node] & ~selected, ~opened], -1)
         bias = sizes.log().unsqueeze(-2).masked_fill(~free, -torch.inf)
-        return _join(out, lse, q, means[0], means[1], bias, plan.q_blocks)
+        return _join(out, lse, q, means[0], means[1], bias, plan.q_blocks, scale)
 
 
 def _products(q: Tensor, k: Tensor, blocks: Blocking, layout: TokenLayout) -> Tensor:
@@ -101,17 +116,21 @@ def _products(q: Tensor, k: Tensor, blocks: Blocking, layout: TokenLayout) -> Te
     return (queries @ keys.transpose(-1, -2)).masked_fill(counts.unsqueeze(-2) == 0, -torch.inf)
 
 
-def _largest(scores: Tensor, keep: int, forced: Tensor) -> Tensor:
-    """The `keep` best of each row, forced ones first, bool like `scores`; ties go to the lower index."""
-    rank = scores.masked_fill(forced, torch.inf).argsort(dim=-1, descending=True, stable=True)[..., :keep]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, rank, True) & ~scores.isneginf()
-
-
-def _join(out: Tensor, lse: Tensor, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, blocks: Blocking) -> Tensor:
+def _join(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor,
+    blocks: Blocking,
+    scale: float | None,
+) -> Tensor:
     """Pooled keys `[B, H, m, D]`, with a bias per query block `[B, H, nq, m]`, into the softmax of the exact part."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     result, owner = torch.empty_like(out), blocks.block_of_token().to(q.device)
     for rows in row_groups(q.shape[2], q.shape[0] * q.shape[1] * keys.shape[2], q.device):
-        logits = q[:, :, rows].to(keys.dtype) * q.shape[-1] ** -0.5 @ keys.transpose(-1, -2) + bias[:, :, owner[rows]]
+        logits = q[:, :, rows].to(keys.dtype) * scale @ keys.transpose(-1, -2) + bias[:, :, owner[rows]]
         joint = torch.logaddexp(lse[:, :, rows].to(keys.dtype), logits.logsumexp(-1)).unsqueeze(-1)
         exact = (lse[:, :, rows].unsqueeze(-1) - joint).exp() * out[:, :, rows]
         result[:, :, rows] = (exact + (logits - joint).exp() @ values).to(out.dtype)

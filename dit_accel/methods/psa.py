@@ -114,10 +114,18 @@ class PSA(DynamicMethod):
         return True
 
     def complete(
-        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, call: CallContext
+        self,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan,
+        call: CallContext,
+        scale: float | None = None,
     ) -> Tensor:
         """One softmax over all levels."""
-        out = add_pooled_levels(out, lse, q, k, v, plan, call.layout)
+        out = add_pooled_levels(out, lse, q, k, v, plan, call.layout, scale)
         levels = getattr(plan, "levels", None)
         if levels is not None:
             call.extra_density += float(level_density(levels, plan.q_blocks, plan.k_blocks).mean())

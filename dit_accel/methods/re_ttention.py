@@ -13,6 +13,7 @@ from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import BlockSize, Density, Method, Size
 from dit_accel.methods.registry import register
 from dit_accel.plan import Blocking, BlockPlan, BoxPredicate
+from dit_accel.selection import sink_blocks
 from dit_accel.state import CallContext
 
 
@@ -45,18 +46,25 @@ class ReTtention(Method):
     ramp: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.04
 
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
-        """The window. q, k are not looked at; text attends all and is attended by all."""
-        layout = call.layout
-        blocks, size = layout.blocks(self.block), layout.frame_tokens if self.window == "frame" else layout.video
+        """The window. q, k are not looked at; text attends all, and all attend text and conditioning frames."""
+        layout, blocks = call.layout, self._blocks(call.layout)
+        size = layout.frame_tokens if self.window == "frame" else layout.video
         place = torch.zeros(layout.tokens, dtype=torch.int32)
         place[layout.video_slice()] = torch.arange(layout.video, dtype=torch.int32) % size
         reach = int(size * self.density) // 2
         is_text = torch.ones(layout.tokens, dtype=torch.bool)
         is_text[layout.video_slice()] = False
-        inside, whole = _window_blocks(blocks, layout, size, reach)
+        prefix = sink_blocks(layout, blocks, 0)
+        inside, whole = (mask | prefix for mask in _window_blocks(blocks, layout, size, reach))
         lower = (place - reach).masked_fill(is_text, -1).unsqueeze(-1)
         upper = (place + reach + 1).masked_fill(is_text, size).unsqueeze(-1)
         return BlockPlan.from_mask(inside, blocks, blocks, whole, BoxPredicate(lower, upper, place.unsqueeze(-1)))
+
+    def _blocks(self, layout: TokenLayout) -> Blocking:
+        """Runs of the raster; none holds tokens of conditioning frames and of others."""
+        leading = layout.prefix_frames * layout.frame_tokens
+        runs = [part for part in (leading, layout.video - leading) if part]
+        return layout.blocks(self.block, video=Blocking.segments(runs, self.block))
 
     @property
     def completes(self) -> bool:
@@ -64,10 +72,18 @@ class ReTtention(Method):
         return True
 
     def complete(
-        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, call: CallContext
+        self,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan,
+        call: CallContext,
+        scale: float | None = None,
     ) -> Tensor:
         """Dense at a refresh, else the window at its kept share and the kept rest."""
-        return with_history(out, lse, q, k, v, plan, call, self.period, self.ramp)
+        return with_history(out, lse, q, k, v, plan, call, self.period, self.ramp, scale)
 
 
 def _window_blocks(blocks: Blocking, layout: TokenLayout, size: int, reach: int) -> tuple[Tensor, Tensor]:

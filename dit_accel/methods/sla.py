@@ -49,10 +49,18 @@ class SLA(Composed):
         return self.projections is not None or super().completes
 
     def complete(
-        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, call: CallContext
+        self,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan,
+        call: CallContext,
+        scale: float | None = None,
     ) -> Tensor:
         """The sparse part plus the projected linear branch."""
-        out = super().complete(out, lse, q, k, v, plan, call)
+        out = super().complete(out, lse, q, k, v, plan, call, scale)
         if self.projections is None:
             return out
         layers = load_projections(self.projections)

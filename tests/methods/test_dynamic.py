@@ -62,11 +62,12 @@ def test_padding_changes_nothing_and_batch_rows_do_not_mix(name, blocks):
         torch.testing.assert_close(cases.attend(method, alone, *rows)[:, :, :length], out[item : item + 1, :, :length])
 
 
+@pytest.mark.parametrize("leading", ["sink", "conditioning"])
 @pytest.mark.parametrize("name", METHODS)
-def test_text_and_the_sink_are_kept(name):
-    layout = TokenLayout((4, 4, 8), 9, "before")
+def test_text_and_the_first_frames_are_kept(name, leading):
+    layout = TokenLayout((4, 4, 8), 9, "before", prefix_frames=int(leading == "conditioning"))
     q, k, v = cases.tensors(layout)
-    method = make(name, 16, density=0.05, sink_frames=1)
+    method = make(name, 16, density=0.05, sink_frames=int(leading == "sink"))
     order, plan = method.plan(layout, q, k, v)
     mask, (rows, columns) = plan.validate().to_mask(), method.blocks(layout)
     assert mask[..., layout.text_blocks(columns)].all()

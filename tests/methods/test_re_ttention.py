@@ -39,6 +39,22 @@ def test_the_window(window):
     assert mask[:, :7].all()
 
 
+def test_conditioning_frames_keep_their_weight_between_refreshes():
+    layout = TokenLayout((4, 3, 5), 6, "after", prefix_frames=1)
+    method = get_method("re_ttention", density=0.2, block=8, ramp=0.0)
+    mask = token_mask(method, layout)
+    assert mask[:, :15].all()
+    assert not mask[:60, 15:60].all()
+    # What changes in them since the refresh shows at once, as all attend them; elsewhere it waits for the next one.
+    q, k, v = tensors(layout)
+    call = CallContext(layout, step=5, memory={})
+    attend(method, layout, q, k, v, call=call)
+    later = v.clone()
+    later[:, :, :15] += 1
+    out = attend(method, layout, q, k, later, call=CallContext(layout, step=6, memory=call.memory))
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, later))
+
+
 def test_a_refresh_is_dense_and_the_report_can_know_it():
     method = get_method("re_ttention", density=0.2, block=8)
     q, k, v = tensors(LAYOUT)

@@ -107,6 +107,21 @@ def test_llsa_with_everything_kept_is_dense():
     torch.testing.assert_close(out, exact)
 
 
+@pytest.mark.parametrize("levels", [1, 2])
+def test_llsa_keeps_conditioning_frames_whole_beyond_its_count(levels):
+    layout = TokenLayout((4, 6, 7), 5, "after", prefix_frames=1)
+    q, k, v = tensors(layout)
+    method = get_method("llsa", block=4, keep=2, levels=levels)
+    order, plan = method.plan(layout, q, k, v)
+    owner = plan.k_blocks.block_of_token()
+    leading = owner[order.inverse[:42]].unique()
+    assert len(leading) > 2
+    assert plan.to_mask()[..., leading].all()
+    assert plan.density < 0.9
+    constant = attend(method, layout, q, k, torch.full_like(v, 3.0))
+    torch.testing.assert_close(constant, torch.full_like(constant, 3.0))
+
+
 def test_llsa_with_one_level_is_pisa_of_order_zero():
     layout = TokenLayout((2, 8, 8))
     q, k, v = tensors(layout)

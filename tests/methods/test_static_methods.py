@@ -77,10 +77,11 @@ def test_attention_is_that_of_the_token_mask(name, layout):
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
-@pytest.mark.parametrize("name", [*sorted(SMALL), "svg", "vertical_slash"])
+@pytest.mark.parametrize("name", [*sorted(SMALL), "svg", "vertical_slash", "re_ttention", "llsa"])
 def test_conditioning_frames_are_seen_by_all_and_change_nothing_else(name, frames):
     grid, leading = (5, 4, 7), frames * 28
     sampled = {"svg": {"block": 8}, "vertical_slash": {"vertical": 1, "slash": 1, "near": 0, "block": 8}}
+    sampled |= {"re_ttention": {"density": 0.2, "block": 8}, "llsa": {"block": 4, "keep": 2}}
     method = get_method(name, **{**SMALL, **sampled}[name])
     layout = TokenLayout(grid, prefix_frames=frames)
     order, plan = method.plan(layout, *tensors(layout)[:2])
@@ -89,7 +90,7 @@ def test_conditioning_frames_are_seen_by_all_and_change_nothing_else(name, frame
         place = order.validate().inverse.expand(1, mask.shape[1], -1)
         mask = torch.stack([m[at][:, at] for m, at in zip(mask[0], place[0], strict=True)])[None]
     assert mask[..., :leading].all()
-    if name in ("neighborhood", "clear", "sink_recent"):  # exact rules, of which the prefix is no part
+    if name in ("neighborhood", "clear", "sink_recent", "re_ttention"):  # exact rules, of which the prefix is no part
         assert torch.equal(mask[0, 0][:, leading:], token_mask(method, TokenLayout(grid))[:, leading:])
 
 
