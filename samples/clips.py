@@ -146,11 +146,11 @@ def _draw_shape(image: np.ndarray, shape: str, center: np.ndarray, radius: float
         x, y = (round(float(c) * scale) for c in center)
         cv2.circle(image, (x, y), round(radius * scale), color, -1, cv2.LINE_AA, _SUBPIXEL)
         return
-    points = np.round((center + radius * _outline(shape)) * scale).astype(np.int32)
+    points = np.round((center + radius * outline(shape)) * scale).astype(np.int32)
     cv2.fillPoly(image, [points], color, cv2.LINE_AA, _SUBPIXEL)
 
 
-def _outline(shape: str) -> np.ndarray:
+def outline(shape: str) -> np.ndarray:
     """Corners of a shape of radius 1, `[n, 2]`."""
     if shape == "square":
         return np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * 0.85

@@ -22,8 +22,11 @@ from dit_accel.pipelines.streaming import StreamingWanPipeline
 from dit_accel.pipelines.streaming.attention import DenseContext
 from dit_accel.pipelines.streaming.memory import CompressedMemory
 from dit_accel.report import environment
-from dit_accel.samples.clips import Scene, caption, draw_scene
-from dit_accel.samples.evaluate_tiny_wan import describe
+from dit_accel.samples.held_out import Task, held_out_tasks
+from dit_accel.samples.judge import describe
+from dit_accel.samples.repertoire import BASIC, repertoire_of
+from dit_accel.samples.scenes.draw import Canvas
+from dit_accel.samples.scenes.judge import things_of
 from dit_accel.streaming import StreamSettings
 
 IDENTITY = ("color", "shape")
@@ -37,7 +40,8 @@ class Variant:
         name: for the table.
         settings: of the stream.
         policy: attention to what a chunk sees. Default: what the settings name.
-        found: per prompt and chunk, what `describe` says.
+        look: what a chunk (uint8 `[T, H, W, 3]`) shows. Default: one object of the basic repertoire.
+        found: per prompt and chunk, what `look` says.
         cache_bytes: of all branches, after the last chunk.
         seconds: per chunk, denoised and decoded.
     """
@@ -45,6 +49,7 @@ class Variant:
     name: str
     settings: StreamSettings
     policy: Callable[[], DenseContext] | None = None
+    look: Callable[[np.ndarray], dict[str, str]] = describe
     found: list[list[dict[str, str]]] = field(default_factory=list)
     cache_bytes: int = 0
     seconds: list[float] = field(default_factory=list)
@@ -54,16 +59,16 @@ class Variant:
         stream = pipe.stream(prompt, seed=seed, num_chunks=chunks, settings=self.settings, policy=self.policy)
         shown = []
         for chunk in stream:
-            shown.append(describe(np.round(chunk.frames * 255).astype(np.uint8)))
+            shown.append(self.look(np.round(chunk.frames * 255).astype(np.uint8)))
             self.seconds.append(chunk.denoise + chunk.decode)
         self.cache_bytes = stream.driver.bytes
         self.found.append(shown)
         return shown
 
-    def row(self, scenes: Sequence[Scene], marks: Sequence[int]) -> list[str]:
+    def row(self, tasks: Sequence[Task], marks: Sequence[int]) -> list[str]:
         """Cells of the table: what the first chunk follows, and what is kept at each mark (see `kept`)."""
-        pairs = list(zip(self.found, scenes, strict=True))
-        cells = [share([shown[0][name] == getattr(scene, name) for shown, scene in pairs]) for name in IDENTITY]
+        pairs = list(zip(self.found, tasks, strict=True))
+        cells = [share([shown[0][name] == getattr(task, name) for shown, task in pairs]) for name in IDENTITY]
         for mark in marks:
             for names in (IDENTITY, *((name,) for name in IDENTITY)):
                 cells.append(share([kept(shown, mark, names) for shown in self.found]))
@@ -74,7 +79,7 @@ def kept(found: Sequence[dict[str, str]], mark: int, names: Sequence[str] = IDEN
     """Whether the stream still shows what its first chunk shows.
 
     Args:
-        found: what `describe` says of each chunk.
+        found: what `Variant.look` says of each chunk.
         mark: up to 8, all of the first `mark` chunks must agree; beyond, more than half of the last 8 up to it.
         names: criteria that must agree.
 
@@ -118,12 +123,12 @@ def with_compressed_past(
     return Variant(name, shorter, lambda: CompressedMemory(tile, entries))
 
 
-def table(variants: Sequence[Variant], scenes: Sequence[Scene], marks: Sequence[int]) -> list[str]:
+def table(variants: Sequence[Variant], tasks: Sequence[Task], marks: Sequence[int]) -> list[str]:
     """Lines of Markdown."""
     head = ["stream", "MiB", "s per chunk", "first: colour", "first: shape"]
     for mark in marks:
         head += [f"{what} at {mark}" for what in ("both", "colour", "shape")]
-    rows = [variant.row(scenes, marks) for variant in variants]
+    rows = [variant.row(tasks, marks) for variant in variants]
     return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
@@ -150,11 +155,14 @@ def main(given: Sequence[str] | None = None) -> None:
         patch = pipe.transformer.config.patch_size
         tokens = (grid[0] // patch[1], grid[1] // patch[2])
         variants.append(with_compressed_past(settings, pipe.transformer, tokens, (arguments.tile, arguments.tile)))
-    rng, scenes = np.random.default_rng(arguments.seed + 99), []
-    marks = sorted(arguments.marks)
-    for number in range(arguments.num_prompts):
-        scenes.append(draw_scene(rng, held_out=True))
-        text = caption(scenes[-1], rng)
+    marks, repertoire = sorted(arguments.marks), repertoire_of(pipe.tokenizer)
+    size = pipe.preset.generation
+    canvas = Canvas(size.num_frames, size.height, size.width, endless=True)
+    tasks = held_out_tasks(repertoire, arguments.num_prompts, canvas, arguments.seed + 99)
+    for variant in variants:
+        variant.look = describe if repertoire is BASIC else things_of
+    for number, task in enumerate(tasks):
+        text = task.text
         for variant in variants:
             shown = variant.watch(pipe, text, arguments.seed + number, marks[-1])
             seen = [f"{chunk['color']} {chunk['shape']}" for chunk in shown]
@@ -162,7 +170,7 @@ def main(given: Sequence[str] | None = None) -> None:
     print(", ".join(f"{name} {value}" for name, value in environment().items()), time.strftime("%Y-%m-%d"))
     steps = f"{len(settings.steps)} steps ({settings.sampler}), guidance {settings.guidance_scale:g}"
     print(f"preset {pipe.preset.name}, chunks of {settings.chunk} latent frames, {steps}")
-    print("\n".join(table(variants, scenes, marks)))
+    print("\n".join(table(variants, tasks, marks)))
     if arguments.output is not None:
         rows = {variant.name: variant.found for variant in variants}
         arguments.output.write_text(json.dumps({"environment": environment(), "found": rows}, indent=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -11,14 +12,14 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315  # coefficients of the quintic iteration
 
 
 def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
-    """Nearly the closest semi-orthogonal matrix to `update` `[rows, columns]`."""
-    x = update / (update.norm() + 1e-7)
-    is_tall = x.shape[0] > x.shape[1]
-    x = x.T if is_tall else x
+    """Nearly the closest semi-orthogonal matrix to each of `update` `[..., rows, columns]`."""
+    x = update / (update.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if is_tall else x
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return x.T if is_tall else x
+    return x.mT if is_tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -29,6 +30,7 @@ class Muon(torch.optim.Optimizer):
         lr: step size. Default 0.02.
         momentum: default 0.95.
         weight_decay: share of a weight that goes per unit of lr. Default 0.
+        is_stacked: orthogonalise weights of one shape together: a GPU waits for launches otherwise. Default False.
     """
 
     def __init__(
@@ -37,23 +39,35 @@ class Muon(torch.optim.Optimizer):
         lr: float = 0.02,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        is_stacked: bool = False,
     ) -> None:
+        self.is_stacked = is_stacked
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all weights that have a gradient."""
         for group in self.param_groups:
-            for weight in (p for p in group["params"] if p.grad is not None):
-                state = self.state[weight]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(weight)
-                state["momentum"].mul_(group["momentum"]).add_(weight.grad)
-                update = weight.grad.add(state["momentum"], alpha=group["momentum"]).flatten(1)
-                rows, columns = update.shape
-                scale = max(1.0, rows / columns) ** 0.5
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(orthogonalize(update).view_as(weight), alpha=-group["lr"] * scale)
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            stacks: dict[object, list[nn.Parameter]] = defaultdict(list)
+            for number, weight in enumerate(weights):
+                stacks[weight.flatten(1).shape if self.is_stacked else number].append(weight)
+            for stack in stacks.values():
+                updates = orthogonalize(torch.stack([self._accumulate(weight, group["momentum"]) for weight in stack]))
+                for weight, update in zip(stack, updates, strict=True):
+                    rows, columns = update.shape
+                    scale = max(1.0, rows / columns) ** 0.5
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.add_(update.view_as(weight), alpha=-group["lr"] * scale)
+
+    def _accumulate(self, weight: nn.Parameter, momentum: float) -> Tensor:
+        """Take the gradient into the momentum of a weight; what both say together, as a matrix."""
+        assert weight.grad is not None
+        state = self.state[weight]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(weight)
+        state["momentum"].mul_(momentum).add_(weight.grad)
+        return weight.grad.add(state["momentum"], alpha=momentum).flatten(1)
 
 
 def split_parameters(model: nn.Module, skip: tuple[str, ...] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -177,13 +177,13 @@ class CausalTeacher:
         if torch.rand(()) < _ROUGH_SHARE:
             past = self.remake(excerpt.past(), past, text)
         learnt = chunks[:, given:]
-        level = draw_levels(batch * (entries - given), self.shift).view(batch, -1)
+        level = draw_levels(batch * (entries - given), self.shift).view(batch, -1).to(latents.device)
         noise = torch.randn_like(learnt)
         levels = torch.cat([level.new_zeros(batch, given), level], dim=1)
         noisy = mix(learnt, noise, level)
         predicted = self.velocity(excerpt, torch.cat([past, noisy], dim=1), levels, text)[:, given:]
         where = excerpt.cut(objects, 1)[:, given:]
-        return velocity_error(*(x.flatten(0, 1) for x in (predicted, noise - learnt, where)))
+        return velocity_error(*(x.flatten(0, 1) for x in (predicted.float(), noise - learnt, where)))
 
     @torch.no_grad()
     def remake(self, excerpt: Excerpt, past: Tensor, text: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class CausalTeacher:
         and shape from the sink and only place and motion from the rest. Noise levels are drawn chunk by chunk, as in
         diffusion forcing (arXiv 2407.01392).
         """
-        levels = _ROUGH_LEVEL * torch.rand(past.shape[:2])
+        levels = _ROUGH_LEVEL * torch.rand(past.shape[:2]).to(past.device)
         levels[:, 0] = 0
         noisy = mix(past, torch.randn_like(past), levels)
         return noisy - _spread(levels) * self.velocity(excerpt, noisy, levels, text)

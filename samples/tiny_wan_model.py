@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from dit_accel.samples.clips import vocabulary
+from dit_accel.samples.repertoire import BASIC, Repertoire
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class TinyWanSizes:
         heads, head_dim, layers, ffn_dim: of the transformer.
         latent_channels: channels of the autoencoder's latents.
         vae_dim: base width of the autoencoder.
+        vae_blocks: residual blocks of each of its stages.
         text_dim, text_layers: width and depth of the text encoder.
         flow_shift: shift of the noise schedule, in training and in sampling.
     """
@@ -31,6 +32,7 @@ class TinyWanSizes:
     ffn_dim: int = 512
     latent_channels: int = 8
     vae_dim: int = 32
+    vae_blocks: int = 1
     text_dim: int = 128
     text_layers: int = 2
     flow_shift: float = 3.0
@@ -44,7 +46,7 @@ def make_vae(sizes: TinyWanSizes, mean: list[float] | None = None, std: list[flo
         decoder_base_dim=sizes.vae_dim,
         z_dim=channels,
         dim_mult=[2, 2],
-        num_res_blocks=1,
+        num_res_blocks=sizes.vae_blocks,
         attn_scales=[],
         temperal_downsample=[True],
         latents_mean=mean or [0.0] * channels,
@@ -93,9 +95,9 @@ def make_text_encoder(sizes: TinyWanSizes, tokenizer: PreTrainedTokenizerFast) -
     return UMT5EncoderModel(config)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Lower-case words; a word that no caption holds is unknown; every text ends in `</s>`."""
-    words = ["<pad>", "</s>", "<unk>", *vocabulary()]
+def make_tokenizer(repertoire: Repertoire = BASIC) -> PreTrainedTokenizerFast:
+    """Lower-case words; a word that no caption of the repertoire holds is unknown; every text ends in `</s>`."""
+    words = ["<pad>", "</s>", "<unk>", *repertoire.vocabulary]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

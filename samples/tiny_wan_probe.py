@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dit_accel.samples.clips import BACKGROUNDS, COLORS, SHAPES
+from dit_accel.samples.repertoire import BASIC, SHAPE_MEANINGS, Repertoire
 
 _PROBED_LAYERS = 3
 _WEIGHTS, _FADE = (1.0, 0.1), (0.25, 0.35)  # of its loss at first and later; shares of the steps between which it fades
@@ -29,11 +27,19 @@ class Probe(nn.Module):
         model: the transformer; it is hooked.
         grid: latent frames, rows and columns of whole clips.
         layers: how many of the first layers are probed.
+        repertoire: what captions can mean. Default: `BASIC`.
     """
 
-    def __init__(self, model: WanTransformer3DModel, grid: tuple[int, int, int], layers: int = _PROBED_LAYERS) -> None:
+    def __init__(
+        self,
+        model: WanTransformer3DModel,
+        grid: tuple[int, int, int],
+        layers: int = _PROBED_LAYERS,
+        repertoire: Repertoire = BASIC,
+    ) -> None:
         super().__init__()
-        self.sizes = (*grid, len(MEANINGS), 1)
+        self.meanings = repertoire.meanings
+        self.sizes = (*grid, len(self.meanings), 1)
         width = model.config.num_attention_heads * model.config.attention_head_dim
         heads = (nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(self.sizes))) for _ in range(layers))
         self.heads = nn.ModuleList(heads)
@@ -53,15 +59,18 @@ class Probe(nn.Module):
             objects: where the object is, bool `[B, T, H, W]`.
         """
         _, rows, columns = self.sizes[:3]
-        places = torch.cartesian_prod(frames, torch.arange(rows), torch.arange(columns)).unbind(-1)
-        words = torch.tensor([[float(is_said(caption)) for is_said in MEANINGS] for caption in captions])
-        weight = torch.tensor([1.0] * (len(MEANINGS) - len(SHAPES)) + [_SHAPE_WEIGHT] * len(SHAPES))
+        device = objects.device
+        places = torch.cartesian_prod(frames, torch.arange(rows), torch.arange(columns)).to(device).unbind(-1)
+        words = torch.tensor([[float(is_said(caption)) for is_said in self.meanings] for caption in captions])
+        words = words.to(device)
+        weight = [_SHAPE_WEIGHT if is_said in SHAPE_MEANINGS else 1.0 for is_said in self.meanings]
+        heavy = torch.tensor(weight, device=device)
         losses = []
         for index, head in enumerate(self.heads):
             *where, said, there = head(self._hidden.pop(index)).split(self.sizes, dim=-1)
             for guess, at in zip(where, places, strict=True):
                 losses.append(F.cross_entropy(guess.flatten(0, 1), at.repeat(len(guess))))
-            losses.append(10 * F.binary_cross_entropy_with_logits(said, words[:, None].expand_as(said), weight))
+            losses.append(10 * F.binary_cross_entropy_with_logits(said, words[:, None].expand_as(said), heavy))
             mask = objects.flatten(1).unsqueeze(-1).float()
             losses.append(10 * F.binary_cross_entropy_with_logits(there, mask))
         return torch.stack(losses).mean()
@@ -74,14 +83,3 @@ def probe_weight(done: float) -> float:
     """
     (begin, end), (high, low) = _FADE, _WEIGHTS
     return high + (low - high) * min(1.0, max(0.0, (done - begin) / (end - begin)))
-
-
-def _says(*beginnings: str) -> Callable[[str], bool]:
-    return lambda caption: any(word.startswith(beginnings) for word in caption.split())
-
-
-# What captions can mean, each as a test of a caption.
-MEANINGS = [
-    *(_says(name) for name in (*COLORS, *BACKGROUNDS, "left", "right", "up", "down")),
-    *(_says(*names) for names in SHAPES.values()),
-]

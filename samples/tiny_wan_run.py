@@ -1,25 +1,69 @@
-"""A training run that survives a kill: optimisers, averaged weights, checkpoint and log."""
+"""A training run that survives a kill: optimisers, averaged weights, checkpoint, clock and log."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_SAVE_EVERY = 200
+from dit_accel.samples.tiny_wan_recipes import Pace
+
 _LOG_EVERY = 50
+
+
+class OutOfTime(Exception):
+    """The time of this call is over before the training is; its state is saved."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and for how long a training runs.
+
+    Args:
+        work: folder of checkpoints and logs.
+        device: of the training. Default: cpu.
+        is_half: whether passes run in bfloat16 where autocast allows it.
+        deadline: `time.monotonic()` at which to save and stop. Default: never.
+    """
+
+    work: Path
+    device: str = "cpu"
+    is_half: bool = False
+    deadline: float = math.inf
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether launches cost more than arithmetic."""
+        return torch.device(self.device).type != "cpu"
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """For the passes of a step."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.is_half)
+
+    def check_time(self, what: str) -> None:
+        """Stop if the time is over.
+
+        Raises:
+            OutOfTime: it is; names `what` was not finished.
+        """
+        if time.monotonic() >= self.deadline:
+            raise OutOfTime(f"{what} is not finished; run the same command again to go on")
 
 
 class TrainingRun:
     """Weights in training; a checkpoint that exists is taken over.
 
     Args:
-        checkpoint: file of the state, written under another name and renamed when complete.
+        place: where to run.
+        name: of the checkpoint's file in the work folder, written under another name and renamed when complete.
         model: what is trained, and averaged.
         optimizers: with the largest learning rate of each.
         ema: share of the old average that a step keeps, once there are enough steps.
@@ -29,32 +73,59 @@ class TrainingRun:
 
     def __init__(
         self,
-        checkpoint: Path,
+        place: Place,
+        name: str,
         model: nn.Module,
         optimizers: list[tuple[torch.optim.Optimizer, float]],
         ema: float,
         others: Mapping[str, nn.Module] | None = None,
-        save_every: int = _SAVE_EVERY,
+        save_every: int = 200,
     ) -> None:
-        self.checkpoint, self.model, self.optimizers, self.ema = checkpoint, model, optimizers, ema
+        self.place, self.model, self.optimizers, self.ema = place, model, optimizers, ema
+        self.checkpoint = place.work / f"{name}_checkpoint.pt"
         self.others, self.save_every = dict(others or {}), save_every
         self.average = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        self.first, self._begun, self._smooth = 0, time.time(), 1.0
-        if checkpoint.exists():
-            self._load(torch.load(checkpoint, weights_only=True))
+        self.first, self._begun, self._before, self._smooth = 0, time.monotonic(), 0.0, 1.0
+        if self.checkpoint.exists():
+            self._load(torch.load(self.checkpoint, weights_only=True, map_location=place.device))
         torch.manual_seed(self.first)  # a resumed run must not draw the batches of its first steps again
 
     def _load(self, state: dict[str, Any]) -> None:
-        self.first, self.average = state["step"], state["average"]
+        self.first, self.average, self._before = state["step"], state["average"], state.get("seconds", 0.0)
         self.model.load_state_dict(state["model"])
         for name, module in self.others.items():
             module.load_state_dict(state[name])
         for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
-    def update(self, step: int, steps: int) -> None:
-        """Step the optimisers, warm-up and linear decay over `steps`, and the average; clear the gradients."""
-        rate = min(1.0, (step + 1) / 50) * min(1.0, 0.02 + 1.6 * (1 - step / steps))
+    @property
+    def seconds(self) -> float:
+        """Of training so far, those before a kill counted in as far as they were saved."""
+        return self._before + time.monotonic() - self._begun
+
+    def steps(self, pace: Pace, export: Callable[[], None] | None = None) -> Iterator[tuple[int, float]]:
+        """Numbers of the steps still to do, each with the share of the training that is done before it.
+
+        Between steps it calls `export` and saves the state now and then, at the end, and when the time is over.
+
+        Raises:
+            OutOfTime: the time of this call is over.
+        """
+        step = self.first
+        done = pace.done(step, self.seconds)
+        while done < 1:
+            yield step, done
+            step += 1
+            done, is_late = pace.done(step, self.seconds), time.monotonic() >= self.place.deadline
+            if done >= 1 or is_late or step % self.save_every == 0:
+                if export is not None:
+                    export()  # first: a run killed in between does some steps again, and misses no export
+                self._save(step)
+            if done < 1 and is_late:
+                raise OutOfTime(f"step {step} of {self.checkpoint}; run the same command again to go on")
+
+    def update(self, step: int, rate: float) -> None:
+        """Step the optimisers at a share `rate` of their learning rates, and the average; clear the gradients."""
         for optimizer, lr in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * rate
@@ -65,24 +136,30 @@ class TrainingRun:
             mean = self.average[name]
             mean.lerp_(value, 1 - decay) if value.is_floating_point() else mean.copy_(value)
 
-    def log(self, stage: str, step: int, steps: int, loss: Tensor, more: str = "") -> None:
+    def log(self, stage: str, step: int, done: float, loss: Tensor, more: str = "") -> None:
         """Print the smoothed loss now and then."""
         self._smooth += 0.01 * (loss.item() - self._smooth)
         if step % _LOG_EVERY == 0:
-            told = f"loss {self._smooth:.4f} {more} {time.time() - self._begun:.0f} s"
-            print(f"{stage} step {step}/{steps} {told}", flush=True)
+            told = f"loss {self._smooth:.4f} {more} {self.seconds:.0f} s"
+            print(f"{stage} step {step} ({done:.1%}) {told}", flush=True)
 
-    def is_due(self, step: int, steps: int) -> bool:
-        """Whether to save and export after this step."""
-        return step % self.save_every == self.save_every - 1 or step == steps - 1
-
-    def save(self, step: int) -> None:
-        """Write the checkpoint."""
+    def _save(self, step: int) -> None:
         saved = [optimizer.state_dict() for optimizer, _ in self.optimizers]
-        state = {"step": step + 1, "model": self.model.state_dict(), "average": self.average, "optimizers": saved}
+        state = {"step": step, "model": self.model.state_dict(), "average": self.average, "optimizers": saved}
+        state |= {"seconds": self.seconds}
         state |= {name: module.state_dict() for name, module in self.others.items()}
         torch.save(state, self.checkpoint.with_suffix(".tmp"))
         self.checkpoint.with_suffix(".tmp").rename(self.checkpoint)
+
+
+def linear_rate(step: int, done: float) -> float:
+    """Warm-up, full speed for 40 %, and then a straight way down to 2 %."""
+    return min(1.0, (step + 1) / 50) * min(1.0, 0.02 + 1.6 * (1 - done))
+
+
+def cosine_rate(step: int, done: float) -> float:
+    """Warm-up, and then half a cosine down to 0.5 %."""
+    return min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * done)) + 0.005
 
 
 def replace_parts(fresh: Path, output: Path) -> None:

@@ -8,25 +8,21 @@ import time
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dit_accel.samples.clips import captioned_clips
 from dit_accel.samples.muon import Muon, split_parameters
+from dit_accel.samples.repertoire import BASIC, Repertoire
+from dit_accel.samples.scenes.draw import Canvas
 from dit_accel.samples.tiny_wan_model import TinyWanSizes, make_vae
+from dit_accel.samples.tiny_wan_recipes import Recipe, VaeRecipe
+from dit_accel.samples.tiny_wan_run import Place, TrainingRun, cosine_rate
 
-if TYPE_CHECKING:
-    from dit_accel.samples.train_tiny_wan import Canvas
-
-_SAVE_EVERY = 200
 _HELD_OUT_SEED = 10_000_019
-# Clip sizes of the autoencoder's steps, in turn: (frames, side, batch). Single frames are cheap and teach colour.
-_CROPS = ((1, 48, 16), (9, 48, 4), (5, 48, 4))
+_JITTER = 0.02  # noise on the latents while the decoder learns
 
 
 @dataclass(frozen=True)
@@ -44,108 +40,131 @@ class Bank:
     captions: list[str]
 
 
-def to_pixels(clips: list[np.ndarray]) -> Tensor:
-    """uint8 clips `[T, H, W, 3]` to a batch in [-1, 1], `[B, 3, T, H, W]`."""
-    return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+def train_vae(place: Place, recipe: Recipe, seed: int) -> AutoencoderKLWan:
+    """Train (or resume, or load) the autoencoder and measure its latent statistics.
 
-
-def train_vae(work: Path, sizes: TinyWanSizes, steps: int, seed: int) -> AutoencoderKLWan:
-    """Train (or resume, or load) the autoencoder and measure its latent statistics."""
-    finished = work / "vae.json"
+    Raises:
+        OutOfTime: the time of this call is over; the next goes on.
+    """
+    finished, weights = place.work / "vae.json", place.work / "vae.safetensors"
     if finished.exists():
-        statistics = json.loads(finished.read_text())
-        vae = make_vae(sizes, statistics["mean"], statistics["std"])
-        vae.load_state_dict(load_file(work / "vae.safetensors"))
-        return vae.eval()
-    vae = make_vae(sizes)
-    _fit_vae(vae, work, steps, seed)
+        return load_vae(place.work, recipe.sizes).to(place.device).eval()
+    vae = make_vae(recipe.sizes).to(place.device)
+    steps = _fit_vae(vae, place, recipe, seed)
     vae.eval()
-    mean, std = _latent_statistics(vae, seed)
-    psnr = reconstruction_psnr(vae)
+    mean, std = _latent_statistics(vae, recipe.repertoire, seed)
+    psnr = reconstruction_psnr(vae, repertoire=recipe.repertoire)
     print(f"autoencoder: held-out PSNR {psnr:.2f} dB", flush=True)
-    save_file(vae.state_dict(), work / "vae.safetensors")
+    save_file({name: value.cpu() for name, value in vae.state_dict().items()}, weights)
     finished.write_text(json.dumps({"mean": mean, "std": std, "steps": steps, "held_out_psnr": psnr}))
-    return train_vae(work, sizes, steps, seed)
+    return train_vae(place, recipe, seed)
 
 
-def _fit_vae(vae: AutoencoderKLWan, work: Path, steps: int, seed: int) -> None:
+def load_vae(work: Path, sizes: TinyWanSizes) -> AutoencoderKLWan:
+    """The finished autoencoder of a work folder."""
+    statistics = json.loads((work / "vae.json").read_text())
+    vae = make_vae(sizes, statistics["mean"], statistics["std"])
+    vae.load_state_dict(load_file(work / "vae.safetensors"))
+    return vae
+
+
+def _fit_vae(vae: AutoencoderKLWan, place: Place, recipe: Recipe, seed: int) -> int:
+    """Train; the averaged weights end in `vae`. The number of steps that took."""
+    settings: VaeRecipe = recipe.vae
     hidden, rest = split_parameters(vae, skip=("conv_in", "conv_out", "quant_conv", "gamma"))
-    optimizers = [(Muon(hidden), 0.02), (torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0), 2e-3)]
-    checkpoint, begun, first = work / "vae_checkpoint.pt", time.time(), 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        first = state["step"]
-        vae.load_state_dict(state["model"])
-        for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-    streams = [captioned_clips(seed + 1000 * first + i, f, s, s) for i, (f, s, _) in enumerate(_CROPS)]
-    for step in range(first, steps):
-        rate = min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 0.005
-        crop = step % len(_CROPS)
-        pixels = to_pixels([clip for clip, *_ in islice(streams[crop], _CROPS[crop][2])])
-        mean = vae.encode(pixels).latent_dist.mean
-        decoded = vae.decode(mean + 0.02 * torch.randn_like(mean)).sample
-        error = decoded - pixels
-        loss = error.abs().mean() + error.square().mean() + 1e-5 * mean.square().mean()
+    optimizers = [
+        (Muon(hidden, is_stacked=place.is_gpu), 0.02),
+        (torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0), 2e-3),
+    ]
+    run = TrainingRun(place, "vae", vae, optimizers, settings.ema, save_every=settings.save_every)
+    streams = [
+        recipe.repertoire.batches(
+            seed + 1000 * run.first + number,
+            Canvas(crop.frames, crop.side, crop.side),
+            crop.batch,
+            device=place.device,
+            workers=recipe.workers // len(settings.crops),
+        )
+        for number, crop in enumerate(settings.crops)
+    ]
+    step = run.first
+    for step, done in run.steps(settings.pace):
+        pixels = next(streams[step % len(streams)]).pixels
+        with place.precision():
+            mean = vae.encode(pixels).latent_dist.mean
+            decoded = vae.decode(mean + _JITTER * torch.randn_like(mean)).sample
+        loss = reconstruction_loss(decoded.float(), pixels, settings.edge_weight) + 1e-5 * mean.float().square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
-        for optimizer, lr in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * rate
-            optimizer.step()
-            optimizer.zero_grad()
-        if step % 50 == 0:
-            print(f"autoencoder step {step}/{steps} loss {loss.item():.4f} {time.time() - begun:.0f} s", flush=True)
-        if step % _SAVE_EVERY == _SAVE_EVERY - 1:
-            saved = [optimizer.state_dict() for optimizer, _ in optimizers]
-            _save(checkpoint, {"step": step + 1, "model": vae.state_dict(), "optimizers": saved})
+        run.update(step, cosine_rate(step, done))
+        run.log("autoencoder", step, done, loss)
+    vae.load_state_dict(run.average)
+    return step + 1
 
 
-def _save(path: Path, state: dict[str, object]) -> None:
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").rename(path)
+def reconstruction_loss(decoded: Tensor, pixels: Tensor, edge_weight: float) -> Tensor:
+    """Absolute and squared error of clips `[B, 3, T, H, W]`, and the absolute one of their edges.
+
+    Args:
+        decoded, pixels: in [-1, 1].
+        edge_weight: of the error of differences between neighbouring pixels: mean errors alone leave edges blurred, and
+            edges are what tells one shape from another.
+    """
+    error = decoded - pixels
+    loss = error.abs().mean() + error.square().mean()
+    if edge_weight:
+        loss = loss + edge_weight * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
+    return loss
 
 
 @torch.no_grad()
-def _latent_statistics(vae: AutoencoderKLWan, seed: int) -> tuple[list[float], list[float]]:
-    clips = [clip for clip, *_ in islice(captioned_clips(seed + 1, 9, 48, 48), 64)]
-    latents = torch.cat([vae.encode(to_pixels(clips[i : i + 8])).latent_dist.mean for i in range(0, 64, 8)])
+def _latent_statistics(vae: AutoencoderKLWan, repertoire: Repertoire, seed: int) -> tuple[list[float], list[float]]:
+    stream = repertoire.batches(seed + 1, Canvas(9, 48, 48), 8, device=vae.device)
+    latents = torch.cat([vae.encode(drawn.pixels).latent_dist.mean for drawn in islice(stream, 8)])
     channels = latents.transpose(0, 1).flatten(1)
     return channels.mean(1).tolist(), channels.std(1).tolist()
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: AutoencoderKLWan, clips: int = 16) -> float:
+def reconstruction_psnr(vae: AutoencoderKLWan, clips: int = 16, repertoire: Repertoire = BASIC) -> float:
     """Mean PSNR in dB over clips of held-out combinations, 9 frames of 48 x 48."""
     values = []
-    for clip, *_ in islice(captioned_clips(_HELD_OUT_SEED, 9, 48, 48, held_out=True), clips):
-        pixels = to_pixels([clip])
-        decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
-        values.append(-10 * math.log10(((decoded - pixels) / 2).square().mean().item()))
+    stream = repertoire.batches(_HELD_OUT_SEED, Canvas(9, 48, 48), 1, held_out=True, device=vae.device)
+    for drawn in islice(stream, clips):
+        decoded = vae.decode(vae.encode(drawn.pixels).latent_dist.mean).sample.clamp(-1, 1)
+        values.append(-10 * math.log10(((decoded - drawn.pixels) / 2).square().mean().item()))
     return sum(values) / len(values)
 
 
 @torch.no_grad()
-def encode_bank(work: Path, vae: AutoencoderKLWan, canvas: Canvas, seed: int) -> Bank:
-    """Encode `canvas.clips` clips once, so that training steps do not pay for the autoencoder."""
-    name = f"bank_{canvas.frames}x{canvas.height}x{canvas.width}_{canvas.clips}" + "_bounces" * canvas.bounces
-    tensors, texts = work / f"{name}.safetensors", work / f"{name}.json"
+def encode_bank(
+    place: Place, vae: AutoencoderKLWan, recipe: Recipe, canvas: Canvas, clips: int, batch: int, seed: int
+) -> Bank:
+    """Encode `clips` clips once, `batch` at a time, so that training steps do not pay for the autoencoder."""
+    name = f"bank_{canvas.frames}x{canvas.height}x{canvas.width}_{clips}" + "_bounces" * canvas.endless
+    tensors, texts = place.work / f"{name}.safetensors", place.work / f"{name}.json"
     if not texts.exists():
-        begun = time.time()
-        mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
-        std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-        size = (canvas.frames, canvas.height, canvas.width)
-        stream = captioned_clips(seed + 7919 * canvas.frames, *size, bounces=canvas.bounces)
+        begun = time.monotonic()
+        mean, std = (
+            torch.tensor(values, device=vae.device).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        stream = recipe.repertoire.batches(
+            seed + 7919 * canvas.frames, canvas, batch, device=vae.device, workers=recipe.workers
+        )
         latents, objects, captions = [], [], []
-        for first in range(0, canvas.clips, 8):
-            clips, words, masks = zip(*islice(stream, min(8, canvas.clips - first)), strict=True)
-            latents.append(((vae.encode(to_pixels(list(clips))).latent_dist.mean - mean) / std).half())
-            objects.append(_to_latent_grid(torch.from_numpy(np.stack(masks)), vae))
-            captions += words
-        save_file({"latents": torch.cat(latents), "objects": torch.cat(objects)}, tensors)
-        texts.write_text(json.dumps(captions))
-        print(f"bank {name}: {time.time() - begun:.0f} s", flush=True)
-    stored = load_file(tensors)
+        for drawn in islice(stream, -(-clips // batch)):
+            place.check_time(f"bank {name}")
+            with place.precision():
+                encoded = vae.encode(drawn.pixels).latent_dist.mean
+            latents.append(((encoded.float() - mean) / std).half().cpu())
+            objects.append(_to_latent_grid(drawn.objects, vae).cpu())
+            captions += drawn.captions
+        encoded_bank = {"latents": torch.cat(latents)[:clips], "objects": torch.cat(objects)[:clips]}
+        save_file({part: values.contiguous() for part, values in encoded_bank.items()}, tensors)
+        texts.write_text(json.dumps(captions[:clips]))
+        print(f"bank {name}: {time.monotonic() - begun:.0f} s", flush=True)
+    stored = load_file(tensors, device=place.device)
     return Bank(stored["latents"], stored["objects"], json.loads(texts.read_text()))
 
 

@@ -1,81 +1,78 @@
 """Train the small Wan pipeline from nothing: `python samples/train_tiny_wan.py --work work/tiny-wan`.
 
 Stages: autoencoder, bank of encoded clips, transformer with its text encoder, export. A killed run resumes from the
-work folder; a finished stage is not run again.
+work folder; a finished stage is not run again. On a GPU `--size full --device cuda` makes the full model; where a GPU
+is lent for minutes at a time, `--max-minutes 9` saves and stops with status 75 until everything is done.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from dit_accel.samples.tiny_wan_flow import train_transformer
-from dit_accel.samples.tiny_wan_model import TinyWanSizes
+from dit_accel.samples.tiny_wan_recipes import RECIPES, Pace, Recipe
+from dit_accel.samples.tiny_wan_run import OutOfTime, Place
 from dit_accel.samples.tiny_wan_vae import encode_bank, train_vae
 
+UNFINISHED = 75  # exit status: the time is over, the work is not
 
-@dataclass(frozen=True)
-class Canvas:
-    """Size and number of the training clips.
 
-    Args:
-        frames, height, width: pixels; frames is odd.
-        clips: how many are encoded into the bank.
-        bounces: whether the edges throw the object back, see `clips.render`. Default: its path ends before them.
+def run_stages(place: Place, output: Path, recipe: Recipe, seed: int) -> None:
+    """All stages that are not finished yet.
+
+    Raises:
+        OutOfTime: the time of this call is over; the next goes on.
     """
-
-    frames: int
-    height: int
-    width: int
-    clips: int
-    bounces: bool = False
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One kind of training step.
-
-    Args:
-        latent_frames: how many latent frames of each clip, at their true places in time: the first, the last, and
-            others at random. Few frames of a whole clip teach its motion at a fraction of its tokens; the ends are
-            always there because rotary positions are relative and nothing else would say when a frame is.
-        batch: clips per step.
-        shares: how often a step is of this kind, in each phase of the training.
-    """
-
-    latent_frames: int
-    batch: int
-    shares: tuple[float, float, float]
+    flow = recipe.flow
+    vae = train_vae(place, recipe, seed)
+    place.check_time("the bank of clips")
+    bank = encode_bank(place, vae, recipe, flow.canvas, flow.clips, flow.encode_batch, seed)
+    train_transformer(place, output, recipe, bank, seed)
 
 
-CANVAS = Canvas(33, 64, 64, clips=1600)
-DRAWS = (
-    Draw(latent_frames=2, batch=9, shares=(0.50, 0.25, 0.10)),
-    Draw(latent_frames=3, batch=6, shares=(0.40, 0.25, 0.20)),
-    Draw(latent_frames=5, batch=3, shares=(0.10, 0.20, 0.20)),
-    Draw(latent_frames=9, batch=2, shares=(0.00, 0.20, 0.25)),
-    Draw(latent_frames=17, batch=1, shares=(0.00, 0.10, 0.25)),
-)
-
-
-def main() -> None:
-    """Run all stages that are not finished yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("work/tiny-wan"), help="folder of checkpoints and logs")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny-wan", help="folder of the result")
-    parser.add_argument("--vae-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=4000, help="steps of the transformer")
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Options that say where and for how long a training runs, see `read_place`."""
+    parser.add_argument("--device", default="cpu", help="where PyTorch computes: cpu or cuda")
+    parser.add_argument("--max-minutes", type=float, default=math.inf, help="then save, and stop with status 75")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+
+
+def read_place(arguments: argparse.Namespace, recipe: Recipe) -> Place:
+    """Where the options of `add_place` and `--work` say; makes the work folder, and seeds PyTorch."""
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
-    sizes = TinyWanSizes()
-    vae = train_vae(arguments.work, sizes, arguments.vae_steps, arguments.seed)
-    bank = encode_bank(arguments.work, vae, CANVAS, arguments.seed)
-    train_transformer(arguments.work, arguments.output, sizes, bank, DRAWS, arguments.steps)
+    torch.set_float32_matmul_precision("high" if recipe.is_half else "highest")
+    return Place(arguments.work, arguments.device, recipe.is_half, time.monotonic() + 60 * arguments.max_minutes)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Run all stages that are not finished yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=RECIPES, default="small", help="which recipe")
+    parser.add_argument("--work", type=Path, default=Path("work/tiny-wan"), help="folder of checkpoints and logs")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny-wan", help="folder of the result")
+    parser.add_argument("--vae-steps", type=int, default=None, help="instead of the recipe's, whatever time they take")
+    parser.add_argument("--steps", type=int, default=None, help="of the transformer, likewise")
+    add_place(parser)
+    arguments = parser.parse_args(given)
+    recipe = RECIPES[arguments.size]
+    if arguments.vae_steps is not None:
+        recipe = replace(recipe, vae=replace(recipe.vae, pace=Pace(arguments.vae_steps)))
+    if arguments.steps is not None:
+        recipe = replace(recipe, flow=replace(recipe.flow, pace=Pace(arguments.steps)))
+    try:
+        run_stages(read_place(arguments, recipe), arguments.output, recipe, arguments.seed)
+    except OutOfTime as error:
+        print(f"time is over: {error}", flush=True)
+        sys.exit(UNFINISHED)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +22,7 @@ from dit_accel.errors import ConfigError
 from dit_accel.models import check_model
 from dit_accel.presets import load_preset
 from dit_accel.samples.muon import Muon, split_parameters
+from dit_accel.samples.repertoire import repertoire_of
 from dit_accel.samples.tiny_wan_causal import CausalTeacher, Excerpt, draw_excerpt
 from dit_accel.samples.tiny_wan_flow import (
     ADAM_PARTS,
@@ -28,14 +32,11 @@ from dit_accel.samples.tiny_wan_flow import (
     PaddedCrossAttention,
     choose_padding,
 )
-from dit_accel.samples.tiny_wan_run import TrainingRun, replace_parts
+from dit_accel.samples.tiny_wan_recipes import RECIPES, CausalRecipe, Pace
+from dit_accel.samples.tiny_wan_run import OutOfTime, Place, TrainingRun, linear_rate, replace_parts
 from dit_accel.samples.tiny_wan_vae import Bank, encode_bank
-from dit_accel.samples.train_tiny_wan import Canvas
+from dit_accel.samples.train_tiny_wan import UNFINISHED, add_place, read_place
 from dit_accel.streaming import StreamSettings
-
-CANVAS = Canvas(65, 64, 64, clips=600, bounces=True)
-RATES = (0.005, 5e-4)  # of Muon and of AdamW: a quarter of those the model was made with
-_EMA = 0.99
 
 
 def excerpts(settings: StreamSettings, frames: int, window: int = 4) -> list[list[Excerpt]]:
@@ -46,46 +47,47 @@ def excerpts(settings: StreamSettings, frames: int, window: int = 4) -> list[lis
 
 
 def train_causal(
-    work: Path, output: Path, start: str, bank: Bank, settings: StreamSettings, steps: int, save_every: int = 100
+    place: Place, output: Path, start: str, bank: Bank, settings: StreamSettings, recipe: CausalRecipe
 ) -> None:
     """Train (or resume) the transformer of the pipeline folder `start`; export now and then, and at the end.
 
     Args:
-        work: folder of the checkpoint.
+        place: where to run.
         output: pipeline folder to write.
         start: pipeline folder or `samples/...` of the bidirectional model.
         bank: encoded clips.
         settings: the stream that is trained for.
-        steps: of one clip each.
-        save_every: steps between exports. Default 100.
+        recipe: length, batch and learning rates.
+
+    Raises:
+        OutOfTime: the time of this call is over; the next goes on.
     """
-    pipe = WanPipeline.from_pretrained(check_model(start), dtype=torch.float32)
-    model, text = pipe.transformer, Captioner(pipe.tokenizer, pipe.text_encoder)
-    stock, cross = model.attn_processors, PaddedCrossAttention()
+    pipe = WanPipeline.from_pretrained(check_model(start), dtype=torch.float32).to(place.device)
+    model, tokens = pipe.transformer, repertoire_of(pipe.tokenizer).text_tokens
+    text = Captioner(pipe.tokenizer, pipe.text_encoder, tokens)
+    stock, cross = model.attn_processors, PaddedCrossAttention(tokens)
     model.set_attn_processor({name: cross if "attn2" in name else p for name, p in stock.items()})
     height, width = bank.latents.shape[-2:]
     teacher = CausalTeacher(model, (height, width), pipe.scheduler.config.shift)
     hidden, rest = split_parameters(model, skip=ADAM_PARTS)
     optimizers = [
-        (Muon(hidden, weight_decay=DECAY), RATES[0]),
-        (torch.optim.AdamW(rest, betas=(0.9, 0.97), weight_decay=0.0), RATES[1]),
+        (Muon(hidden, weight_decay=DECAY, is_stacked=place.is_gpu), recipe.rates[0]),
+        (torch.optim.AdamW(rest, betas=(0.9, 0.97), weight_decay=0.0), recipe.rates[1]),
     ]
-    run = TrainingRun(work / "causal_checkpoint.pt", model, optimizers, _EMA, save_every=save_every)
+    run = TrainingRun(place, "causal", model, optimizers, recipe.ema, save_every=recipe.save_every)
     kinds = [kind for kind in excerpts(settings, bank.latents.shape[2]) if kind]
-    for step in range(run.first, steps):
-        row = torch.randint(len(bank.captions), (1,))
-        caption = "" if torch.rand(()) < DROP_CAPTION else bank.captions[int(row)]
-        cross.pad_to(choose_padding(1.0))  # the words are known by now
-        with torch.no_grad():
-            words = text([caption])
-        loss = teacher.loss(draw_excerpt(kinds), bank.latents[row].float(), bank.objects[row], words)
+    for step, done in run.steps(recipe.pace, lambda: export(output, Path(check_model(start)), run.average)):
+        rows = torch.randint(len(bank.captions), (recipe.batch,))
+        captions = ["" if torch.rand(()) < DROP_CAPTION else bank.captions[row] for row in rows]
+        cross.pad_to(choose_padding(1.0, tokens))  # the words are known by now
+        with place.precision():
+            with torch.no_grad():
+                words = text(captions)
+            loss = teacher.loss(draw_excerpt(kinds), bank.latents[rows].float(), bank.objects[rows], words)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
-        run.update(step, steps)
-        run.log("causal", step, steps, loss)
-        if run.is_due(step, steps):
-            run.save(step)
-            export(output, Path(check_model(start)), run.average)
+        run.update(step, linear_rate(step, done))
+        run.log("causal", step, done, loss)
 
 
 def export(output: Path, start: Path, average: dict[str, Tensor]) -> None:
@@ -101,28 +103,37 @@ def export(output: Path, start: Path, average: dict[str, Tensor]) -> None:
     replace_parts(fresh, output)
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Encode the clips and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=RECIPES, default="small", help="which recipe")
     parser.add_argument("--work", type=Path, default=Path("work/tiny-wan-causal"), help="folder of checkpoints")
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent / "tiny-wan-causal", help="folder of the result"
     )
     parser.add_argument("--start", default="samples/tiny-wan", help="pipeline folder of the bidirectional model")
     parser.add_argument("--preset", default="tiny-wan-causal", help="preset whose stream is trained for")
-    parser.add_argument("--clips", type=int, default=CANVAS.clips)
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(arguments.seed)
-    canvas = Canvas(CANVAS.frames, CANVAS.height, CANVAS.width, arguments.clips, CANVAS.bounces)
-    vae = WanPipeline.from_pretrained(check_model(arguments.start), dtype=torch.float32).vae.eval()
-    bank = encode_bank(arguments.work, vae, canvas, arguments.seed)
+    parser.add_argument("--clips", type=int, default=None, help="instead of the recipe's")
+    parser.add_argument("--steps", type=int, default=None, help="instead of the recipe's, whatever time they take")
+    add_place(parser)
+    arguments = parser.parse_args(given)
+    recipe = RECIPES[arguments.size]
+    causal = replace(recipe.causal, clips=arguments.clips or recipe.causal.clips)
+    if arguments.steps is not None:
+        causal = replace(causal, pace=Pace(arguments.steps))
+    place = read_place(arguments, recipe)
+    pipe = WanPipeline.from_pretrained(check_model(arguments.start), dtype=torch.float32)
+    recipe = replace(recipe, repertoire=repertoire_of(pipe.tokenizer))
     settings = load_preset(arguments.preset).stream
     if settings is None:
         raise ConfigError(f"preset {arguments.preset}", "says nothing of streams; give one with a `stream` section")
-    train_causal(arguments.work, arguments.output, arguments.start, bank, settings, arguments.steps)
+    try:
+        vae = pipe.vae.to(place.device).eval()
+        bank = encode_bank(place, vae, recipe, causal.canvas, causal.clips, causal.encode_batch, arguments.seed)
+        train_causal(place, arguments.output, arguments.start, bank, settings, causal)
+    except OutOfTime as error:
+        print(f"time is over: {error}", flush=True)
+        sys.exit(UNFINISHED)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from dit_accel.samples.clips import (
     render_mask,
     vocabulary,
 )
-from dit_accel.samples.evaluate_tiny_wan import judge
+from dit_accel.samples.judge import judge
 from dit_accel.samples.muon import orthogonalize
+from dit_accel.samples.repertoire import BASIC
 from dit_accel.samples.tiny_random import random_wan_pipeline
 from dit_accel.samples.tiny_wan_flow import (
     Captioner,
@@ -30,7 +31,7 @@ from dit_accel.samples.tiny_wan_flow import (
     choose_frames,
 )
 from dit_accel.samples.tiny_wan_model import make_tokenizer
-from dit_accel.samples.tiny_wan_probe import MEANINGS, Probe
+from dit_accel.samples.tiny_wan_probe import Probe
 
 
 def test_clips_are_the_same_for_a_seed():
@@ -169,7 +170,7 @@ def test_the_probe_teaches_places_words_and_the_object():
     # A head that names row, column and frame of every token, the words and the object has next to no loss.
     places = torch.cartesian_prod(frames, torch.arange(4), torch.arange(6)).unbind(-1)
     hot = [torch.nn.functional.one_hot(at, n).expand(2, -1, -1) for at, n in zip(places, (9, 4, 6), strict=True)]
-    words = torch.tensor([[is_said(text) for is_said in MEANINGS] for text in captions])
+    words = torch.tensor([[is_said(text) for is_said in BASIC.meanings] for text in captions])
     assert words.sum(-1).tolist() == [4, 0]  # orange, cross, up, left
     signs = torch.cat([words[:, None].expand(2, 72, -1), objects.flatten(1).unsqueeze(-1)], -1).float() * 2 - 1
     probe.heads[0] = torch.nn.Identity()
@@ -181,7 +182,7 @@ def test_every_caption_says_what_its_scene_is():
     rng = np.random.default_rng(5)
     for _ in range(100):
         scene = draw_scene(rng)
-        said = sum(is_said(caption(scene, rng)) for is_said in MEANINGS)
+        said = sum(is_said(caption(scene, rng)) for is_said in BASIC.meanings)
         # Colour, shape and one or two ways; a black background may go unsaid.
         ways = len(scene.direction.split())
         assert said in ((2 + ways, 3 + ways) if scene.background == "black" else (3 + ways,))

@@ -32,7 +32,7 @@ def make_tasks(preset: Preset, prompts: Sequence[str], count: int, seed: int) ->
     if preset.repository != SMALL_MODEL:
         raise ConfigError("--prompts", f"expected at least one prompt for {preset.name}")
     from dit_accel.samples.clips import caption, draw_scene
-    from dit_accel.samples.evaluate_tiny_wan import CRITERIA, judge
+    from dit_accel.samples.judge import CRITERIA, judge
 
     rng = np.random.default_rng(seed + _HELD_OUT_SEED)
     tasks = []

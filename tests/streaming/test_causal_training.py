@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from stream_cases import FRAME, latents, text, tiny_transformer
 from dit_accel.pipelines.streaming import CausalWan, StreamingWanPipeline
 from dit_accel.samples.tiny_random import random_wan_pipeline
 from dit_accel.samples.tiny_wan_causal import CausalTeacher, Excerpt, draw_excerpt, visible_frames
+from dit_accel.samples.tiny_wan_recipes import SMALL, Pace
+from dit_accel.samples.tiny_wan_run import Place
 from dit_accel.samples.tiny_wan_vae import Bank
 from dit_accel.samples.train_tiny_wan_causal import excerpts, train_causal
 from dit_accel.streaming import StreamSettings
@@ -117,10 +120,11 @@ def test_a_killed_training_goes_on_and_its_export_streams(start, tmp_path):
         ["a red ball moving right", "a blue square moving up", "a pink star moving left"],
     )
     output = tmp_path / "causal"
-    train_causal(tmp_path, output, str(start), bank, SETTINGS, steps=2, save_every=1)
+    place, recipe = Place(tmp_path), replace(SMALL.causal, pace=Pace(2), save_every=1)
+    train_causal(place, output, str(start), bank, SETTINGS, recipe)
     state = torch.load(tmp_path / "causal_checkpoint.pt", weights_only=True)
     assert state["step"] == 2
-    train_causal(tmp_path, output, str(start), bank, SETTINGS, steps=3, save_every=1)
+    train_causal(place, output, str(start), bank, SETTINGS, replace(recipe, pace=Pace(3)))
     later = torch.load(tmp_path / "causal_checkpoint.pt", weights_only=True)
     assert later["step"] == 3
     assert later["optimizers"][1]["state"][0]["step"] == 3

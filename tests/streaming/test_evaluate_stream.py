@@ -13,7 +13,10 @@ from dit_accel.presets import load_preset
 from dit_accel.samples import evaluate_stream
 from dit_accel.samples.clips import caption, draw_scene, render, render_mask
 from dit_accel.samples.evaluate_stream import Variant, kept, table, with_compressed_past
-from dit_accel.samples.evaluate_tiny_wan import describe
+from dit_accel.samples.held_out import held_out_tasks
+from dit_accel.samples.judge import describe
+from dit_accel.samples.repertoire import BASIC
+from dit_accel.samples.scenes.draw import Canvas
 from dit_accel.samples.tiny_random import random_wan_pipeline
 from dit_accel.streaming import StreamSettings
 
@@ -72,7 +75,7 @@ def test_a_compressed_past_takes_no_more_memory_than_the_chunk_it_stands_for(tmp
     for variant in (whole, small):
         assert len(variant.watch(pipe, "a red ball moving right", 0, 12)) == 12
     assert 0.8 * whole.cache_bytes < small.cache_bytes <= whole.cache_bytes
-    lines = table([whole, small], [draw_scene(np.random.default_rng(0))], [8, 12])
+    lines = table([whole, small], held_out_tasks(BASIC, 1, Canvas(9, 32, 32), 0), [8, 12])
     assert [line.count("|") for line in lines] == [12] * 4
     with pytest.raises(ValueError, match="window"):
         with_compressed_past(SETTINGS.model_copy(update={"window": 4}), pipe.transformer, tokens, (2, 2))

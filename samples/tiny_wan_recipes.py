@@ -1,0 +1,206 @@
+"""How the small models are made: `small` on a processor in hours, `full` on an accelerator in less than half of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dit_accel.samples.repertoire import BASIC, FULL, Repertoire
+from dit_accel.samples.scenes.draw import Canvas
+from dit_accel.samples.tiny_wan_model import TinyWanSizes
+
+
+@dataclass(frozen=True)
+class Pace:
+    """When a stage of training is over.
+
+    Args:
+        steps: after so many steps.
+        minutes: or after so many minutes of training, those before a kill counted in, if that is earlier. Learning
+            rates and the like follow whichever is further, so that a stage ends well however fast a machine is.
+            Default: steps alone.
+    """
+
+    steps: int
+    minutes: float | None = None
+
+    def done(self, step: int, seconds: float) -> float:
+        """Share of the stage that is done after `step` steps and `seconds`: 1 and more when it is over."""
+        timed = 0.0 if self.minutes is None else seconds / (60 * self.minutes)
+        return max(step / self.steps, timed)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One kind of step of the autoencoder: `batch` clips of `frames` frames of `side` x `side` pixels."""
+
+    frames: int
+    side: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One kind of step of the transformer.
+
+    Args:
+        latent_frames: how many latent frames of each clip, at their true places in time: the first, the last, and
+            others at random. Few frames of a whole clip teach its motion at a fraction of its tokens; the ends are
+            always there because rotary positions are relative and nothing else would say when a frame is.
+        batch: clips per step.
+        shares: how often a step is of this kind, in each phase of the training.
+    """
+
+    latent_frames: int
+    batch: int
+    shares: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class VaeRecipe:
+    """Training of the autoencoder.
+
+    Args:
+        crops: kinds of steps, in turn.
+        pace: its length.
+        edge_weight: of the absolute error of differences between neighbouring pixels, beside that of the pixels.
+        ema: share of the old average of the weights that a step keeps; 0 averages nothing.
+        save_every: steps between checkpoints.
+    """
+
+    crops: tuple[Crop, ...]
+    pace: Pace
+    edge_weight: float = 0.0
+    ema: float = 0.0
+    save_every: int = 200
+
+
+@dataclass(frozen=True)
+class FlowRecipe:
+    """Training of the transformer and its text encoder.
+
+    Args:
+        canvas: size of the clips.
+        clips: how many are encoded, once.
+        encode_batch: at a time.
+        draws: kinds of steps.
+        pace: its length.
+        ema: as in `VaeRecipe`.
+        save_every: steps between checkpoints.
+        shows: whether each checkpoint writes a picture of what the model makes of held-out captions.
+    """
+
+    canvas: Canvas
+    clips: int
+    draws: tuple[Draw, ...]
+    pace: Pace
+    encode_batch: int = 8
+    ema: float = 0.998
+    save_every: int = 200
+    shows: bool = False
+
+
+@dataclass(frozen=True)
+class CausalRecipe:
+    """Fine-tuning for streams.
+
+    Args:
+        canvas, clips, encode_batch, ema, save_every: as in `FlowRecipe`.
+        batch: clips per step.
+        pace: its length.
+        rates: learning rates of Muon and of AdamW.
+    """
+
+    canvas: Canvas
+    clips: int
+    batch: int
+    pace: Pace
+    rates: tuple[float, float]
+    encode_batch: int = 8
+    ema: float = 0.99
+    save_every: int = 100
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that makes a model.
+
+    Args:
+        name: of the table `RECIPES`.
+        repertoire: what it is taught.
+        sizes: of its parts.
+        vae, flow, causal: the stages.
+        is_half: whether passes run in bfloat16 where PyTorch's autocast allows it.
+        workers: processes that draw scenes.
+    """
+
+    name: str
+    repertoire: Repertoire
+    sizes: TinyWanSizes
+    vae: VaeRecipe
+    flow: FlowRecipe
+    causal: CausalRecipe
+    is_half: bool = False
+    workers: int = 0
+
+
+SMALL = Recipe(
+    name="small",
+    repertoire=BASIC,
+    sizes=TinyWanSizes(),
+    # Single frames are cheap and teach colour.
+    vae=VaeRecipe((Crop(1, 48, 16), Crop(9, 48, 4), Crop(5, 48, 4)), Pace(1000)),
+    flow=FlowRecipe(
+        canvas=Canvas(33, 64, 64),
+        clips=1600,
+        draws=(
+            Draw(latent_frames=2, batch=9, shares=(0.50, 0.25, 0.10)),
+            Draw(latent_frames=3, batch=6, shares=(0.40, 0.25, 0.20)),
+            Draw(latent_frames=5, batch=3, shares=(0.10, 0.20, 0.20)),
+            Draw(latent_frames=9, batch=2, shares=(0.00, 0.20, 0.25)),
+            Draw(latent_frames=17, batch=1, shares=(0.00, 0.10, 0.25)),
+        ),
+        pace=Pace(4000),
+    ),
+    # A quarter of the learning rates that the model was made with.
+    causal=CausalRecipe(Canvas(65, 64, 64, endless=True), 600, batch=1, pace=Pace(700), rates=(0.005, 5e-4)),
+)
+FULL_SIZES = TinyWanSizes(
+    heads=6, layers=8, ffn_dim=704, latent_channels=12, vae_dim=32, vae_blocks=2, text_dim=128, text_layers=3
+)
+FULL_MODEL = Recipe(
+    name="full",
+    repertoire=FULL,
+    sizes=FULL_SIZES,
+    vae=VaeRecipe(
+        (Crop(9, 64, 48), Crop(1, 64, 192), Crop(17, 64, 24)),
+        Pace(12_000, minutes=7.5),
+        edge_weight=1.0,
+        ema=0.995,
+    ),
+    flow=FlowRecipe(
+        canvas=Canvas(33, 64, 64),
+        clips=40_000,
+        encode_batch=64,
+        draws=(
+            Draw(latent_frames=3, batch=192, shares=(0.40, 0.15, 0.05)),
+            Draw(latent_frames=5, batch=128, shares=(0.40, 0.25, 0.10)),
+            Draw(latent_frames=9, batch=64, shares=(0.15, 0.30, 0.25)),
+            Draw(latent_frames=17, batch=32, shares=(0.05, 0.30, 0.60)),
+        ),
+        pace=Pace(20_000, minutes=14.0),
+        ema=0.998,
+        save_every=500,
+        shows=True,
+    ),
+    causal=CausalRecipe(
+        Canvas(65, 64, 64, endless=True),
+        clips=4000,
+        batch=16,
+        pace=Pace(4000, minutes=3.5),
+        rates=(0.005, 5e-4),
+        encode_batch=32,
+    ),
+    is_half=True,
+    workers=8,
+)
+RECIPES = {recipe.name: recipe for recipe in (SMALL, FULL_MODEL)}

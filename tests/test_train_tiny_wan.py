@@ -1,0 +1,152 @@
+"""Training at a minute size: stages that stop and go on, half precision, and a pipeline at the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from dit_accel.samples import train_tiny_wan
+from dit_accel.samples.muon import Muon
+from dit_accel.samples.repertoire import FULL, repertoire_of
+from dit_accel.samples.scenes.draw import Canvas
+from dit_accel.samples.tiny_wan_flow import train_transformer
+from dit_accel.samples.tiny_wan_model import TinyWanSizes, make_text_encoder, make_tokenizer, make_transformer, make_vae
+from dit_accel.samples.tiny_wan_recipes import FULL_MODEL, RECIPES, Crop, Draw, FlowRecipe, Pace, VaeRecipe
+from dit_accel.samples.tiny_wan_run import OutOfTime, Place, TrainingRun
+from dit_accel.samples.tiny_wan_show import contact_sheet
+from dit_accel.samples.tiny_wan_vae import encode_bank, reconstruction_loss, train_vae
+
+MINUTE = replace(
+    FULL_MODEL,
+    sizes=TinyWanSizes(
+        heads=1, layers=3, ffn_dim=32, latent_channels=4, vae_dim=8, vae_blocks=1, text_dim=16, text_layers=1
+    ),
+    vae=VaeRecipe((Crop(5, 16, 2), Crop(1, 16, 2)), Pace(3), edge_weight=1.0, ema=0.9, save_every=2),
+    flow=FlowRecipe(
+        Canvas(5, 16, 16),
+        clips=5,
+        draws=(Draw(2, 2, (1.0, 0.5, 0.0)), Draw(3, 2, (0.0, 0.5, 1.0))),
+        pace=Pace(3),
+        encode_batch=2,
+        save_every=2,
+        shows=True,
+    ),
+    workers=0,
+)
+
+
+def test_the_full_model_has_the_size_it_should():
+    sizes = FULL_MODEL.sizes
+    with torch.device("meta"):
+        transformer, vae = make_transformer(sizes), make_vae(sizes)
+    text = make_text_encoder(sizes, make_tokenizer(FULL))
+    count = {part: sum(p.numel() for p in module.parameters()) for part, module in (("t", transformer), ("v", vae))}
+    assert sizes.heads >= 6
+    assert sizes.layers >= 8
+    assert sizes.head_dim == 64
+    assert 10e6 < count["t"] < 25e6
+    # Transformer and autoencoder are stored in two bytes a weight, the text encoder in four.
+    assert 2 * sum(count.values()) + 4 * sum(p.numel() for p in text.parameters()) < 39.5e6
+
+
+def test_a_training_that_is_stopped_goes_on_to_a_pipeline(tmp_path):
+    place, output = Place(tmp_path, is_half=True), tmp_path / "model"
+    late = replace(place, deadline=0.0)
+    with pytest.raises(OutOfTime, match="step 1 of"):
+        train_vae(late, MINUTE, 0)
+    vae = train_vae(place, MINUTE, 0)
+    found = json.loads((tmp_path / "vae.json").read_text())
+    assert found["steps"] == 3
+    assert found["held_out_psnr"] > 3
+    assert train_vae(late, MINUTE, 0).config == vae.config  # what is finished costs no time
+    flow = MINUTE.flow
+    with pytest.raises(OutOfTime, match="bank"):
+        encode_bank(late, vae, MINUTE, flow.canvas, flow.clips, flow.encode_batch, 0)
+    bank = encode_bank(place, vae, MINUTE, flow.canvas, flow.clips, flow.encode_batch, 0)
+    assert bank.latents.shape == (5, 4, 3, 4, 4)
+    assert len(bank.captions) == len(bank.objects) == 5
+    for step in (1, 2):
+        with pytest.raises(OutOfTime, match=f"step {step} of"):
+            train_transformer(late, output, replace(MINUTE, flow=replace(flow, shows=False)), bank)
+    train_transformer(late, output, MINUTE, bank)
+    state = torch.load(tmp_path / "flow_checkpoint.pt", weights_only=True)
+    assert state["step"] == 3
+    assert state["seconds"] > 0
+    assert len(list(tmp_path.glob("samples_*.png"))) == 1
+    pipe = WanPipeline.from_pretrained(output)
+    assert repertoire_of(pipe.tokenizer) is FULL
+    assert torch.isfinite(torch.cat([p.flatten() for p in pipe.transformer.parameters()])).all()
+
+
+def test_the_command_says_by_its_status_that_it_must_be_called_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(RECIPES, "full", MINUTE)
+    options = ["--size", "full", "--work", str(tmp_path / "work"), "--output", str(tmp_path / "model")]
+    with pytest.raises(SystemExit) as stopped:
+        train_tiny_wan.main([*options, "--max-minutes", "0", "--vae-steps", "2"])
+    assert stopped.value.code == train_tiny_wan.UNFINISHED
+    assert "again" in capsys.readouterr().out
+    assert (tmp_path / "work" / "vae_checkpoint.pt").exists()
+
+
+def test_a_stage_ends_after_its_steps_or_its_minutes(tmp_path):
+    assert Pace(100).done(50, 1e9) == 0.5
+    assert Pace(100, minutes=2).done(10, 60) == 0.5
+    assert Pace(100, minutes=2).done(90, 60) == 0.9
+    model = torch.nn.Linear(2, 2)
+    run = TrainingRun(Place(tmp_path), "some", model, [(torch.optim.SGD(model.parameters(), lr=1.0), 1.0)], 0.0)
+    seen = []
+    for step, done in run.steps(Pace(10**9, minutes=0.1 / 60)):
+        time.sleep(0.03)
+        seen.append((step, done))
+    assert [step for step, _ in seen] == list(range(len(seen)))
+    assert 2 <= len(seen) <= 4
+    assert seen[0][1] < 0.1 < seen[-1][1] < 1
+    later = TrainingRun(Place(tmp_path), "some", model, run.optimizers, 0.0)
+    assert later.seconds >= 0.1
+    assert list(later.steps(Pace(10**9, minutes=0.1 / 60))) == []
+
+
+def test_blurred_edges_cost_more_when_edges_weigh():
+    sharp = torch.zeros(1, 3, 1, 8, 8)
+    sharp[..., 4:] = 1.0
+    shifted = sharp + 0.1
+    blurred = torch.nn.functional.avg_pool3d(sharp, (1, 1, 3), 1, (0, 0, 1), count_include_pad=False)
+    torch.testing.assert_close(reconstruction_loss(shifted, sharp, 1.0), reconstruction_loss(shifted, sharp, 0.0))
+    assert reconstruction_loss(blurred, sharp, 1.0) > reconstruction_loss(blurred, sharp, 0.0)
+    # A step of 1 becomes three of a third: two thirds are lost in the middle, and a third appears on either side.
+    found = reconstruction_loss(blurred, sharp, 1.0) - reconstruction_loss(blurred, sharp, 0.0)
+    assert found.item() == pytest.approx(4 / 3 / 7 / 2, rel=1e-4)
+
+
+def test_a_contact_sheet_has_a_row_per_clip():
+    clips = [np.full((9, 8, 12, 3), shade, np.uint8) for shade in (10, 200)]
+    sheet = contact_sheet(clips, ["one", "two"])
+    assert sheet.shape == (2 * (14 + 16), 6 * 24, 3)
+    assert (sheet[14:30] == 10).all()
+    assert (sheet[44:] == 200).all()
+
+
+def test_muon_in_stacks_steps_as_one_weight_at_a_time():
+    torch.manual_seed(0)
+    shapes = [(12, 20), (20, 12), (12, 20), (12, 5, 4)]
+    models = [[torch.nn.Parameter(torch.randn(shape)) for shape in shapes]]
+    models.append([torch.nn.Parameter(weight.detach().clone()) for weight in models[0]])
+    optimizers = [
+        Muon(model, weight_decay=0.1, is_stacked=is_stacked)
+        for model, is_stacked in zip(models, (False, True), strict=True)
+    ]
+    for _ in range(2):
+        for one, other in zip(*models, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(*models, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert optimizers[0].state_dict()["state"].keys() == optimizers[1].state_dict()["state"].keys()
