@@ -46,7 +46,9 @@ class Place:
 
     def precision(self) -> AbstractContextManager[Any]:
         """For the passes of a step."""
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.is_half)
+        kind = torch.device(self.device).type
+        # A pass without gradients would leave weights in the cache that a later pass cannot send gradients through.
+        return torch.autocast(kind, torch.bfloat16, enabled=self.is_half, cache_enabled=False)
 
     def check_time(self, what: str) -> None:
         """Stop if the time is over.

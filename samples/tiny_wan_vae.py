@@ -19,9 +19,10 @@ from dit_accel.samples.repertoire import BASIC, Repertoire
 from dit_accel.samples.scenes.draw import Canvas
 from dit_accel.samples.tiny_wan_model import TinyWanSizes, make_vae
 from dit_accel.samples.tiny_wan_recipes import Recipe, VaeRecipe
-from dit_accel.samples.tiny_wan_run import Place, TrainingRun, cosine_rate
+from dit_accel.samples.tiny_wan_run import Place, TrainingRun, cosine_rate, linear_rate
 
-_HELD_OUT_SEED = 10_000_019
+_HELD_OUT_SEED, _WHOLE = 10_000_019, Canvas(33, 64, 64)
+_TUNING_SEED, _TUNING_EMA = 4242, 0.98
 _JITTER = 0.02  # noise on the latents while the decoder learns
 
 
@@ -52,8 +53,10 @@ def train_vae(place: Place, recipe: Recipe, seed: int) -> AutoencoderKLWan:
     vae = make_vae(recipe.sizes).to(place.device)
     steps = _fit_vae(vae, place, recipe, seed)
     vae.eval()
+    if recipe.vae.tuning is not None:
+        tune_decoder(vae, place, recipe, seed)
     mean, std = _latent_statistics(vae, recipe.repertoire, seed)
-    psnr = reconstruction_psnr(vae, repertoire=recipe.repertoire)
+    psnr = reconstruction_psnr(vae, repertoire=recipe.repertoire, canvas=recipe.flow.canvas)
     print(f"autoencoder: held-out PSNR {psnr:.2f} dB", flush=True)
     save_file({name: value.cpu() for name, value in vae.state_dict().items()}, weights)
     finished.write_text(json.dumps({"mean": mean, "std": std, "steps": steps, "held_out_psnr": psnr}))
@@ -102,6 +105,50 @@ def _fit_vae(vae: AutoencoderKLWan, place: Place, recipe: Recipe, seed: int) -> 
     return step + 1
 
 
+def tune_decoder(vae: AutoencoderKLWan, place: Place, recipe: Recipe, seed: int) -> None:
+    """Train (or resume) the decoder alone as `recipe.vae.tuning` says; the averaged weights end in `vae`.
+
+    Raises:
+        OutOfTime: the time of this call is over; the next goes on.
+    """
+    settings = recipe.vae.tuning
+    assert settings is not None
+    vae.requires_grad_(False)
+    decoder = torch.nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
+    hidden, rest = split_parameters(decoder, skip=("conv_in", "conv_out", "quant_conv", "gamma"))
+    optimizers = [
+        (Muon(hidden, is_stacked=place.is_gpu), 0.005),
+        (torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0), 5e-4),
+    ]
+    run = TrainingRun(place, "decoder", decoder, optimizers, _TUNING_EMA, save_every=recipe.vae.save_every)
+    stream = recipe.repertoire.batches(
+        seed + 1000 * run.first + _TUNING_SEED,
+        settings.canvas,
+        settings.batch,
+        device=place.device,
+        workers=recipe.workers,
+    )
+    for step, done in run.steps(settings.pace):
+        pixels = _cut(next(stream).pixels, settings.window)
+        with place.precision():
+            with torch.no_grad():
+                mean = vae.encode(pixels).latent_dist.mean
+            decoded = vae.decode(mean + _JITTER * torch.randn_like(mean)).sample
+        loss = reconstruction_loss(decoded.float(), pixels, settings.edge_weight)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(rest, 1.0)
+        run.update(step, linear_rate(step, done))
+        run.log("decoder", step, done, loss)
+    decoder.load_state_dict(run.average)
+    vae.requires_grad_(True)
+
+
+def _cut(pixels: Tensor, window: int) -> Tensor:
+    """A window of clips `[B, 3, T, H, W]` at a random place of the latent grid."""
+    top, left = (4 * int(torch.randint((size - window) // 4 + 1, ())) for size in pixels.shape[-2:])
+    return pixels[..., top : top + window, left : left + window]
+
+
 def reconstruction_loss(decoded: Tensor, pixels: Tensor, edge_weight: float) -> Tensor:
     """Absolute and squared error of clips `[B, 3, T, H, W]`, and the absolute one of their edges.
 
@@ -126,10 +173,12 @@ def _latent_statistics(vae: AutoencoderKLWan, repertoire: Repertoire, seed: int)
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: AutoencoderKLWan, clips: int = 16, repertoire: Repertoire = BASIC) -> float:
-    """Mean PSNR in dB over clips of held-out combinations, 9 frames of 48 x 48."""
+def reconstruction_psnr(
+    vae: AutoencoderKLWan, clips: int = 16, repertoire: Repertoire = BASIC, canvas: Canvas = _WHOLE
+) -> float:
+    """Mean PSNR in dB over clips of held-out combinations. Default: as long as those that are generated."""
     values = []
-    stream = repertoire.batches(_HELD_OUT_SEED, Canvas(9, 48, 48), 1, held_out=True, device=vae.device)
+    stream = repertoire.batches(_HELD_OUT_SEED, canvas, 1, held_out=True, device=vae.device)
     for drawn in islice(stream, clips):
         decoded = vae.decode(vae.encode(drawn.pixels).latent_dist.mean).sample.clamp(-1, 1)
         values.append(-10 * math.log10(((decoded - drawn.pixels) / 2).square().mean().item()))

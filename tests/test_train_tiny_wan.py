@@ -9,18 +9,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline
 
-from dit_accel.samples import train_tiny_wan
+from dit_accel.samples import train_tiny_wan, tune_tiny_wan_decoder
 from dit_accel.samples.muon import Muon
 from dit_accel.samples.repertoire import FULL, repertoire_of
 from dit_accel.samples.scenes.draw import Canvas
+from dit_accel.samples.tiny_random import random_wan_pipeline
 from dit_accel.samples.tiny_wan_flow import train_transformer
 from dit_accel.samples.tiny_wan_model import TinyWanSizes, make_text_encoder, make_tokenizer, make_transformer, make_vae
-from dit_accel.samples.tiny_wan_recipes import FULL_MODEL, RECIPES, Crop, Draw, FlowRecipe, Pace, VaeRecipe
+from dit_accel.samples.tiny_wan_recipes import FULL_MODEL, RECIPES, Crop, Draw, FlowRecipe, Pace, Tuning, VaeRecipe
 from dit_accel.samples.tiny_wan_run import OutOfTime, Place, TrainingRun
 from dit_accel.samples.tiny_wan_show import contact_sheet
-from dit_accel.samples.tiny_wan_vae import encode_bank, reconstruction_loss, train_vae
+from dit_accel.samples.tiny_wan_vae import encode_bank, reconstruction_loss, train_vae, tune_decoder
 
 MINUTE = replace(
     FULL_MODEL,
@@ -82,6 +83,35 @@ def test_a_training_that_is_stopped_goes_on_to_a_pipeline(tmp_path):
     pipe = WanPipeline.from_pretrained(output)
     assert repertoire_of(pipe.tokenizer) is FULL
     assert torch.isfinite(torch.cat([p.flatten() for p in pipe.transformer.parameters()])).all()
+
+
+def test_tuning_changes_the_decoder_alone_and_goes_on_after_a_stop(tmp_path):
+    torch.manual_seed(1)
+    vae, place = make_vae(MINUTE.sizes), Place(tmp_path)
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    recipe = replace(MINUTE, vae=replace(MINUTE.vae, tuning=Tuning(Pace(2), Canvas(5, 16, 16), window=8)))
+    with pytest.raises(OutOfTime, match="step 1 of"):
+        tune_decoder(vae, replace(place, deadline=0.0), recipe, 0)
+    tune_decoder(vae, place, recipe, 0)
+    changed = {name for name, value in vae.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
+    assert all(weight.requires_grad for weight in vae.parameters())
+
+
+def test_the_tuned_decoder_takes_the_place_of_the_other(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "model"
+    random_wan_pipeline().save_pretrained(folder)
+    monkeypatch.setattr(tune_tiny_wan_decoder, "WHOLE_CLIPS", Tuning(Pace(9), Canvas(5, 16, 16), window=16))
+    monkeypatch.setattr(tune_tiny_wan_decoder, "reconstruction_psnr", lambda *_, **__: 12.5)
+    before = AutoencoderKLWan.from_pretrained(folder / "vae").state_dict()
+    tune_tiny_wan_decoder.main(["--model", str(folder), "--work", str(tmp_path / "work"), "--steps", "1"])
+    assert "12.50 dB before, 12.50 dB after" in capsys.readouterr().out
+    after = WanPipeline.from_pretrained(folder).vae.state_dict()
+    tuned = torch.load(tmp_path / "work" / "decoder_checkpoint.pt", weights_only=True)["average"]
+    for name, weight in before.items():
+        if name in tuned:
+            assert not torch.equal(weight, tuned[name]) or not weight.any(), name
+        torch.testing.assert_close(after[name], tuned.get(name, weight), atol=1e-3, rtol=1e-3)
 
 
 def test_the_command_says_by_its_status_that_it_must_be_called_again(tmp_path, monkeypatch, capsys):
