@@ -1,12 +1,10 @@
-# Everything starts from a clean clone with Python >= 3.10, pip and make.
+# Everything starts from a clean clone with Python >= 3.11, pip and make.
 PYTHON ?= python3
 VENV ?= .venv
 PROMPT ?= a red ball moving right
 OUTPUT ?= outputs/video.mp4
 export PROMPT OUTPUT
-# The pinned versions need Python 3.11; on 3.10 pip resolves the ranges of pyproject.toml itself.
-PINNED := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
-PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PINNED)
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: video results test lint wheel clean
 

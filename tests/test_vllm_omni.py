@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
 from dit_accel.vllm_omni import sparse_attention
 
-tomllib = pytest.importorskip("tomllib")
 GRID = (3, 5, 7)
 
 
