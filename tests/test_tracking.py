@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
 from test_accelerate import inputs, run, tiny_transformer
 
 from dit_accel.families.registry import family_of
-from dit_accel.families.tracking import track, untrack
+from dit_accel.families.tracking import HOOK_NAME, track, untrack
 
 
 def tracked():
@@ -80,6 +82,50 @@ def test_named_branches_of_different_batch_share_their_steps():
                 run(model, **at(timestep, batch))
     assert [(s.step, s.batch) for s in states] == [(0, 2), (0, 1), (0, 1), (1, 2), (1, 1), (1, 1)]
     assert {s.generation for s in states} == {0}
+
+
+def test_both_halves_of_a_heun_step_belong_to_one_generation():
+    """Heun's scheduler gives every timestep but the first twice, and so to each branch."""
+    scheduler = FlowMatchHeunDiscreteScheduler()
+    scheduler.set_timesteps(3)
+    model, states = tracked()
+    for timestep in scheduler.timesteps.tolist():
+        for branch in ("cond", "uncond"):
+            with model.cache_context(branch):
+                run(model, **at(timestep))
+    assert [(s.step, s.branch) for s in states] == [(step, b) for step in range(5) for b in ("cond", "uncond")]
+    assert {s.generation for s in states} == {0}
+
+
+def test_timesteps_alone_tell_guided_heun_steps_apart():
+    model, states = tracked()
+    for timestep in (900.0, 900.0, *[400.0] * 4):
+        run(model, **at(timestep))
+    assert [(s.step, s.branch) for s in states] == [(step, b) for step in range(3) for b in ("default", "second")]
+    assert {s.generation for s in states} == {0}
+
+
+@pytest.mark.parametrize("says_step", [True, False])
+def test_the_second_expert_forgets_a_run_that_was_interrupted(says_step: bool):
+    """Its first step of the next run may be later than, or the same as, the one at which it was left."""
+    pair = tracked(), tracked()
+    hooks = [model._diffusers_hook.hooks[HOOK_NAME] for model, _ in pair]
+    for hook, other in (hooks, hooks[::-1]):
+        hook.siblings = [other]
+
+    def step(expert: int, index: int, timestep: float) -> None:
+        model = pair[expert][0]
+        place = {"step_index": index, "sigma": timestep / 1000, "num_inference_steps": 9} if says_step else {}
+        with model.cache_context("cond", **place):
+            run(model, **at(timestep))
+
+    step(0, 0, 1000.0)
+    step(1, 1, 500.0)  # interrupted here
+    for index, timestep in enumerate((1000.0, 900.0)):
+        step(0, index, timestep)
+    step(1, 2, 500.0)
+    assert [(s.step, s.generation) for s in pair[0][1]] == [(0, 0), (0, 1), (1, 1)]
+    assert [(s.step, s.generation) for s in pair[1][1]] == [(1, 0), (2, 1)]
 
 
 def test_another_shape_or_batch_is_a_new_generation():

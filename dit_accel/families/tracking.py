@@ -24,8 +24,10 @@ class RunStateHook(ModelHook):
 
     Step, noise level and branch come from the pipeline's `cache_context` where it gives them. Without it, steps
     are counted from the timestep argument: a lower timestep is the next step, a repeated one is the next guidance
-    branch of the same step, and a higher one begins a new generation. Where one transformer takes over from another
-    (Wan 2.2), its steps count on from those of the one before; `siblings` are the hooks of the others.
+    branch of the same step, and a higher one begins a new generation. A timestep that one branch sees twice begins a
+    new one too at the first step; later it is the next step (the second half of a step of Heun's, or a rounded
+    timestep). Where one transformer takes over from another (Wan 2.2), its steps count on from those of the one
+    before; `siblings` are the hooks of the others.
     """
 
     _is_stateful = True
@@ -62,12 +64,16 @@ class RunStateHook(ModelHook):
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Called by Diffusers when a generation ends: the next pass begins a new one."""
+        self.forget()
+        self.contexts.reset()
+        return module
+
+    def forget(self) -> None:
+        """The next pass begins a new generation."""
         self._seen.clear()
         self._batches.clear()
         self._timestep = None
-        self.contexts.reset()
         self.last = None
-        return module
 
     def _from_context(self, context: Any, geometry: ForwardGeometry) -> RunState:
         step, branch, last = int(context.step_index), str(context.name), self.last
@@ -88,20 +94,22 @@ class RunStateHook(ModelHook):
         if name is None and same_step and "default" in self._seen:
             # A pipeline without contexts that calls the model twice per step runs two guidance branches.
             branch = "second"
+        is_repeated = same_step and branch in self._seen
         is_new = (
             last is None
             or self._timestep is None
             or noise > self._timestep
-            or (same_step and branch in self._seen)
+            or (is_repeated and last.step == 0)
             or self._shape_changed(branch, geometry)
         )
-        if is_new or not same_step:
+        if is_new or is_repeated or not same_step:
             self._seen.clear()
-        if is_new and branch == "second":
+        if (is_new or is_repeated) and branch == "second":
             branch = "default"
         self._seen.add(branch)
         self._timestep = noise
-        step = self._first_step(noise) if is_new or last is None else last.step + (0 if same_step else 1)
+        is_next = is_repeated or not same_step
+        step = self._first_step(noise) if is_new or last is None else last.step + int(is_next)
         return self._make(geometry, step, min(noise, 1.0), branch, None, is_new)
 
     def _first_step(self, noise: float) -> int:
@@ -115,6 +123,11 @@ class RunStateHook(ModelHook):
         self.generation += int(is_new)
         if is_new:
             self._batches.clear()
+        if is_new and step == 0:
+            # Of a run that was interrupted they may still remember a step like those that come.
+            for other in self.siblings:
+                if other is not self:
+                    other.forget()
         self._batches[branch] = geometry.batch
         return RunState(
             geometry.grid,
