@@ -18,6 +18,7 @@ from dit_accel.families.hoisting import Hoist
 from dit_accel.families.registry import family_of
 from dit_accel.families.tracking import track
 from dit_accel.handle import Acceleration, Installed, Replaced, carry_settings, handle_of
+from dit_accel.kernels.registry import check_backend
 from dit_accel.methods.base import Method
 from dit_accel.presets import Preset, load_preset
 from dit_accel.resolve import resolve_policy, second_schedule
@@ -69,10 +70,11 @@ def accelerate(
         The handle.
 
     Raises:
-        ConfigError: unknown preset, method or parameter, wrong type, value out of range; by dotted path.
+        ConfigError: unknown preset, method, parameter or backend, wrong type, value out of range; by dotted path.
         UnsupportedError: no family knows the transformer, a processor is not Diffusers' own, or an extra of the preset
             cannot work on this pipeline.
     """
+    check_backend(backend)
     resolved = load_preset(preset) if isinstance(preset, (str, Path)) else preset
     timing = {key: value for key, value in parameters.items() if key in Schedule.model_fields}
     policy, timetable = resolve_policy(resolved, method, schedule, parameters)

@@ -14,6 +14,8 @@ from typing import Any
 from dit_accel.errors import ConfigError, DitAccelError, near_matches
 
 MANIFEST = "manifest.jsonl"
+LARGEST_SEED = 2**64 - 1
+"""What PyTorch takes at most."""
 _OWN_KEYS = ("prompt", "seed", "preset", "image")
 
 
@@ -68,7 +70,8 @@ def read_prompts(path: Path, overrides: tuple[str, ...]) -> list[Item | BadLine]
         ConfigError: the file cannot be read or holds nothing.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a JSON text may hold what that takes for the end of a line, such as U+2028.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("--prompts", f"cannot read {path}: {error}") from None
     items = [_parse(number, line, overrides) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -91,8 +94,8 @@ def _parse(number: int, line: str, overrides: tuple[str, ...]) -> Item | BadLine
     prompt, seed = values.pop("prompt", None), values.pop("seed", 0)
     if not isinstance(prompt, str) or not prompt.strip():
         return BadLine(number, f"prompt: expected a text, got {prompt!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        return BadLine(number, f"seed: expected an integer of at least 0, got {seed!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
+        return BadLine(number, f"seed: expected an integer from 0 to 2**64 - 1, got {seed!r}")
     preset, image = values.pop("preset", None), values.pop("image", None)
     for name, value in (("preset", preset), ("image", image)):
         if value is not None and not isinstance(value, str):

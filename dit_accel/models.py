@@ -67,7 +67,7 @@ def resolve_device(device: str, dtype: str) -> tuple[str, Any]:
     """Device and torch dtype; "auto" takes CUDA with bfloat16 where there is one, else the CPU with float32.
 
     Raises:
-        ConfigError: a dtype that is not known, or CUDA asked for where there is none.
+        ConfigError: a dtype that is not known, or a device that is not there.
     """
     import torch
 
@@ -82,6 +82,10 @@ def resolve_device(device: str, dtype: str) -> tuple[str, Any]:
         kind = torch.device(device).type
     except RuntimeError:
         raise ConfigError("device", f"expected a torch device such as cpu or cuda:0, got {device!r}") from None
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError("device", f"{device} cannot be used here: {str(error).strip().splitlines()[0]}") from None
     if dtype == "auto":
         dtype = "float32" if kind == "cpu" else "bfloat16"
     return device, getattr(torch, dtype)

@@ -78,6 +78,7 @@ def block_attention(
 
     Raises:
         PlanError: shapes of q, k, v, plan and kv_len disagree.
+        ConfigError: no backend has the name that was asked for.
         UnsupportedError: no backend, or not the one asked for, can run the call; the message says why.
     """
     if torch.compiler.is_compiling():

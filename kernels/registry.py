@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dit_accel.errors import UnsupportedError, near_matches
+from dit_accel.errors import ConfigError, UnsupportedError, near_matches
 from dit_accel.kernels.spec import AttentionCall, Precision, Remainder
 
 
@@ -126,18 +126,28 @@ def backends(request: Request | None = None) -> dict[str, str | None]:
     return {name: why_not(backend, request) for name, backend in sorted(_BACKENDS.items())}
 
 
+def check_backend(name: str) -> str:
+    """Refuse a name that is neither "auto" nor one of `backends()`; returns it.
+
+    Raises:
+        ConfigError: unknown name; the message offers near matches.
+    """
+    if name != "auto" and name not in _BACKENDS:
+        raise ConfigError("backend", f"unknown backend {name!r}{near_matches(name, ['auto', *_BACKENDS])}")
+    return name
+
+
 def choose_backend(name: str, request: Request) -> Backend:
     """The backend called `name`, or for "auto" the usable one with the highest priority.
 
     A backend that fails its self-test is disabled on the way: "auto" then takes the next one.
 
     Raises:
-        UnsupportedError: an explicit backend cannot serve the request (it never falls back silently), no backend
-            can, or the name is unknown. The message gives every reason.
+        ConfigError: the name is unknown.
+        UnsupportedError: an explicit backend cannot serve the request (it never falls back silently), or no backend
+            can. The message gives every reason.
     """
-    if name != "auto":
-        if name not in _BACKENDS:
-            raise UnsupportedError(f"backend: unknown backend {name!r}{near_matches(name, ['auto', *_BACKENDS])}")
+    if check_backend(name) != "auto":
         reason = why_not(_BACKENDS[name], request) or _self_test(_BACKENDS[name], request)
         if reason:
             raise UnsupportedError(f"backend {name!r} cannot run this call: {reason}; use backend='auto' or another")

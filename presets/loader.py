@@ -42,7 +42,10 @@ def load_preset(name: str | Path) -> Preset:
         return _check(text, preset_data(text))
     if not Path(text).is_file():
         raise ConfigError("preset", f"no such file: {text}")
-    data = read_yaml(Path(text).read_text(encoding="utf-8"), text)
+    try:
+        data = read_yaml(Path(text).read_text(encoding="utf-8"), text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("preset", f"cannot read {text}: {error}") from None
     base = data.pop("extends", None)
     if base is not None:
         if not isinstance(base, str):

@@ -30,17 +30,25 @@ def test_lines_become_items_and_bad_lines_say_why(tmp_path):
         ["a list"],
         {"prompt": "x", "sed": 1},
         {"prompt": "x", "seed": True},
+        {"prompt": "x", "seed": 2**64},
         {"prompt": "  "},
         {"prompt": "x", "preset": 3},
     )
     items = read_prompts(file, OVERRIDES)
     assert items[0] == Item(1, "a ball", 4, overrides={"height": 96})
     assert all(isinstance(item, BadLine) for item in items[1:])
-    assert [item.number for item in items] == [1, 3, 4, 5, 6, 7, 8]
+    assert [item.number for item in items] == [1, 3, 4, 5, 6, 7, 8, 9]
     reasons = [item.reason for item in items[1:]]
     assert "not JSON" in reasons[0]
     assert "did you mean 'seed'" in reasons[2]
     assert "got True" in reasons[3]
+
+
+def test_a_line_ends_where_its_json_does(tmp_path):
+    """JSON may hold what Python's splitlines() takes for the end of a line, and Windows puts a mark at the front."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "one\u2028two"}\r\n{"prompt": "three"}\n', encoding="utf-8-sig", newline="")
+    assert [(item.number, item.prompt) for item in read_prompts(file, ())] == [(1, "one\u2028two"), (2, "three")]
 
 
 def test_a_file_that_cannot_be_read_or_is_empty(tmp_path):

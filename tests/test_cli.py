@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -12,9 +13,11 @@ from pathlib import Path
 import imageio.v2 as imageio
 import numpy as np
 import pytest
+from PIL import Image
 
 from dit_accel.cli import generate, main
 from dit_accel.cli.app import dashes
+from dit_accel.cli.inputs import open_image
 from dit_accel.video_io import write_mp4
 
 SMALL = ["--height", "32", "--width", "48", "--num-frames", "9", "--num-inference-steps", "2"]
@@ -158,6 +161,9 @@ def test_presets_are_listed(command):
     [
         (["--preset", "tiny-wam", "--prompt", "x"], "did you mean 'tiny-wan'"),
         (["--prompt", "x", "--density", "nan"], "finite"),
+        (["--prompt", "x", "--backend", "troch", "--dry-run"], "unknown backend 'troch'; did you mean 'torch'"),
+        (["--prompt", "x", "--seed", str(2**64)], "Invalid value for '--seed'"),
+        (["--prompt", "x", "--output", "clip.mp4", "--report", "clip.mp4"], "is the result itself"),
         (["--prompt", "x", "--density", "1.5"], "less than or equal to 1"),
         (["--prompt", "x", "--height", "81"], "generation.height: expected a multiple of 16, got 81; 80 would do"),
         (["--prompt", "x", "--num-frames", "10"], "1 plus a multiple of 2"),
@@ -168,6 +174,7 @@ def test_presets_are_listed(command):
         (["--prompt", "x", "--model", "nowhere"], "no such folder: nowhere"),
         (["--prompt", "x", "--model", "."], "not a Diffusers pipeline"),
         (["--prompt", "x", "--device", "cuda"], "no CUDA device"),
+        (["--prompt", "x", "--device", "mps"], "device: mps cannot be used here"),
         (["--prompt", "x", "--dtype", "int8"], "expected one of auto, float32"),
         (["--prompt", "x", "--image", "a.png"], "does not take an image"),
         (["--prompt", "x", "--preset", "wan2.1-i2v-14b-480p"], "needs an image"),
@@ -204,12 +211,33 @@ def test_bad_input_gets_one_line_and_exit_code_2(command, arguments, message, pi
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
-def test_an_unknown_backend_fails_with_one_line_and_leaves_no_file(command, pipeline_folder, tmp_path):
-    arguments = ["--prompt", "x", "--model", pipeline_folder, "--backend", "troch", "--density", "0.9", *SMALL]
-    code, _, err = command(*arguments, "--dense-steps", "0", "--output", "clip.mp4")
+def test_a_backend_that_cannot_run_here_fails_with_one_line_and_leaves_no_file(command, pipeline_folder, tmp_path):
+    arguments = ["--prompt", "x", "--model", pipeline_folder, "--backend", "triton", "--density", "0.5", *SMALL]
+    code, _, err = command(*arguments, "--method", "radial", "--dense-steps", "0", "--output", "clip.mp4")
     assert code == 1
-    assert "did you mean 'torch'" in err
+    assert "error: backend 'triton' cannot run this call" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_the_terminal_cannot_show_is_no_reason_to_fail(monkeypatch, tmp_path):
+    """Redirected output on Windows and in some containers is not UTF-8."""
+    monkeypatch.chdir(tmp_path)
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["dit-accel", "presets", "show", "tiny-wan", "--export", "球.yaml"])
+    with pytest.raises(SystemExit) as left:
+        main.main()
+    assert not left.value.code
+    out.flush()
+    assert b"written: \\u7403.yaml" in out.buffer.getvalue()
+
+
+def test_pictures_of_cameras_stand_upright(tmp_path):
+    """A camera that was turned says so in the file alone; Diffusers' own loader turns the picture too."""
+    picture, exif = Image.new("RGB", (6, 4), "red"), Image.Exif()
+    exif[0x0112] = 6  # orientation: turned by a quarter
+    picture.save(tmp_path / "photo.jpg", exif=exif)
+    assert open_image(tmp_path / "photo.jpg", "--image").size == (4, 6)
 
 
 def test_underscores_become_dashes_in_names_of_options_only():

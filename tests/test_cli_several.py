@@ -8,6 +8,7 @@ import sys
 import imageio.v3 as imageio
 import numpy as np
 import pytest
+import torch
 
 from dit_accel.cli import generate
 from dit_accel.cli.overrides import frames_of
@@ -55,6 +56,16 @@ def test_several_prompts_make_one_video_of_the_wanted_length(command, tmp_path, 
     assert report["seed"] == 4
     command(*SEVERAL, *AB[:3], "a red ball", "--seconds", "3", "--output", "same.gif", "--seed", "4")
     assert not np.array_equal(imageio.imread(tmp_path / "same.gif"), video)
+
+
+def test_extras_of_a_preset_are_switched_on_for_several_prompts_too(command, tmp_path):
+    """Weights that offload left in main memory would otherwise stay there, and the video be made on the CPU."""
+    if torch.accelerator.is_available():
+        pytest.skip("the extra that this asks for would work")
+    (tmp_path / "p.yaml").write_text("extends: cogvideox-2b\nextras: {offload: {mode: model}}\n")
+    code, _, err = command(*SEVERAL, *AB, "--preset", "p.yaml", "--output", "o.gif")
+    assert code == 1
+    assert "extras.offload: mode model moves weights" in err
 
 
 def test_a_dry_run_says_the_clips(command):

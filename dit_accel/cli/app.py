@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -30,6 +31,9 @@ def dashes(arguments: Sequence[str]) -> list[str]:
 def run_app(app: typer.Typer, name: str) -> None:
     """Run a command and leave the process with 0, 1 (failure), 2 (usage) or 130 (interrupted)."""
     console.quiet = not processes_here().is_first
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     command = typer.main.get_command(app)
     try:
         code = command.main(args=dashes(sys.argv[1:]), prog_name=name, standalone_mode=True)

@@ -18,9 +18,11 @@ def report_path(report: Path | None, target: Path) -> Path:
         target: the result.
 
     Raises:
-        ConfigError: a directory, or a folder that cannot be made or written to.
+        ConfigError: the result itself, a directory, or a folder that cannot be made or written to.
     """
     path = report or target.with_suffix(".json")
+    if path == target:
+        raise ConfigError("--report", f"{path} is the result itself; give another name")
     if path.is_dir():
         raise ConfigError("--report", f"{path} is a directory; give a file name in it")
     try:

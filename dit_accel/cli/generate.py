@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dit_accel.batch import LARGEST_SEED
 from dit_accel.cli.app import console, run_app, version_option
 from dit_accel.cli.parallel import Degrees, check_single, joined, processes_here
 from dit_accel.cli.stream import METHOD_HELP, SETTINGS_HELP, is_stream, run_stream
@@ -42,7 +43,7 @@ def generate(
         float | None, typer.Option(help="Guidance on top of the embedded one (HunyuanVideo, FLUX).")
     ] = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0, max=LARGEST_SEED)] = 0,
     image: Annotated[
         Path | None, typer.Option(help="First frame, image to edit or fill, or reference image, as the task says.")
     ] = None,
@@ -102,6 +103,9 @@ def generate(
     from dit_accel.cli.overrides import frames_of, resolve
     from dit_accel.cli.several import check_several, describe, make_several, plan_several
     from dit_accel.cli.showing import show_preset
+    from dit_accel.kernels.registry import check_backend
+
+    check_backend(backend)
 
     several = prompt is not None and len(prompt) > 1
     frames = num_frames if seconds is None else frames_of(seconds, num_frames, load_preset(preset), fps)

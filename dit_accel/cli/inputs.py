@@ -46,9 +46,9 @@ def read_inputs(preset: Preset, given: Mapping[str, Path | None]) -> dict[str, A
         if name == "video":
             arguments["video"] = _open_video(path, size, preset.generation.num_frames)
         elif preset.task == "vace":
-            arguments["reference_images"] = [_open_image(path, "--image")]
+            arguments["reference_images"] = [open_image(path, "--image")]
         else:
-            picture = _fit(_open_image(path, f"--{name.replace('_', '-')}"), size)
+            picture = _fit(open_image(path, f"--{name.replace('_', '-')}"), size)
             arguments["mask_image" if name == "mask" else name] = picture.convert("L") if name == "mask" else picture
     return arguments
 
@@ -59,11 +59,16 @@ def _fit(picture: Any, size: tuple[int, int]) -> Any:
     return ImageOps.fit(picture, size)
 
 
-def _open_image(path: Path, option: str) -> Any:
-    from PIL import Image, UnidentifiedImageError
+def open_image(path: Path, option: str) -> Any:
+    """A picture as PIL RGB, upright: cameras turn it by a mark in the file alone.
+
+    Raises:
+        ConfigError: it cannot be read; under the name `option`.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        return Image.open(path).convert("RGB")
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except (OSError, UnidentifiedImageError):
         raise ConfigError(option, f"cannot read {path} as an image") from None
 

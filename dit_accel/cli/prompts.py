@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Annotated, Literal, TextIO
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from dit_accel.cli.app import errors
 from dit_accel.errors import ConfigError
+from dit_accel.methods.registry import config_error
 
 _LINE = re.compile(r"(?:(?P<mode>cut|recache|keep|blend)(?:\s+(?P<over>\d+))?\s*:)?\s*(?P<prompt>.*\S)\s*$")
 
@@ -24,7 +26,7 @@ class PromptChange(BaseModel):
         prompt: the text.
         chunk: number of the first chunk that has it, from 1.
         mode: "recache", "blend", "cut" or "keep"; see `VideoStream.set_prompt`.
-        over: chunks of a blend.
+        over: chunks of a blend; 1 for the other modes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -34,6 +36,12 @@ class PromptChange(BaseModel):
     mode: Literal["recache", "blend", "cut", "keep"] = "recache"
     over: Annotated[int, Field(ge=1)] = 1
 
+    @model_validator(mode="after")
+    def _only_a_blend_takes_time(self) -> PromptChange:
+        if self.over > 1 and self.mode != "blend":
+            raise ValueError(f"over is for mode blend, got {self.over} with mode {self.mode}")
+        return self
+
 
 def read_prompts(path: Path) -> list[PromptChange]:
     """The changes of a YAML (or JSON) list of `{chunk, prompt, mode, over}`, by chunk.
@@ -41,12 +49,10 @@ def read_prompts(path: Path) -> list[PromptChange]:
     Raises:
         ConfigError: no such file, another structure, or two prompts for one chunk; the entry is named.
     """
-    from dit_accel.methods.registry import config_error
-
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         changes = TypeAdapter(list[PromptChange]).validate_python(content)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError("--prompts-file", f"cannot read {path}: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         raise config_error(error, str(path), list(PromptChange.model_fields)) from None
@@ -57,12 +63,19 @@ def read_prompts(path: Path) -> list[PromptChange]:
 
 
 def parse_line(line: str) -> PromptChange | None:
-    """A typed line, "a new prompt" or "mode: a new prompt" ("blend 4: ..."); None when there is nothing in it."""
+    """A typed line, "a new prompt" or "mode: a new prompt" ("blend 4: ..."); None when there is nothing in it.
+
+    Raises:
+        ConfigError: a number of chunks that the mode does not take.
+    """
     found = _LINE.match(line.strip())
     if found is None:
         return None
     values = {"prompt": found["prompt"], "mode": found["mode"] or "recache", "over": int(found["over"] or 1)}
-    return PromptChange.model_validate(values)
+    try:
+        return PromptChange.model_validate(values)
+    except ValidationError as error:
+        raise config_error(error, "typed prompt", list(PromptChange.model_fields)) from None
 
 
 @dataclass(frozen=True)
@@ -86,12 +99,16 @@ class LivePrompts:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        for line in self._source:
-            self._lines.put(line)
-        self._lines.put(None)
+        try:
+            for line in self._source:
+                self._lines.put(line)
+        except UnicodeDecodeError as error:
+            errors.print(f"no more prompts are read: {error}", markup=False)
+        finally:  # or the stream would wait for the end of its input for ever
+            self._lines.put(None)
 
     def look(self) -> LiveState:
-        """Everything typed since the last call, of which the last prompt counts."""
+        """Everything typed since the last call, of which the last prompt counts; what is wrong is told and left out."""
         change, ended = None, False
         while True:
             try:
@@ -100,5 +117,8 @@ class LivePrompts:
                 return LiveState(change, ended)
             if line is None:
                 ended = True
-            else:
+                continue
+            try:
                 change = parse_line(line) or change
+            except ConfigError as error:
+                errors.print(f"left out: {error}", markup=False)

@@ -88,12 +88,16 @@ def make_several(run: Run, prompts: list[str], frames: int | None, target: Path,
         path = report_path(report, target)
         import torch
 
+        from dit_accel.extras_cache import Guidance
+        from dit_accel.extras_install import install_extras
         from dit_accel.models import load_for_preset, quiet_loading
         from dit_accel.pipelines.ditctrl import MultiPromptCogVideoXPipeline
 
         quiet_loading()
         console.print(f"{run.preset.name}: loading {run.model or run.preset.repository}", markup=False)
         pipe = load_for_preset(run.preset, run.model, run.device, run.dtype, MultiPromptCogVideoXPipeline)
+        guidance = Guidance(generation.num_inference_steps, generation.guidance_scale)
+        install_extras(run.preset.extras, pipe, {"transformer": pipe.transformer}, guidance)
         console.print(describe(layout, order))
         begun = time.perf_counter()
         video = pipe.generate(

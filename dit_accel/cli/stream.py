@@ -15,6 +15,7 @@ import yaml
 
 from dit_accel.cli.app import console
 from dit_accel.cli.files import report_path, write_json
+from dit_accel.cli.inputs import open_image
 from dit_accel.cli.overrides import frames_of
 from dit_accel.cli.prompts import LivePrompts, PromptChange, read_prompts
 from dit_accel.errors import ConfigError
@@ -96,6 +97,8 @@ def run_stream(context: typer.Context) -> None:
 def _request(options: Mapping[str, Any]) -> _Request:
     preset = load_preset(options["preset"])
     settings = _settings(options, preset)
+    if options["negative_prompt"] and settings.guidance_scale <= 1:
+        raise ConfigError("--negative-prompt", "this stream runs without guidance; give --guidance-scale above 1")
     changes = [] if options["prompts_file"] is None else read_prompts(options["prompts_file"])
     prompts = options["prompt"] or []
     if len(prompts) > 1:
@@ -120,7 +123,7 @@ def _settings(options: Mapping[str, Any], preset: Preset) -> StreamSettings:
     elif Path(chosen).suffix in (".yaml", ".yml"):
         try:
             content = yaml.safe_load(Path(chosen).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError("--stream-settings", f"cannot read {chosen}: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict):
             raise ConfigError("--stream-settings", f"expected names and values in {chosen}")
@@ -158,9 +161,10 @@ def _stream(request: _Request, file: StreamingVideoFile) -> None:
     from dit_accel.pipelines.streaming import StreamingWanPipeline
     from dit_accel.pipelines.streaming.policies import make_policy
 
-    policy = make_policy(request.settings)
-    quiet_loading()
     options, first = request.options, request.changes[0]
+    policy = make_policy(request.settings)
+    start = None if options["image"] is None else open_image(options["image"], "--image")
+    quiet_loading()
     model = options["model"] or request.preset.repository
     console.print(f"{request.preset.name}: loading {model}", markup=False)
     pipe = StreamingWanPipeline.from_preset(
@@ -175,7 +179,7 @@ def _stream(request: _Request, file: StreamingVideoFile) -> None:
         height=request.height,
         width=request.width,
         settings=request.settings,
-        start=_image(options["image"]),
+        start=start,
         policy=policy,
     )
     record = _Record(request, stream, file, begun)
@@ -184,17 +188,6 @@ def _stream(request: _Request, file: StreamingVideoFile) -> None:
     except KeyboardInterrupt:
         console.print("interrupted; the video ends here")
     record.finish()
-
-
-def _image(path: Path | None) -> Any:
-    if path is None:
-        return None
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ConfigError("--image", f"cannot read {path}: {error}") from None
 
 
 class _Record:

@@ -159,6 +159,7 @@ def test_a_checkpoint_is_loaded(command, tmp_path, pipeline_folder):
         (["--prompt", "x", "--lora", "x.pt"], "lora: is merged into a checkpoint"),
         (["--prompt", "x", "--preset", "wan2.1-i2v-14b-480p"], "streams need wan t2v"),
         (["--prompt", "x", "--image", "none.png"], "--image: cannot read"),
+        (["--prompt", "x", "--negative-prompt", "y"], "--negative-prompt: this stream runs without guidance"),
     ],
 )
 def test_wrong_options_are_named_and_leave_no_file(command, tmp_path, arguments, message):
@@ -196,6 +197,7 @@ def test_options_of_streams_need_the_flag(command, monkeypatch, capsys):
         ("- {promt: a}", "0.prompt"),
         ("prompt: a", "list"),
         ("- {prompt: a, chunk: 0}", "0.chunk"),
+        ("- {prompt: a, mode: cut, over: 2}", "over is for mode blend"),
     ],
 )
 def test_prompts_files_are_checked(tmp_path, text, message):
@@ -223,6 +225,25 @@ def test_of_several_typed_lines_the_last_prompt_counts():
         ended = state.ended
     assert ended
     assert changes[-1] == "two"
+
+
+@pytest.mark.parametrize("line", ["blend 0: x", "cut 3: x"])
+def test_a_typed_line_that_is_wrong_does_not_end_the_stream(line, capsys):
+    live = LivePrompts(io.StringIO(f"good\n{line}\n"))
+    live._lines.put(None)
+    while not (state := live.look()).ended:
+        pass
+    assert state.change is None or state.change.prompt == "good"
+    assert "left out: typed prompt" in capsys.readouterr().err
+
+
+def test_a_typed_line_that_is_no_text_ends_the_input(capsys):
+    live = LivePrompts(io.TextIOWrapper(io.BytesIO(b"one\n\xff\n"), encoding="utf-8"))
+    deadline = time.time() + 10
+    while not (ended := live.look().ended) and time.time() < deadline:
+        time.sleep(0.01)
+    assert ended
+    assert "no more prompts are read" in capsys.readouterr().err
 
 
 def test_a_killed_writer_leaves_a_playable_file(tmp_path):
