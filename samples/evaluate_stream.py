@@ -135,19 +135,24 @@ def table(variants: Sequence[Variant], tasks: Sequence[Task], marks: Sequence[in
 def main(given: Sequence[str] | None = None) -> None:
     """Stream, judge and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="tiny-wan-causal")
+    parser.add_argument("--preset", default="tiny-wan")
     parser.add_argument("--model", default=None, help="pipeline folder instead of the preset's")
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--marks", type=int, nargs="+", default=[8], help="chunks after which the object is compared")
     parser.add_argument("--compare-memory", action="store_true", help="also with a compressed past in equal memory")
     parser.add_argument("--tile", type=int, default=4, help="tokens per side of a block of the compressed past")
     parser.add_argument("--guidance-scale", type=float, default=None, help="instead of the preset's")
+    parser.add_argument(
+        "--levels", type=float, nargs="+", default=None, help="denoising steps, instead of the preset's"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=None, help="write what was found as JSON")
     arguments = parser.parse_args(given)
     guided = {} if arguments.guidance_scale is None else {"guidance_scale": arguments.guidance_scale}
     pipe = StreamingWanPipeline.from_preset(arguments.preset, arguments.model, **guided)
     settings: StreamSettings = pipe.stream_settings
+    if arguments.levels is not None:
+        settings = settings.model_copy(update={"steps": tuple(arguments.levels)})
     variants = [Variant(f"sink {settings.sink}, window {settings.window}", settings)]
     if arguments.compare_memory:
         size = pipe.preset.generation

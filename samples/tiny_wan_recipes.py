@@ -203,13 +203,13 @@ FULL_MODEL = Recipe(
     vae=VaeRecipe(
         # As long as the clips that are generated, see `Tuning`.
         (Crop(9, 64, 48), Crop(1, 64, 192), Crop(33, 64, 12)),
-        Pace(12_000, minutes=7.5),
+        Pace(12_000, minutes=7.0),
         edge_weight=1.0,
         ema=0.995,
     ),
     flow=FlowRecipe(
         canvas=Canvas(33, 64, 64),
-        clips=40_000,
+        clips=24_000,
         encode_batch=64,
         draws=(
             Draw(latent_frames=3, batch=192, shares=(0.40, 0.15, 0.05)),
@@ -217,16 +217,16 @@ FULL_MODEL = Recipe(
             Draw(latent_frames=9, batch=64, shares=(0.15, 0.30, 0.25)),
             Draw(latent_frames=17, batch=32, shares=(0.05, 0.30, 0.60)),
         ),
-        pace=Pace(20_000, minutes=14.0),
+        pace=Pace(20_000, minutes=12.5),
         ema=0.998,
         save_every=500,
         shows=True,
     ),
     causal=CausalRecipe(
         Canvas(65, 64, 64, endless=True),
-        clips=4000,
+        clips=3000,
         batch=16,
-        pace=Pace(4000, minutes=3.5),
+        pace=Pace(4000, minutes=2.5),
         rates=(0.005, 5e-4),
         encode_batch=32,
     ),

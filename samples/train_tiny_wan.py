@@ -42,7 +42,22 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     """Options that say where and for how long a training runs, see `read_place`."""
     parser.add_argument("--device", default="cpu", help="where PyTorch computes: cpu or cuda")
     parser.add_argument("--max-minutes", type=float, default=math.inf, help="then save, and stop with status 75")
+    parser.add_argument("--stretch", type=float, default=1.0, help="times the minutes of the recipe for each stage")
     parser.add_argument("--seed", type=int, default=0)
+
+
+def stretch(recipe: Recipe, factor: float) -> Recipe:
+    """The recipe with `factor` times the minutes for every stage that is measured in minutes."""
+
+    def longer(pace: Pace) -> Pace:
+        return pace if pace.minutes is None else replace(pace, minutes=pace.minutes * factor)
+
+    return replace(
+        recipe,
+        vae=replace(recipe.vae, pace=longer(recipe.vae.pace)),
+        flow=replace(recipe.flow, pace=longer(recipe.flow.pace)),
+        causal=replace(recipe.causal, pace=longer(recipe.causal.pace)),
+    )
 
 
 def read_place(arguments: argparse.Namespace, recipe: Recipe) -> Place:
@@ -68,6 +83,7 @@ def main(given: Sequence[str] | None = None) -> None:
         recipe = replace(recipe, vae=replace(recipe.vae, pace=Pace(arguments.vae_steps)))
     if arguments.steps is not None:
         recipe = replace(recipe, flow=replace(recipe.flow, pace=Pace(arguments.steps)))
+    recipe = stretch(recipe, arguments.stretch)
     try:
         run_stages(read_place(arguments, recipe), arguments.output, recipe, arguments.seed)
     except OutOfTime as error:

@@ -32,10 +32,10 @@ from dit_accel.samples.tiny_wan_flow import (
     PaddedCrossAttention,
     choose_padding,
 )
-from dit_accel.samples.tiny_wan_recipes import RECIPES, CausalRecipe, Pace
+from dit_accel.samples.tiny_wan_recipes import RECIPES, CausalRecipe, Pace, Recipe
 from dit_accel.samples.tiny_wan_run import OutOfTime, Place, TrainingRun, linear_rate, replace_parts
 from dit_accel.samples.tiny_wan_vae import Bank, encode_bank
-from dit_accel.samples.train_tiny_wan import UNFINISHED, add_place, read_place
+from dit_accel.samples.train_tiny_wan import UNFINISHED, add_place, read_place, stretch
 from dit_accel.streaming import StreamSettings
 
 
@@ -90,6 +90,23 @@ def train_causal(
         run.log("causal", step, done, loss)
 
 
+def run_causal_stages(place: Place, output: Path, start: str, preset: str, recipe: Recipe, seed: int) -> None:
+    """Encode the clips that the model of `start` was taught, and train for the streams of a preset.
+
+    Raises:
+        ConfigError: the preset says nothing of streams.
+        OutOfTime: the time of this call is over; the next goes on.
+    """
+    settings, causal = load_preset(preset).stream, recipe.causal
+    if settings is None:
+        raise ConfigError(f"preset {preset}", "says nothing of streams; give one with a `stream` section")
+    pipe = WanPipeline.from_pretrained(check_model(start), dtype=torch.float32)
+    recipe = replace(recipe, repertoire=repertoire_of(pipe.tokenizer))
+    vae = pipe.vae.to(place.device).eval()
+    bank = encode_bank(place, vae, recipe, causal.canvas, causal.clips, causal.encode_batch, seed)
+    train_causal(place, output, start, bank, settings, causal)
+
+
 def export(output: Path, start: Path, average: dict[str, Tensor]) -> None:
     """Write the averaged weights as a pipeline folder whose other parts are copies of those of `start`."""
     pipe = WanPipeline.from_pretrained(start)
@@ -112,25 +129,20 @@ def main(given: Sequence[str] | None = None) -> None:
         "--output", type=Path, default=Path(__file__).parent / "tiny-wan-causal", help="folder of the result"
     )
     parser.add_argument("--start", default="samples/tiny-wan", help="pipeline folder of the bidirectional model")
-    parser.add_argument("--preset", default="tiny-wan-causal", help="preset whose stream is trained for")
+    parser.add_argument("--preset", default="tiny-wan", help="preset whose stream is trained for")
     parser.add_argument("--clips", type=int, default=None, help="instead of the recipe's")
     parser.add_argument("--steps", type=int, default=None, help="instead of the recipe's, whatever time they take")
     add_place(parser)
     arguments = parser.parse_args(given)
-    recipe = RECIPES[arguments.size]
+    recipe = stretch(RECIPES[arguments.size], arguments.stretch)
     causal = replace(recipe.causal, clips=arguments.clips or recipe.causal.clips)
     if arguments.steps is not None:
         causal = replace(causal, pace=Pace(arguments.steps))
-    place = read_place(arguments, recipe)
-    pipe = WanPipeline.from_pretrained(check_model(arguments.start), dtype=torch.float32)
-    recipe = replace(recipe, repertoire=repertoire_of(pipe.tokenizer))
-    settings = load_preset(arguments.preset).stream
-    if settings is None:
-        raise ConfigError(f"preset {arguments.preset}", "says nothing of streams; give one with a `stream` section")
+    recipe = replace(recipe, causal=causal)
     try:
-        vae = pipe.vae.to(place.device).eval()
-        bank = encode_bank(place, vae, recipe, causal.canvas, causal.clips, causal.encode_batch, arguments.seed)
-        train_causal(place, arguments.output, arguments.start, bank, settings, causal)
+        run_causal_stages(
+            read_place(arguments, recipe), arguments.output, arguments.start, arguments.preset, recipe, arguments.seed
+        )
     except OutOfTime as error:
         print(f"time is over: {error}", flush=True)
         sys.exit(UNFINISHED)

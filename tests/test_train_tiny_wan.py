@@ -11,14 +11,24 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
-from dit_accel.samples import train_tiny_wan, tune_tiny_wan_decoder
+from dit_accel.samples import make_tiny_wan, train_tiny_wan, tune_tiny_wan_decoder
 from dit_accel.samples.muon import Muon
 from dit_accel.samples.repertoire import FULL, repertoire_of
 from dit_accel.samples.scenes.draw import Canvas
 from dit_accel.samples.tiny_random import random_wan_pipeline
 from dit_accel.samples.tiny_wan_flow import train_transformer
 from dit_accel.samples.tiny_wan_model import TinyWanSizes, make_text_encoder, make_tokenizer, make_transformer, make_vae
-from dit_accel.samples.tiny_wan_recipes import FULL_MODEL, RECIPES, Crop, Draw, FlowRecipe, Pace, Tuning, VaeRecipe
+from dit_accel.samples.tiny_wan_recipes import (
+    FULL_MODEL,
+    RECIPES,
+    CausalRecipe,
+    Crop,
+    Draw,
+    FlowRecipe,
+    Pace,
+    Tuning,
+    VaeRecipe,
+)
 from dit_accel.samples.tiny_wan_run import OutOfTime, Place, TrainingRun
 from dit_accel.samples.tiny_wan_show import contact_sheet
 from dit_accel.samples.tiny_wan_vae import encode_bank, reconstruction_loss, train_vae, tune_decoder
@@ -38,6 +48,7 @@ MINUTE = replace(
         save_every=2,
         shows=True,
     ),
+    causal=CausalRecipe(Canvas(17, 16, 16, endless=True), clips=2, batch=2, pace=Pace(1), rates=(0.005, 5e-4)),
     workers=0,
 )
 
@@ -122,6 +133,37 @@ def test_the_command_says_by_its_status_that_it_must_be_called_again(tmp_path, m
     assert stopped.value.code == train_tiny_wan.UNFINISHED
     assert "again" in capsys.readouterr().out
     assert (tmp_path / "work" / "vae_checkpoint.pt").exists()
+
+
+def test_one_command_makes_both_models_and_judges_them(tmp_path, capsys):
+    preset, work, output = tmp_path / "mine.yaml", tmp_path / "work", tmp_path / "made"
+    preset.write_text(
+        "extends: tiny-wan/dense\ngeneration: {height: 16, width: 16, num_frames: 5, num_inference_steps: 2}\n"
+        "stream: {steps: [1000.0], chunk: 2, window: 8, sink: 2, guidance_scale: 1.0}\n"
+    )
+    work.mkdir()
+    output.mkdir()
+    recipe = replace(MINUTE, flow=replace(MINUTE.flow, shows=False))
+    make_tiny_wan.make(Place(work), output, recipe, seed=0, prompts=2, preset=str(preset))
+    told = capsys.readouterr().out
+    assert told.count("| 2 |") == 3  # generated, drawn, and through the autoencoder
+    assert np.load(output / "clips.npz")["clips"].shape == (2, 5, 16, 16, 3)
+    assert len(json.loads((output / "verdicts.json").read_text())) == 2
+    assert json.loads((output / "streams.json").read_text())["found"]
+    assert {path.stem for path in work.glob("*.done")} == {"model", "causal", "clips", "streams"}
+    make_tiny_wan.make(Place(work, deadline=0.0), output, recipe, seed=0, prompts=2, preset=str(preset))
+    assert "stage" not in capsys.readouterr().out
+    (work / "clips.done").unlink()
+    with pytest.raises(OutOfTime, match="clips"):
+        make_tiny_wan.make(Place(work, deadline=0.0), output, recipe, seed=0, prompts=2, preset=str(preset))
+
+
+def test_minutes_can_be_stretched_and_steps_cannot():
+    longer = train_tiny_wan.stretch(FULL_MODEL, 0.5)
+    assert longer.flow.pace.minutes == FULL_MODEL.flow.pace.minutes / 2
+    assert longer.vae.pace.minutes == FULL_MODEL.vae.pace.minutes / 2
+    assert longer.causal.pace.minutes == FULL_MODEL.causal.pace.minutes / 2
+    assert train_tiny_wan.stretch(RECIPES["small"], 0.5) == RECIPES["small"]
 
 
 def test_a_stage_ends_after_its_steps_or_its_minutes(tmp_path):
