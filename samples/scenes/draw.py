@@ -174,8 +174,10 @@ def _body(rng: np.random.Generator, thing: Thing, canvas: Canvas, pan: np.ndarra
     turn = sign * float(rng.uniform(*TURN)) if thing.change == "spinning" else 0.0
     if thing.motion in BOUNCES:
         axis = np.array([1.0, 0.0] if thing.motion == "sideways" else [0.0, 1.0])
-        velocity = float(rng.choice((-1, 1))) * rng.uniform(*BOUNCE_SPEED) * axis
-        wanted = wanted + axis * rng.uniform(-0.2, 0.2) * np.array([canvas.width, canvas.height])
+        size = np.array([canvas.width, canvas.height])
+        # From near the middle towards the nearer edge: a clip in which it does not come back shows no bounce.
+        wanted = np.where(axis > 0, np.clip(wanted, 0.35 * size, 0.65 * size), wanted)
+        velocity = rng.uniform(*BOUNCE_SPEED) * axis * np.where(wanted < size / 2, -1, 1)
     else:
         way = _unit(thing.motion) if thing.motion in STRAIGHT else np.zeros(2)
         velocity = rng.uniform(*SPEED[thing.pace]) * way + pan

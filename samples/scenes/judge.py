@@ -27,7 +27,7 @@ CRITERIA = (
 )
 _MARGIN = 40  # a pixel belongs to a thing when some channel is this far from the backdrop and its textures
 _TONE = 36  # by which all channels of a backdrop may be lighter or darker
-_SMALLEST, _SHARE = 12, 0.12  # pixels of a thing in a frame; its share of what belongs to things
+_SMALLEST, _SHARE = 12, 0.06  # pixels of a thing in a frame; its share of what belongs to things
 _TURNS = 12  # angles that are tried
 _UPRIGHT = 1.1  # by how much a turned template must be better than the upright one
 _SIZES = (7.75, 11.25)  # radii between small, usual and large

@@ -17,29 +17,16 @@ from dit_accel.samples.scenes.render import render_scenes
 from dit_accel.samples.shape_matching import likeliest_shape, match_shapes, templates
 
 CANVAS = Canvas(33, 64, 64)
-LEAST = {
-    "color": 0.95,
-    "shape": 0.9,
-    "motion": 0.9,
-    "background": 0.97,
-    "count": 0.95,
-    "size": 0.85,
-    "change": 0.85,
-    "pace": 0.9,
-    "texture": 0.95,
-    "drift": 0.9,
-    "camera": 0.9,
-}
 
 
 def test_the_judge_finds_drawn_clips_right():
-    tasks = held_out_tasks(FULL, 64, CANVAS, 0)
+    tasks = held_out_tasks(FULL, 40, CANVAS, 0)
     verdicts = [task.judge(task.truth()) for task in tasks]
-    assert criteria(FULL) == CRITERIA == tuple(LEAST)
-    for name, least in LEAST.items():
+    assert criteria(FULL) == CRITERIA
+    for name in CRITERIA:
         found = [v[name] for v in verdicts if v[name] is not None]
-        assert len(found) > 3, name
-        assert np.mean(found) >= least, name
+        assert len(found) > 2, name
+        assert np.mean(found) > 0.94, name
 
 
 @pytest.mark.parametrize(
