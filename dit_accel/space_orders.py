@@ -15,6 +15,8 @@ from dit_accel.layout import TokenLayout
 from dit_accel.order import TokenOrder, video_order
 
 Axes = Literal["fhw", "fwh", "hfw", "hwf", "wfh", "whf"]
+# A side of a box: how far its tokens are apart in the raster, negative where it runs backwards, and how many they are.
+Side = tuple[int, int]
 
 
 @lru_cache(maxsize=16)
@@ -26,6 +28,65 @@ def morton_order(layout: TokenLayout) -> TokenOrder:
         for place, axis in enumerate((2, 1, 0)):
             code |= (at[:, axis] >> bit & 1) << (3 * bit + place)
     return video_order(layout, code.argsort())
+
+
+@lru_cache(maxsize=16)
+def hilbert_order(layout: TokenLayout) -> TokenOrder:
+    """Along a Hilbert curve generalised to boxes of any sides: every step leads to a token that touches.
+
+    Source: the recursion called Gilbert (J. Červený), used by arXiv 2502.18137, 2508.10774 and 2512.04025.
+    """
+    frames, height, width = layout.grid
+    sides = [(1, width), (width, height), (height * width, frames)]
+    # It starts along the longest side, of equal ones along the one that runs fastest in the raster.
+    along, across, up = sorted(sides, key=lambda side: -side[1])
+    index, todo = list[int](), [(0, along, across, up)]
+    while todo:
+        at, a, b, c = todo.pop()
+        line = next((side for side in (a, b, c) if side[1] == a[1] * b[1] * c[1]), None)
+        if line is None:
+            # The last part put on the pile is the next one taken from it.
+            todo += reversed(_hilbert_parts(at, a, b, c))
+        else:
+            index += range(at, at + line[0] * line[1], line[0])
+    return video_order(layout, torch.tensor(index))
+
+
+def _hilbert_parts(at: int, a: Side, b: Side, c: Side) -> list[tuple[int, Side, Side, Side]]:
+    """The parts of a box in the order in which the curve passes them, each as its first corner and its sides.
+
+    The curve enters a box at the corner `at` and leaves it at the far end of `a`.
+    """
+    (step_a, long_a), (step_b, long_b), (step_c, long_c) = a, b, c
+    (half_a, rest_a), (half_b, rest_b), (half_c, rest_c) = (_halves(side) for side in (a, b, c))
+    last_a, last_c = step_a * (long_a - 1), step_c * (long_c - 1)
+    middle_b, middle_c = step_b * half_b[1], step_c * half_c[1]
+    if 2 * long_a > 3 * max(long_b, long_c):
+        return [(at, half_a, b, c), (at + step_a * half_a[1], rest_a, b, c)]
+    if 3 * long_b > 4 * long_c:
+        back = at + last_a + middle_b - step_b
+        return [(at, half_b, c, half_a), (at + middle_b, a, rest_b, c), (back, _turned(half_b), c, _turned(rest_a))]
+    if 3 * long_c > 4 * long_b:
+        back = at + last_a + middle_c - step_c
+        return [(at, half_c, half_a, b), (at + middle_c, a, b, rest_c), (back, _turned(half_c), _turned(rest_a), b)]
+    return [
+        (at, half_b, half_c, half_a),
+        (at + middle_b, c, half_a, rest_b),
+        (at + middle_b - step_b + last_c, a, _turned(half_b), _turned(rest_c)),
+        (at + last_a + middle_b + last_c, _turned(c), _turned(rest_a), rest_b),
+        (at + last_a + middle_b - step_b, _turned(half_b), half_c, _turned(rest_a)),
+    ]
+
+
+def _halves(side: Side) -> tuple[Side, Side]:
+    """Two halves, the first of even length where it can be: the curve leaves an odd one by a diagonal step."""
+    step, length = side
+    half = length // 2 + (length // 2 % 2 if length > 2 else 0)
+    return (step, half), (step, length - half)
+
+
+def _turned(side: Side) -> Side:
+    return -side[0], side[1]
 
 
 @lru_cache(maxsize=16)

@@ -8,17 +8,18 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dit_accel.kernels.spec import Remainder
-from dit_accel.methods.base import BlockSize, SizeTriple
-from dit_accel.methods.dynamic import DynamicMethod, Share
+from dit_accel.mean_keys import join_means
+from dit_accel.methods.base import BlockSize, Size, SizeTriple
+from dit_accel.methods.dynamic import PoolingMethod, Share
 from dit_accel.methods.registry import register
-from dit_accel.plan import Blocking
-from dit_accel.selection import Budget, TopP, generator_for
+from dit_accel.plan import Blocking, BlockPlan
+from dit_accel.selection import Budget, TopP, block_means, generator_for
 from dit_accel.selection.samples import sampled_scores
 from dit_accel.state import CallContext
 
 
 @register("asa")
-class ASA(DynamicMethod):
+class ASA(PoolingMethod):
     """The best blocks below a share of the sampled score, never fewer or more than two limits.
 
     The score of a block is that of its best sampled pair, relative to the best key of each query: it says that some
@@ -30,10 +31,13 @@ class ASA(DynamicMethod):
         least, most: limits on the share of blocks kept, rounded down.
         samples: tokens of each block that are looked at, at the same random places in all blocks of a head; published
             are 32, which cost four times as much as 16 and gain a fiftieth of the recall.
-        remainder: "drop", or "mean": blocks that are not kept enter as one mean key and value each. The released
-            variant pools the kept blocks too and so counts them twice; that is not offered.
-        order, tile: samples at the same places need blocks that are not aligned with the grid, hence tiles.
-        block: query and key block in tokens, for the raster order.
+        remainder: "drop"; "mean": blocks that are not kept enter as one mean key and value each; "overlap": all video
+            tokens enter as means of `pool`, those of kept blocks too, which are so counted twice, as the released
+            weights were trained with. With stock weights that pulls the output towards smooth averages.
+        pool: neighbours in the order per mean of "overlap"; published are 30 for Wan and 15 for CogVideoX.
+        order, tile: samples at the same places need blocks that are not aligned with the grid, hence tiles; published
+            is "hilbert".
+        block: query and key block in tokens, for all orders but "tile".
     """
 
     source: ClassVar[str] = "arXiv 2508.10774"
@@ -42,9 +46,10 @@ class ASA(DynamicMethod):
     least: Share = 0.05
     most: Share = 0.17
     samples: BlockSize = 16
-    remainder_: Literal["drop", "mean"] = Field(default="drop", alias="remainder")
+    remainder_: Literal["drop", "mean", "overlap"] = Field(default="drop", alias="remainder")
+    pool: Size = 30
     block: BlockSize = 128
-    order_: Literal["raster", "tile"] = Field(default="tile", alias="order")
+    order_: Literal["raster", "hilbert", "tile"] = Field(default="tile", alias="order")
     tile: SizeTriple = (4, 4, 8)
 
     @model_validator(mode="after")
@@ -56,7 +61,9 @@ class ASA(DynamicMethod):
     def scores(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor:
         """Largest sampled logits. q, k `[B, H, N, D]`; other places at every layer, the same at every step."""
         generator = generator_for(q.device, call.seed, call.layer)
-        return sampled_scores(q, k, q_blocks, k_blocks, call.layout, (self.samples, self.samples), generator)
+        return sampled_scores(
+            q, k, q_blocks, k_blocks, call.layout, (self.samples, self.samples), generator, self.padding
+        )
 
     def budget(self, q: Tensor, k: Tensor, call: CallContext) -> Budget:
         """Top-p without the crossing block, between the limits."""
@@ -64,5 +71,31 @@ class ASA(DynamicMethod):
 
     @property
     def remainder(self) -> Remainder | None:
-        """As chosen."""
-        return None if self.remainder_ == "drop" else Remainder("mean")
+        """As chosen; None also where `complete` makes it."""
+        return Remainder("mean") if self.remainder_ == "mean" else None
+
+    @property
+    def completes(self) -> bool:
+        """Whether means of all tokens are to be added."""
+        return self.remainder_ == "overlap"
+
+    def complete(
+        self,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan,
+        call: CallContext,
+        scale: float | None = None,
+    ) -> Tensor:
+        """One softmax over the kept keys and the means of all video keys; text, which is kept anyway, in none."""
+        layout, video = call.layout, call.layout.video_slice()
+        groups = Blocking.uniform(layout.video, self.pool)
+        valid = None
+        if layout.valid is not None:
+            valid = tuple(min(max(0, length - video.start), layout.video) for length in layout.valid)
+        (keys, counts), (values, _) = (block_means(x[:, :, video], groups, valid) for x in (k, v))
+        call.extra_density += groups.count / layout.tokens
+        return join_means(out, lse, q, keys, values, counts.log().unsqueeze(-2), plan.q_blocks, scale)

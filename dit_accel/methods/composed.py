@@ -35,11 +35,11 @@ from dit_accel.selection import (
 from dit_accel.selection.covariance import covariance_scores, error_scores
 from dit_accel.selection.neighbours import touching_blocks
 from dit_accel.selection.scores import antidiagonal_scores, subblock_scores
-from dit_accel.space_orders import Axes, axes_order, bisection_order, morton_order
+from dit_accel.space_orders import Axes, axes_order, bisection_order, hilbert_order, morton_order
 from dit_accel.state import CallContext
 from dit_accel.tiling import tile_blocks, tile_order
 
-OrderName = Literal["raster", "tile", "bisect", "morton", "axes", "hot_keys", "lsh", "kmeans"]
+OrderName = Literal["raster", "tile", "bisect", "morton", "hilbert", "axes", "hot_keys", "lsh", "kmeans"]
 Score = Literal["pooled", "isolated", "covariance", "error", "antidiagonal", "subblock"]
 RemainderName = Literal["drop", "pooled", "taylor", "rectified", "history"]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -55,9 +55,9 @@ class Composed(Method):
 
     Args:
         order: "raster"; "tile": 3-D tiles, one block each; "bisect": boxes of exactly `block` tokens on any grid;
-            "morton": the Z-order curve; "axes": the raster with its axes in another order. By content, made at every
-            call: "hot_keys": keys sorted by the attention they get; "lsh": queries and keys sorted by an angular hash;
-            "kmeans": queries and keys sorted by cluster.
+            "morton": the Z-order curve; "hilbert": a Hilbert curve; "axes": the raster with its axes in another order.
+            By content, made at every call: "hot_keys": keys sorted by the attention they get; "lsh": queries and keys
+            sorted by an angular hash; "kmeans": queries and keys sorted by cluster.
         tile: (frames, height, width) of a tile, for "tile"; the shape of the boxes, for "bisect".
         block: block size in tokens, for all orders but "tile".
         axes: "fhw" and its permutations, one for all heads or one per head, for "axes".
@@ -176,6 +176,8 @@ class Composed(Method):
             return bisection_order(layout, self.block, self.tile)
         if self.order_ == "morton":
             return morton_order(layout)
+        if self.order_ == "hilbert":
+            return hilbert_order(layout)
         if self.order_ == "axes":
             if len(self.axes) not in (1, heads):
                 raise ConfigError(f"method.{self.name}.axes", f"expected 1 or {heads} orders, got {len(self.axes)}")

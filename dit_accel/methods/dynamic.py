@@ -15,6 +15,7 @@ from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.selection import (
     Budget,
     Normalisation,
+    Padding,
     Rounding,
     TopK,
     adapt_heads,
@@ -23,6 +24,7 @@ from dit_accel.selection import (
     select_plan,
     sink_blocks,
 )
+from dit_accel.space_orders import hilbert_order
 from dit_accel.state import CallContext
 from dit_accel.tiling import tile_blocks, tile_order
 
@@ -83,6 +85,11 @@ class BlockSelection(Method):
         """How a density becomes a number of blocks. Default: to the nearest."""
         return "round"
 
+    @property
+    def scope(self) -> Literal["row", "head", "layer"]:
+        """Whose budget a density is, see `Budget`. Default: that of each row."""
+        return "row"
+
     def beside(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor | None:
         """Blocks that are kept on top of the budget, bool that broadcasts against the scores. Default: none."""
         return None
@@ -129,48 +136,53 @@ class BlockSelection(Method):
             return self.budget(q, k, call)
         if self.heads == "adaptive":
             share = adapt_heads(scores, self.density, forced, beside=beside, normalisation=self.normalisation)
-            return TopK(share=share, rounding=self.rounding)
-        return TopK(share=self.density, rounding=self.rounding)
+            return TopK(scope=self.scope, share=share, rounding=self.rounding)
+        return TopK(scope=self.scope, share=self.density, rounding=self.rounding)
 
 
 class DynamicMethod(BlockSelection):
-    """Base of the methods whose blocks are runs of the raster or 3-D tiles.
+    """Base of the methods whose blocks are runs of the raster or of a curve, or 3-D tiles.
 
     Args:
-        block: query block in tokens, for the raster order.
-        key_block: key block in tokens, for the raster order. Default None: as `block`.
-        order: "raster": blocks are runs of the raster; "tile": blocks are 3-D tiles of the video.
+        block: query block in tokens, for all orders but "tile".
+        key_block: key block in tokens, for all orders but "tile". Default None: as `block`.
+        order: "raster": blocks are runs of the raster; "hilbert": runs of a space-filling curve, see `hilbert_order`;
+            "tile": blocks are 3-D tiles of the video.
         tile: (frames, height, width) of a tile in tokens, for "tile".
         keep_self: every block attends itself. Forced blocks count inside the budget.
     """
 
     block: BlockSize = 64
     key_block: BlockSize | None = None
-    order_: Literal["raster", "tile"] = Field(default="raster", alias="order")
+    order_: Literal["raster", "hilbert", "tile"] = Field(default="raster", alias="order")
     tile: SizeTriple = (4, 4, 4)
     keep_self: bool = False
 
     @model_validator(mode="after")
     def _blocks_fit_the_order(self) -> DynamicMethod:
         if self.order_ == "tile" and "key_block" in self.model_fields_set:
-            raise ValueError("key_block goes with order='raster'; with order='tile' both blocks are one tile")
+            raise ValueError(
+                "key_block goes with order='raster' or 'hilbert'; with order='tile' both blocks are one tile"
+            )
         return self
 
     @property
     def has_static_order(self) -> bool:
-        """Yes: tiles and the raster look at no token."""
+        """Yes: none of them looks at a token."""
         return True
 
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
-        """Tiles, or None for the raster."""
+        """Tiles or the curve; None for the raster."""
         return self.key_order(call)
 
     def key_order(self, call: CallContext) -> TokenOrder | None:
         """As queries."""
+        if self.order_ == "hilbert":
+            return hilbert_order(call.layout)
         return tile_order(call.layout, self.tile) if self.order_ == "tile" else None
 
     def blocks(self, layout: TokenLayout) -> tuple[Blocking, Blocking]:
-        """Tiles, or runs of the raster."""
+        """Tiles, or runs of the raster or the curve."""
         if self.order_ == "tile":
             blocks = tile_blocks(layout, self.tile)
             return blocks, blocks
@@ -184,3 +196,15 @@ class DynamicMethod(BlockSelection):
             return sink
         own = own_blocks(q_blocks, k_blocks).to(q.device)
         return own if sink is None else own | sink
+
+
+class PoolingMethod(DynamicMethod):
+    """Base of the methods whose scores pool or sample the tokens of a block.
+
+    Args:
+        padding: what stands in the slots of a short block, for the scores alone: "real": nothing; "repeat": its last
+            token once more, as released by arXiv 2508.10774 and 2512.04025; "zero": zeros that count, as released by
+            arXiv 2503.16428. Both bias the choice of the last blocks.
+    """
+
+    padding: Padding = "real"

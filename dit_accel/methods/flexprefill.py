@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dit_accel.methods.base import BlockSize, Size
 from dit_accel.methods.dynamic import DynamicMethod, Share
 from dit_accel.methods.registry import register
 from dit_accel.plan import Blocking, BlockPlan
-from dit_accel.selection import TopP, block_means, plan_of_mask, pooled_scores, select_blocks
+from dit_accel.selection import TopK, TopP, block_means, plan_of_mask, pooled_scores, select_blocks
 from dit_accel.selection.budgets import Budget
 from dit_accel.selection.samples import probe_blocks, probe_profiles
 from dit_accel.selection.scores import log_mass
@@ -40,6 +40,8 @@ class FlexPrefill(DynamicMethod):
 
     Args:
         mass: share of the mass to keep: by profile the crossing entry is kept, in the pooled map it is left out.
+        least, most: limits on the share of key blocks, and of distances, that a profile keeps, rounded down; published
+            are 512 or 1024 tokens at least. A trusted head keeps the least of both profiles beside its pooled map.
         tau: Jensen-Shannon distance up to which the pooled map is trusted.
         probes: query blocks that are probed, spread over the video; published is the last one alone.
         probe_rows: queries of each that are looked at, spread over it; by default as many in all as published.
@@ -49,10 +51,18 @@ class FlexPrefill(DynamicMethod):
     source: ClassVar[str] = "arXiv 2502.20766"
 
     mass: Share = 0.95
+    least: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    most: Share = 1.0
     tau: Annotated[float, Field(ge=0, le=1)] = 0.1
     probes: Size = 4
     probe_rows: Size = 32
     block: BlockSize = 128
+
+    @model_validator(mode="after")
+    def _limits_are_ordered(self) -> FlexPrefill:
+        if self.least > self.most:
+            raise ValueError(f"least must not exceed most, got {self.least} and {self.most}")
+        return self
 
     def scores(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor:
         """Pooled log-mass where it is trusted, else the mean of both profiles, for ranking at a density."""
@@ -75,14 +85,11 @@ class FlexPrefill(DynamicMethod):
         forced = self.forced(q, k, call, q_blocks, k_blocks)
         always = always if forced is None else always | forced
         vertical, slash, trusted = self._profiles(q, k, call, q_blocks, k_blocks)
-        profiles = TopP(mass=self.mass)
-        columns = select_blocks(vertical.clamp(min=1e-30).log().unsqueeze(-2), profiles)
-        distances = select_blocks(slash.clamp(min=1e-30).log().unsqueeze(-2), profiles).squeeze(-2)
-        mask = torch.where(
-            trusted[..., None, None],
-            select_blocks(pooled, self.budget(q, k, call), always),
-            columns | _by_distance(distances, k_blocks.count),
-        )
+        by_profile = _by_profiles(vertical, slash, TopP(mass=self.mass, least=self.least, most=self.most))
+        by_map = select_blocks(pooled, self.budget(q, k, call), always)
+        if self.least:
+            by_map = by_map | _by_profiles(vertical, slash, TopK(share=self.least, rounding="floor"))
+        mask = torch.where(trusted[..., None, None], by_map, by_profile)
         call.measures["trusted_heads"] = trusted.double().mean()
         return plan_of_mask(mask | always, q_blocks, k_blocks, call.layout, ~pooled.isneginf())
 
@@ -103,6 +110,12 @@ class FlexPrefill(DynamicMethod):
         for place, row in enumerate(probed.tolist()):
             slash[..., column - row + q_blocks.count - 1] += profile[:, :, place] / len(probed)
         return vertical, slash, distance < self.tau
+
+
+def _by_profiles(vertical: Tensor, slash: Tensor, budget: Budget) -> Tensor:
+    """The columns and distances that a budget takes from the profiles, as one mask `[B, H, nq, nk]`."""
+    columns, distances = (select_blocks(x.clamp(min=1e-30).log().unsqueeze(-2), budget) for x in (vertical, slash))
+    return columns | _by_distance(distances.squeeze(-2), vertical.shape[-1])
 
 
 def _by_distance(slash: Tensor, columns: int) -> Tensor:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dit_accel.kernels.spec import Remainder
 from dit_accel.layout import TokenLayout
+from dit_accel.mean_keys import join_means
 from dit_accel.methods.base import Method, Size
 from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder
 from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.selection import TopK, block_means, own_blocks, plan_of_mask, select_blocks, sink_blocks
-from dit_accel.selection.scores import row_groups
 from dit_accel.space_orders import morton_order
 from dit_accel.state import CallContext
 
@@ -107,31 +107,10 @@ class LLSA(Method):
         sizes = torch.cat([block_means(k, part, layout.valid)[1] for part in (blocks, nodes)], -1)
         free = torch.cat([opened[..., node] & ~selected, ~opened], -1)
         bias = sizes.log().unsqueeze(-2).masked_fill(~free, -torch.inf)
-        return _join(out, lse, q, means[0], means[1], bias, plan.q_blocks, scale)
+        return join_means(out, lse, q, means[0], means[1], bias, plan.q_blocks, scale)
 
 
 def _products(q: Tensor, k: Tensor, blocks: Blocking, layout: TokenLayout) -> Tensor:
     """Products of mean queries and mean keys `[B, H, n, n]`, -inf at blocks without real keys."""
     (queries, _), (keys, counts) = block_means(q, blocks, layout.valid), block_means(k, blocks, layout.valid)
     return (queries @ keys.transpose(-1, -2)).masked_fill(counts.unsqueeze(-2) == 0, -torch.inf)
-
-
-def _join(
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    bias: Tensor,
-    blocks: Blocking,
-    scale: float | None,
-) -> Tensor:
-    """Pooled keys `[B, H, m, D]`, with a bias per query block `[B, H, nq, m]`, into the softmax of the exact part."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    result, owner = torch.empty_like(out), blocks.block_of_token().to(q.device)
-    for rows in row_groups(q.shape[2], q.shape[0] * q.shape[1] * keys.shape[2], q.device):
-        logits = q[:, :, rows].to(keys.dtype) * scale @ keys.transpose(-1, -2) + bias[:, :, owner[rows]]
-        joint = torch.logaddexp(lse[:, :, rows].to(keys.dtype), logits.logsumexp(-1)).unsqueeze(-1)
-        exact = (lse[:, :, rows].unsqueeze(-1) - joint).exp() * out[:, :, rows]
-        result[:, :, rows] = (exact + (logits - joint).exp() @ values).to(out.dtype)
-    return result

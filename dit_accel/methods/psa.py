@@ -9,7 +9,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from dit_accel.methods.base import FROM_LIST, BlockSize
-from dit_accel.methods.dynamic import DynamicMethod, Share
+from dit_accel.methods.dynamic import PoolingMethod, Share
 from dit_accel.methods.registry import register
 from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.pyramid import LEVELS, add_pooled_levels, coarsest_levels, level_density, pyramid_plan
@@ -25,10 +25,10 @@ _Limits = Annotated[tuple[float, float, float], FROM_LIST]
 
 
 @register("psa")
-class PSA(DynamicMethod):
+class PSA(PoolingMethod):
     """Blocks ranked by sampled logits; the best are read exactly, the next at coarser levels, the rest are skipped.
 
-    Published with dense first steps and a space-filling order; here blocks may be tiles. Text is read exactly.
+    Published with dense first steps and `order="hilbert"`. Text is read exactly.
 
     Args:
         density: products per pair of tokens, a pooled block counting by 1 / level. It scales all of `ends` under the
@@ -64,7 +64,7 @@ class PSA(DynamicMethod):
         """Largest sampled logits. q, k `[B, H, N, D]`."""
         samples = tuple(max(1, round(self.samples * blocks.size)) for blocks in (q_blocks, k_blocks))
         generator = generator_for(q.device, call.seed, call.layer)
-        return sampled_scores(q, k, q_blocks, k_blocks, call.layout, (samples[0], samples[1]), generator)
+        return sampled_scores(q, k, q_blocks, k_blocks, call.layout, (samples[0], samples[1]), generator, self.padding)
 
     def budget(self, q: Tensor, k: Tensor, call: CallContext) -> Budget:
         """The density of the published ends."""

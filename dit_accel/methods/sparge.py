@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit_accel.kernels.spec import Precision
 from dit_accel.methods.base import BlockSize, Density
-from dit_accel.methods.dynamic import DynamicMethod, Share
+from dit_accel.methods.dynamic import PoolingMethod, Share
 from dit_accel.methods.registry import register
 from dit_accel.plan import Blocking
 from dit_accel.selection import Budget, Rounding, TopP, pooled_scores, self_similarity, smooth_keys
@@ -21,7 +21,7 @@ Cosine = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 
 
 @register("sparge")
-class Sparge(DynamicMethod):
+class Sparge(PoolingMethod):
     """Mean-pooled top-k or top-p, with a gate: a block whose tokens are not alike is not judged by its mean but kept.
 
     Keys are smoothed first, which changes no attention weight but makes the gate see what differs between tokens.
@@ -61,7 +61,7 @@ class Sparge(DynamicMethod):
 
     def scores(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor:
         """Pooled log-mass of smoothed keys. q, k `[B, H, N, D]`."""
-        return pooled_scores(q, self._keys(k, call), q_blocks, call.layout, k_blocks)
+        return pooled_scores(q, self._keys(k, call), q_blocks, call.layout, k_blocks, self.padding)
 
     def _keys(self, k: Tensor, call: CallContext) -> Tensor:
         return smooth_keys(k, call.layout.valid) if self.smooth else k
@@ -71,8 +71,8 @@ class Sparge(DynamicMethod):
         if self.similarity < 0:
             return None
         valid = call.layout.valid
-        rows = self_similarity(q, q_blocks, valid) <= self.similarity
-        columns = self_similarity(self._keys(k, call), k_blocks, valid) <= self.similarity
+        rows = self_similarity(q, q_blocks, valid, self.padding) <= self.similarity
+        columns = self_similarity(self._keys(k, call), k_blocks, valid, self.padding) <= self.similarity
         return rows.unsqueeze(-1) | columns.unsqueeze(-2)
 
     def budget(self, q: Tensor, k: Tensor, call: CallContext) -> Budget:

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from dit_accel.methods.base import Density, Size
-from dit_accel.methods.dynamic import DynamicMethod
+from dit_accel.methods.dynamic import PoolingMethod
 from dit_accel.methods.registry import register
 from dit_accel.plan import Blocking
 from dit_accel.selection import Budget, TopK
@@ -16,7 +16,7 @@ from dit_accel.state import CallContext
 
 
 @register("subblock")
-class SubBlock(DynamicMethod):
+class SubBlock(PoolingMethod):
     """A fixed number of key blocks, by a mean pool finer than the block: ln Σ exp of all pairs of sub-block means.
 
     Args:
@@ -32,7 +32,7 @@ class SubBlock(DynamicMethod):
 
     def scores(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor:
         """Log-sum-exp over sub-blocks. q, k `[B, H, N, D]`."""
-        return subblock_scores(q, k, q_blocks, k_blocks, call.layout, self.query_parts, self.key_parts)
+        return subblock_scores(q, k, q_blocks, k_blocks, call.layout, self.query_parts, self.key_parts, self.padding)
 
     def budget(self, q: Tensor, k: Tensor, call: CallContext) -> Budget:
         """Without a density: a quarter of the blocks, as published."""

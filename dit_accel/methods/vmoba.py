@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dit_accel.layout import TokenLayout
@@ -42,8 +43,9 @@ class VMoBA(BlockSelection):
             24, 18 of 72). None: the rule of `mass`.
         mass: share of the scores, mapped to [0, 1] and divided by their sum, that the chosen boxes reach. It is no
             share of attention; published for trained weights.
-        scope: with `mass`: "row": for each group of queries; "head": over all of a head, which without training makes
-            videos vibrate, as its authors say.
+        scope: whose boxes are ranked together, and whose share `density` or `mass` is: those of each "row", a group of
+            queries; of a "head"; or of a "layer", all heads together. Without training all but "row" make videos
+            vibrate, as its authors say.
         frames: frames of a run.
         window: (height, width) of a window in tokens.
         box: (frames, height, width) of a box in tokens.
@@ -54,11 +56,17 @@ class VMoBA(BlockSelection):
 
     density: Density | None = 0.25
     mass: Share = 0.25
-    scope: Literal["row", "head"] = "row"
+    scope_: Literal["row", "head", "layer"] = Field(default="row", alias="scope")
     frames: Size = 3
     window: Annotated[tuple[Size, Size], FROM_LIST] = (5, 13)
     box: SizeTriple = (7, 5, 13)
     query_block: BlockSize = 64
+
+    @model_validator(mode="after")
+    def _adapts_within_heads(self) -> VMoBA:
+        if self.heads == "adaptive" and self.scope_ == "layer":
+            raise ValueError("scope='layer' moves boxes between heads already: leave heads at 'uniform'")
+        return self
 
     def tile(self, call: CallContext) -> tuple[int, int, int]:
         """(frames, height, width) of the boxes of this layer."""
@@ -98,6 +106,11 @@ class VMoBA(BlockSelection):
     def budget(self, q: Tensor, k: Tensor, call: CallContext) -> Budget:
         """Top-p of the normalised scores, the crossing box kept."""
         return TopP(mass=self.mass, scope=self.scope)
+
+    @property
+    def scope(self) -> Literal["row", "head", "layer"]:
+        """As chosen."""
+        return self.scope_
 
     @property
     def normalisation(self) -> Normalisation:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit_accel.errors import ConfigError
 from dit_accel.methods.base import BlockSize, Size
-from dit_accel.methods.dynamic import DynamicMethod, Share
+from dit_accel.methods.dynamic import PoolingMethod, Share
 from dit_accel.methods.registry import register
 from dit_accel.plan import Blocking
 from dit_accel.selection import Budget, TopP
@@ -23,7 +23,7 @@ Thresholds = Annotated[
 
 
 @register("xattention")
-class XAttention(DynamicMethod):
+class XAttention(PoolingMethod):
     """The fewest key blocks whose antidiagonal mass reaches a share of the row's.
 
     Where the released code differs by accident it is not followed: padded keys get no mass, key block 0 is kept only
@@ -48,7 +48,7 @@ class XAttention(DynamicMethod):
             raise ConfigError(
                 "method.xattention.threshold", f"expected {q.shape[1]} values, one per head, got {len(self.threshold)}"
             )
-        return antidiagonal_scores(q, k, q_blocks, k_blocks, call.layout, self.stride)
+        return antidiagonal_scores(q, k, q_blocks, k_blocks, call.layout, self.stride, self.padding)
 
     def budget(self, q: Tensor, k: Tensor, call: CallContext) -> Budget:
         """Top-p with the crossing block kept."""

@@ -19,6 +19,7 @@ from dit_accel.selection.choose import (
 )
 from dit_accel.selection.forced import own_blocks, sink_blocks
 from dit_accel.selection.pooling import (
+    Padding,
     block_means,
     gather_blocks,
     pooled_scores,
@@ -31,6 +32,7 @@ from dit_accel.selection.pooling import (
 __all__ = [
     "Budget",
     "Normalisation",
+    "Padding",
     "Ranked",
     "Rounding",
     "Threshold",

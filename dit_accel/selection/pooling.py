@@ -5,6 +5,8 @@ Axis legend: B batch, H heads, N tokens, D head size, n blocks, S slots of a blo
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +18,9 @@ from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
 
 Valid = tuple[int, ...] | None
+# What stands in the slots of a short block that hold no real token: nothing, its last one once more, or zeros, which
+# count like tokens. Only "real" is unbiased; the others are what released code does.
+Padding = Literal["real", "repeat", "zero"]
 
 
 def working(x: Tensor) -> Tensor:
@@ -41,17 +46,18 @@ def real_blocks(blocks: Blocking, layout: TokenLayout, device: torch.device) -> 
     return real_tokens(layout.tokens, layout.valid, device)[:, first][:, None, None]
 
 
-def gather_blocks(x: Tensor, blocks: Blocking, valid: Valid = None) -> tuple[Tensor, Tensor]:
+def gather_blocks(x: Tensor, blocks: Blocking, valid: Valid = None, padding: Padding = "real") -> tuple[Tensor, Tensor]:
     """The tokens of every block side by side, for any partition.
 
     Args:
         x: `[B, H, N, D]`.
         blocks: partition of the token axis; S = `blocks.size`.
         valid: leading tokens that count, per batch item. None: all.
+        padding: what stands in the slots of a short block, see `Padding`. A block without a real token stays empty.
 
     Returns:
-        Tokens, fp32 (fp64 for fp64) `[B, H, n, S, D]`, 0 where a slot holds no real token; bool `[B or 1, n, S]`, which
-        slots hold one.
+        Tokens, fp32 (fp64 for fp64) `[B, H, n, S, D]`, 0 where a slot holds no token; bool `[B or 1, n, S]`, which
+        slots count.
     """
     if valid is None and blocks.is_uniform and blocks.tokens % blocks.size == 0:
         every = torch.ones(1, blocks.count, blocks.size, dtype=torch.bool, device=x.device)
@@ -65,7 +71,14 @@ def gather_blocks(x: Tensor, blocks: Blocking, valid: Valid = None) -> tuple[Ten
         rows = without_padding(x, valid, token.numel() - x.shape[2])
     else:
         rows = without_padding(x, valid, 1).index_select(2, token.flatten())
-    return rows.unflatten(2, token.shape), real
+    rows = rows.unflatten(2, token.shape)
+    if padding == "real":
+        return rows, real
+    length = real.sum(-1, keepdim=True)
+    if padding == "repeat":
+        last = (length - 1).clamp(min=0)[:, None, ..., None].expand(*rows.shape[:3], 1, rows.shape[4])
+        rows = torch.where(real[:, None, ..., None], rows, rows.gather(3, last))
+    return rows, (length > 0).expand(real.shape)
 
 
 def without_padding(x: Tensor, valid: Valid, more: int = 0) -> Tensor:
@@ -81,22 +94,23 @@ def _clear_padding(rows: Tensor, valid: Valid) -> Tensor:
     return rows
 
 
-def block_means(x: Tensor, blocks: Blocking, valid: Valid = None) -> tuple[Tensor, Tensor]:
+def block_means(x: Tensor, blocks: Blocking, valid: Valid = None, padding: Padding = "real") -> tuple[Tensor, Tensor]:
     """Mean of the tokens of every block, and how many count.
 
     Args:
         x: `[B, H, N, D]`.
         blocks: partition of the token axis.
         valid: leading tokens that count, per batch item. None: all.
+        padding: what stands in the slots of a short block, see `Padding`.
 
     Returns:
         Means, fp32 (fp64 for fp64) `[B, H, n, D]`, 0 for a block without valid tokens; counts `[B or 1, 1, n]`.
     """
-    if uses_triton("block means", x):
+    if padding == "real" and uses_triton("block means", x):
         length = lengths_of(valid, x.device)
         counts = tokens_of(blocks, length, x.device).to(torch.float32).unsqueeze(1)
         return block_means_in_triton(x, blocks, length), counts
-    rows, real = gather_blocks(x, blocks, valid)
+    rows, real = gather_blocks(x, blocks, valid, padding)
     counts = real.sum(-1).to(rows.dtype).unsqueeze(1)
     return rows.sum(3) / counts.clamp(min=1).unsqueeze(-1), counts
 
@@ -114,13 +128,13 @@ def smooth_keys(k: Tensor, valid: Valid = None) -> Tensor:
     return _clear_padding(keys.sub_(keys.sum(2, keepdim=True) / count), valid)
 
 
-def self_similarity(x: Tensor, blocks: Blocking, valid: Valid = None) -> Tensor:
-    """How much the tokens of a block agree: the mean cosine over all pairs of real tokens, in [0, 1], `[B, H, n]`.
+def self_similarity(x: Tensor, blocks: Blocking, valid: Valid = None, padding: Padding = "real") -> Tensor:
+    """How much the tokens of a block agree: the mean cosine over all pairs of them, in [0, 1], `[B, H, n]`.
 
     The sum over all pairs is the squared length of the sum of unit vectors, so no pair is ever formed. A block without
     real tokens gets 1. x `[B, H, N, D]`. Source: arXiv 2502.18137, in the form of its released code.
     """
-    rows, real = gather_blocks(x, blocks, valid)
+    rows, real = gather_blocks(x, blocks, valid, padding)
     total = F.normalize(rows, dim=-1).sum(3)
     count = real.sum(-1).unsqueeze(1)
     similarity = total.square().sum(-1) / count.clamp(min=1).square()
@@ -128,7 +142,12 @@ def self_similarity(x: Tensor, blocks: Blocking, valid: Valid = None) -> Tensor:
 
 
 def pooled_scores(
-    q: Tensor, k: Tensor, blocks: Blocking, layout: TokenLayout, k_blocks: Blocking | None = None
+    q: Tensor,
+    k: Tensor,
+    blocks: Blocking,
+    layout: TokenLayout,
+    k_blocks: Blocking | None = None,
+    padding: Padding = "real",
 ) -> Tensor:
     """Log-mass of each key block as seen by the mean query of each query block, `[B, H, nq, nk]`.
 
@@ -139,8 +158,9 @@ def pooled_scores(
         blocks: partition of the queries, and of the keys unless `k_blocks` is given.
         layout: token geometry.
         k_blocks: partition of the keys. Default: `blocks`.
+        padding: what stands in the slots of a short block, see `Padding`.
     """
-    mean_q, _ = block_means(q, blocks, layout.valid)
-    mean_k, counts = block_means(k, blocks if k_blocks is None else k_blocks, layout.valid)
+    mean_q, _ = block_means(q, blocks, layout.valid, padding)
+    mean_k, counts = block_means(k, blocks if k_blocks is None else k_blocks, layout.valid, padding)
     scores: Tensor = q.shape[-1] ** -0.5 * (mean_q @ mean_k.transpose(-1, -2)) + counts.log().unsqueeze(-2)
     return scores

@@ -11,7 +11,7 @@ from torch import Tensor
 from dit_accel.kernels.products import KeyMatrix
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
-from dit_accel.selection.pooling import gather_blocks, real_tokens, working
+from dit_accel.selection.pooling import Padding, gather_blocks, real_tokens, working
 from dit_accel.selection.scores import block_sums, row_groups, slots_first
 
 
@@ -93,12 +93,13 @@ def sampled_scores(
     layout: TokenLayout,
     samples: tuple[int, int],
     generator: torch.Generator,
+    padding: Padding = "real",
 ) -> Tensor:
     """The largest logit of sampled tokens of a pair of blocks, relative to its row (arXiv 2508.10774, 2512.04025).
 
     For a sampled query a with largest sampled logit m_a the score of a key block is max_a (max_b s_ab - m_a), at most
     0 and 0 for the best block of some query. The same places are sampled in all blocks of a head, and in all items of
-    the batch; in a short block they are spread over its real tokens.
+    the batch; in a short block they are spread over its real tokens, unless `padding` says that it is filled up.
 
     Args:
         q, k: `[B, H, N, D]`.
@@ -106,12 +107,13 @@ def sampled_scores(
         layout: token geometry.
         samples: how many queries and keys of each block are looked at.
         generator: draws the places, on the device of q.
+        padding: what stands in the slots of a short block, see `Padding`.
 
     Returns:
         `[B, H, nq, nk]`.
     """
-    queries, _ = _sampled(q, q_blocks, layout, samples[0], generator)
-    keys, real = _sampled(k, k_blocks, layout, samples[1], generator)
+    queries, _ = _sampled(q, q_blocks, layout, samples[0], generator, padding)
+    keys, real = _sampled(k, k_blocks, layout, samples[1], generator, padding)
     queries, keys = queries * q.shape[-1] ** -0.5, slots_first(keys)
     count, empty = queries.shape[3], ~real[:, None, None]
     matrix, scores = KeyMatrix(keys), []
@@ -124,7 +126,7 @@ def sampled_scores(
 
 
 def _sampled(
-    x: Tensor, blocks: Blocking, layout: TokenLayout, count: int, generator: torch.Generator
+    x: Tensor, blocks: Blocking, layout: TokenLayout, count: int, generator: torch.Generator, padding: Padding
 ) -> tuple[Tensor, Tensor]:
     """Sampled tokens `[B, H, n, count, D]`, and which blocks have real tokens, bool `[B or 1, n]`."""
     heads, size = x.shape[1], blocks.size
@@ -135,9 +137,12 @@ def _sampled(
     if layout.valid is not None:
         valid = torch.tensor(layout.valid, device=x.device)
         left = (valid.unsqueeze(-1) - starts).clamp(min=0).minimum(lengths)
-    # Places are spread over the real tokens of a short block.
-    offset = place[None, :, None] * left[:, None, :, None] // size
+    place, left = place[None, :, None], left[:, None, :, None]
+    if padding == "real":
+        offset, empty = place * left // size, left == 0
+    else:
+        offset, empty = place.minimum(left - 1).clamp(min=0), (left if padding == "repeat" else left - place) <= 0
     token = (starts[:, None] + offset).expand(x.shape[0], -1, -1, -1)
     rows = working(x).gather(2, token.flatten(2).unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
-    rows = rows.unflatten(2, token.shape[2:]).masked_fill((left == 0)[:, None, :, None, None], 0)
-    return rows, left > 0
+    rows = rows.unflatten(2, token.shape[2:]).masked_fill(empty.unsqueeze(-1), 0)
+    return rows, left[:, 0, :, 0] > 0

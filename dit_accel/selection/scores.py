@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from dit_accel.kernels.products import KeyMatrix
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
-from dit_accel.selection.pooling import gather_blocks, real_tokens, working
+from dit_accel.selection.pooling import Padding, gather_blocks, real_tokens, working
 
 # What is made at a time: on a CPU 1 MB of fp32, which stays in the cache of a core while several passes go over it.
 # A GPU needs more at once to be busy.
@@ -109,7 +109,13 @@ def _softmax_of(logits: Tensor, padded: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def antidiagonal_scores(
-    q: Tensor, k: Tensor, q_blocks: Blocking, k_blocks: Blocking, layout: TokenLayout, stride: int
+    q: Tensor,
+    k: Tensor,
+    q_blocks: Blocking,
+    k_blocks: Blocking,
+    layout: TokenLayout,
+    stride: int,
+    padding: Padding = "real",
 ) -> Tensor:
     """Log-mass by antidiagonals: of every stride x stride tile of QKᵀ only one is summed (arXiv 2503.16428).
 
@@ -124,12 +130,13 @@ def antidiagonal_scores(
         q_blocks, k_blocks: partitions.
         layout: token geometry.
         stride: tokens per group; 1 gives the exact mass.
+        padding: what stands in the slots of a short block, see `Padding`.
 
     Returns:
         `[B, H, nq, nk]`.
     """
-    queries, seen = _grouped(q, q_blocks, layout, stride)
-    keys, counts = _grouped(k, k_blocks, layout, stride)
+    queries, seen = _grouped(q, q_blocks, layout, stride, padding)
+    keys, counts = _grouped(k, k_blocks, layout, stride, padding)
     # Keys are copied anyway: turning them round and scaling them leaves the queries as they are.
     queries, columns = queries.flatten(-2), keys.flip(-2).mul_(q.shape[-1] ** -0.5 / stride).flatten(-2).flatten(2, 3)
     bias = None if _are_whole(k_blocks, layout, stride) else (counts / stride).log().flatten(1)[:, None, None]
@@ -145,12 +152,12 @@ def antidiagonal_scores(
     return log_mass(torch.cat(scores, 2), (counts.sum(-1) > 0)[:, None, None])
 
 
-def _grouped(x: Tensor, blocks: Blocking, layout: TokenLayout, size: int) -> tuple[Tensor, Tensor]:
+def _grouped(x: Tensor, blocks: Blocking, layout: TokenLayout, size: int, padding: Padding) -> tuple[Tensor, Tensor]:
     """Groups of `size` consecutive tokens of every block, and how many are real.
 
     Returns `[B, H, n, G, size, D]`, missing tokens at the mean of their group, and counts `[B or 1, n, G]`.
     """
-    rows, real = gather_blocks(x, blocks, layout.valid)
+    rows, real = gather_blocks(x, blocks, layout.valid, padding)
     if _are_whole(blocks, layout, size):
         whole = rows.unflatten(3, (-1, size))
         return whole, rows.new_full((1, *whole.shape[2:4]), size)
@@ -167,7 +174,14 @@ def _are_whole(blocks: Blocking, layout: TokenLayout, size: int) -> bool:
 
 
 def subblock_scores(
-    q: Tensor, k: Tensor, q_blocks: Blocking, k_blocks: Blocking, layout: TokenLayout, q_parts: int, k_parts: int
+    q: Tensor,
+    k: Tensor,
+    q_blocks: Blocking,
+    k_blocks: Blocking,
+    layout: TokenLayout,
+    q_parts: int,
+    k_parts: int,
+    padding: Padding = "real",
 ) -> Tensor:
     """Log-sum-exp over the pairs of sub-blocks of a pair of blocks, each pooled to its mean.
 
@@ -179,12 +193,13 @@ def subblock_scores(
         q_blocks, k_blocks: partitions.
         layout: token geometry.
         q_parts, k_parts: into how many runs of equal length each block is cut.
+        padding: what stands in the slots of a short block, see `Padding`.
 
     Returns:
         `[B, H, nq, nk]`.
     """
-    queries, seen = _part_means(q, q_blocks, layout, q_parts)
-    keys, counts = _part_means(k, k_blocks, layout, k_parts)
+    queries, seen = _part_means(q, q_blocks, layout, q_parts, padding)
+    keys, counts = _part_means(k, k_blocks, layout, k_parts, padding)
     queries, keys, parts = queries * q.shape[-1] ** -0.5, keys.flatten(2, 3), queries.shape[3]
     matrix, scores = KeyMatrix(keys, counts.log().flatten(1)[:, None, None]), []
     # Where a query block holds padding alone, its row is not used but must not become NaN.
@@ -196,10 +211,12 @@ def subblock_scores(
     return torch.cat(scores, 2)
 
 
-def _part_means(x: Tensor, blocks: Blocking, layout: TokenLayout, parts: int) -> tuple[Tensor, Tensor]:
+def _part_means(
+    x: Tensor, blocks: Blocking, layout: TokenLayout, parts: int, padding: Padding
+) -> tuple[Tensor, Tensor]:
     """Means `[B, H, n, P, D]` and counts `[B or 1, n, P]` of the runs into which every block is cut."""
     size = -(-blocks.size // parts)
-    rows, real = gather_blocks(x, blocks, layout.valid)
+    rows, real = gather_blocks(x, blocks, layout.valid, padding)
     sums = F.pad(rows, (0, 0, 0, -blocks.size % size)).unflatten(3, (-1, size)).sum(4)
     counts = F.pad(real, (0, -blocks.size % size)).unflatten(-1, (-1, size)).sum(-1).to(sums.dtype)
     return sums / counts.clamp(min=1)[:, None, ..., None], counts

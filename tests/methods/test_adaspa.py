@@ -50,6 +50,18 @@ def test_cached_sums_are_those_of_the_first_search_and_an_option():
     assert cases.video_mask(plain(), LAYOUT, 50 * q, k, call).any(-1).all()
 
 
+@pytest.mark.parametrize("change", ["heads", "tokens"])
+def test_cached_sums_of_another_shape_are_forgotten(change):
+    q, k, _ = cases.tensors(LAYOUT)
+    call = CallContext(LAYOUT)
+    plain().plan(LAYOUT, q, k, None, call)
+    layout = LAYOUT if change == "heads" else TokenLayout((2, 5, 7))
+    q, k, _ = cases.tensors(layout, heads=3 if change == "heads" else 2)
+    later = CallContext(layout, memory=call.memory)
+    assert torch.equal(cases.video_mask(plain(), layout, q, k, later), cases.video_mask(plain(), layout, q, k))
+    assert later.memory["lse"].shape == q.shape[:3]
+
+
 def test_every_video_row_keeps_the_budget_and_text_on_top():
     q, k, _ = cases.tensors(LAYOUT)
     mask = cases.video_mask(plain(density=0.3), LAYOUT, q, k)

@@ -37,7 +37,7 @@ def test_tiles_partition_any_grid(grid, tile, text):
         assert (at == at[0]).all()
 
 
-ORDERS = ["raster", "tile", "bisect", "morton", "axes", "hot_keys", "lsh", "kmeans"]
+ORDERS = ["raster", "tile", "bisect", "morton", "hilbert", "axes", "hot_keys", "lsh", "kmeans"]
 RESTS = [
     {"remainder": "drop"},
     {"remainder": "pooled", "second_order": True},

@@ -6,6 +6,8 @@ import dynamic_cases as cases
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dit_accel.engine import Engine
 from dit_accel.errors import ConfigError
@@ -122,6 +124,27 @@ def test_half_precision_gives_the_plan_of_its_values_in_single(name):
     q, k, _ = (x.bfloat16() for x in cases.tensors(layout))
     method = make(name, 8, density=0.3)
     assert torch.equal(cases.video_mask(method, layout, q, k), cases.video_mask(method, layout, q.float(), k.float()))
+
+
+class Elements(TorchDispatchMode):
+    """Watches every tensor that is made, and remembers how many elements the largest had."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.most = max([self.most, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_of_the_size_of_all_pairs_of_tokens_is_made(name):
+    layout = TokenLayout((8, 32, 32), 16, "after")
+    q, k, v = torch.randn(3, 1, 1, layout.tokens, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    with Elements() as elements:
+        plan = get_method(name, density=0.1).plan(layout, q, k, v)[1]
+    assert plan.density < 0.5 or name == "sparge"  # whose gate does not trust means of noise
+    assert layout.tokens * 8 <= elements.most < layout.tokens**2 / 16
 
 
 def test_what_does_not_go_together_is_refused():

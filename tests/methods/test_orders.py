@@ -11,7 +11,7 @@ from method_cases import tensors
 from dit_accel.content_orders import gray_rank, hot_key_order, hotness, kmeans_order, lsh_order
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
-from dit_accel.space_orders import axes_order, bisection_order, morton_order
+from dit_accel.space_orders import axes_order, bisection_order, hilbert_order, morton_order
 
 grids = st.tuples(st.integers(1, 6), st.integers(1, 7), st.integers(1, 9))
 
@@ -22,6 +22,7 @@ def test_orders_of_the_grid_permute_the_video_and_leave_text(grid, block, text):
     layout = TokenLayout(grid, text, "before" if text else "none")
     for order in (
         morton_order(layout),
+        hilbert_order(layout),
         bisection_order(layout, block, (1, 2, 2)),
         axes_order(layout, ("hwf",)),
         axes_order(layout, ("whf", "fwh")),
@@ -57,6 +58,31 @@ def test_morton_interleaves_the_bits():
     at = layout.coordinates[morton_order(layout).query[:9]].tolist()
     first = [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [1, 0, 0], [1, 0, 1], [1, 1, 0], [1, 1, 1]]
     assert at == [*first, [0, 0, 2]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(grids)
+def test_the_hilbert_curve_goes_from_token_to_touching_token(grid):
+    layout = TokenLayout(grid)
+    order = hilbert_order(layout).query
+    assert int(order[0]) == 0
+    steps = layout.coordinates[order].long().diff(dim=0).abs()
+    assert (steps.amax(-1) <= 1).all()
+    if all(side & (side - 1) == 0 for side in grid):
+        assert (steps.sum(-1) == 1).all()
+
+
+@pytest.mark.parametrize("grid", [(21, 30, 52), (13, 30, 45)])
+def test_the_hilbert_curve_keeps_blocks_compact_at_published_sizes(grid):
+    layout = TokenLayout(grid, 226, "after")
+    order = hilbert_order(layout).validate()
+    at = layout.coordinates[order.query[: layout.video]].long()
+    assert (at.diff(dim=0).abs().sum(-1) > 1).double().mean() < 0.01
+    blocks = at[: layout.video // 128 * 128].unflatten(0, (-1, 128))
+    extents = (blocks.amax(1) - blocks.amin(1) + 1).double()
+    assert extents.prod(-1).median() <= 512
+    raster = layout.coordinates[: len(blocks) * 128].long().unflatten(0, (-1, 128)).double()
+    assert extents.amax(-1).mean() < 0.4 * (raster.amax(1) - raster.amin(1) + 1).amax(-1).mean()
 
 
 def test_axes_run_in_the_order_named():

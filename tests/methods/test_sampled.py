@@ -66,6 +66,28 @@ def test_the_pooled_remainder_of_asa_is_exact_for_equal_keys_of_a_block():
     torch.testing.assert_close(out, cases.dense(LAYOUT, q, k, v), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, TokenLayout((3, 5, 7)), TokenLayout((3, 5, 7), 8, "before", (113, 98))])
+def test_the_overlap_of_asa_counts_kept_keys_twice(layout):
+    """Where the keys of each group are equal, that is dense attention in which a kept key weighs twice."""
+    q, k, v = cases.tensors(layout)
+    method = raster("asa", remainder="overlap", pool=6, least=0.2, most=0.3)
+    groups, start = torch.arange(layout.video) // 6 * 6 + layout.video_start, layout.video_start
+    k, v = (torch.cat([x[:, :, :start], x[:, :, groups]], 2) for x in (k, v))
+    call = CallContext(layout)
+    out = cases.attend(method, layout, q, k, v, call)
+    kept = method.plan(layout, q, k, v)[1].to_token_mask()
+    weight = torch.zeros(kept.shape).masked_fill(kept, math.log(2))
+    weight[..., :start] = 0.0  # text is kept, and in no mean
+    for item, length in enumerate(layout.valid or ()):
+        weight[item, ..., length:] = -torch.inf
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=weight)
+    for item, length in enumerate(layout.valid or (layout.tokens,) * 2):
+        torch.testing.assert_close(out[item, :, :length], expected[item, :, :length], atol=2e-6, rtol=1e-5)
+    assert call.extra_density == pytest.approx(-(-layout.video // 6) / layout.tokens)
+    alone = cases.attend(raster("asa", least=0.2, most=0.3), layout, q, k, v)
+    assert not torch.allclose(out, alone, atol=1e-3)
+
+
 def test_probes_are_spread_over_the_video_and_exact():
     blocks = TEXT.blocks(16)
     assert probe_blocks(TEXT, blocks, 3).tolist() == [1, 3, 5]
@@ -184,6 +206,26 @@ def test_asa_ranks_by_the_largest_weight_relative_to_that_of_the_query():
     best = energy.argsort(dim=-1, descending=True, stable=True)[..., :4]
     mask = cases.video_mask(raster("asa", samples=16, least=0.25, most=0.25), LAYOUT, q, k)
     assert torch.equal(mask, torch.zeros_like(mask).scatter_(-1, best, True))
+
+
+@pytest.mark.parametrize("tau", [0.0, 1.0])
+def test_flexprefill_keeps_within_its_limits(tau):
+    q, k, _ = cases.tensors(LAYOUT)
+    few, least, both = (
+        cases.video_mask(get_method("flexprefill", block=16, tau=tau, mass=mass, **limits), LAYOUT, q, k)
+        for mass, limits in ((0.05, {}), (0.05, {"least": 0.25}), (0.9, {"least": 0.25, "most": 0.25}))
+    )
+    assert (few <= least).all()
+    # A quarter of 16 columns, which every row keeps, and of 31 distances, of which a row holds some.
+    assert (least.all(-2).sum(-1) >= 4).all()
+    assert (few.all(-2).sum(-1) < 4).all()
+    if tau == 0.0:
+        assert torch.equal(least, both)
+        diagonals = [bool(both[0, 0].diagonal(d).all()) for d in range(-15, 16)]
+        assert sum(diagonals) >= 7
+        assert (both.sum(-1) <= 4 + 7).all()
+    with pytest.raises(ConfigError, match="must not exceed"):
+        get_method("flexprefill", least=0.5, most=0.4)
 
 
 @pytest.mark.parametrize("tau", [0.0, 1.0])

@@ -85,6 +85,21 @@ def test_clusters_do_not_depend_on_a_shift_and_follow_a_shuffle():
     assert torch.equal(k_means(x[:, :, shuffle], start, 5).labels, found.labels[..., shuffle])
 
 
+def test_a_shuffle_of_tokens_shuffles_the_output():
+    q, k, v = cases.tensors(GRID)
+    starts = [drawn_centroids(x, 3, torch.Generator().manual_seed(0)) for x in (q, k)]
+    shuffle = torch.randperm(GRID.tokens, generator=torch.Generator().manual_seed(1))
+    outs = []
+    for tensors in ((q, k, v), tuple(x[:, :, shuffle] for x in (q, k, v))):
+        call = CallContext(GRID, memory={"queries": starts[0], "keys": starts[1]})
+        # Blocks of one token are the clusters themselves, wherever their tokens stood.
+        rule = method(query_clusters=3, key_clusters=3, block=1, mass=0.5, iterations=4)
+        outs.append(cases.attend(rule, GRID, *tensors, call))
+        assert float(call.measures["over_computation"]) == pytest.approx(1)
+        assert float(call.measures["cluster_density"]) < 1
+    torch.testing.assert_close(outs[1], outs[0][:, :, shuffle])
+
+
 def test_the_chain_visits_each_centroid_once_and_the_nearest_next():
     centroids = torch.tensor([0.0, 5.0, 1.0, 9.0, 2.5, 3.6]).view(1, 1, 6, 1)
     assert chain_order(centroids).flatten().tolist() == [3, 1, 5, 4, 2, 0]

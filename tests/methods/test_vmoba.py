@@ -6,6 +6,7 @@ import dynamic_cases as cases
 import pytest
 import torch
 
+from dit_accel.errors import ConfigError
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
 from dit_accel.selection import TopP, select_blocks
@@ -46,6 +47,7 @@ def test_boxes_go_by_the_product_with_their_mean_key():
     gate.scatter_(-1, own.expand(2, 2, -1).unsqueeze(-1), torch.inf)
     expected = torch.zeros_like(gate, dtype=torch.bool).scatter_(-1, gate.topk(2).indices, True)
     assert torch.equal(mask, expected[..., own])
+    assert torch.equal(mask, chosen(1, 9 * q, k, density=0.5)[0])
 
 
 def test_one_box_is_attention_inside_it():
@@ -77,6 +79,32 @@ def test_the_threshold_reaches_its_share_and_is_scale_invariant(scope):
     assert (reached < 0.75).all()
     if scope == "head":
         assert kept.sum(-1).unique().numel() > 1
+
+
+@pytest.mark.parametrize("scope", ["head", "layer"])
+def test_a_density_may_be_that_of_a_head_or_a_layer(scope):
+    q, k, _ = cases.tensors(LAYOUT)
+    q[:, 1] *= 3
+    mask, box = chosen(2, q, k, density=0.25, scope=scope)
+    numbers = box.unique()
+    kept = torch.stack([mask[..., box == number].any(-1) for number in numbers], -1)
+    assert mask[..., box[:, None] == box].all()
+    total = 3 * LAYOUT.video  # a quarter of twelve boxes for every query, its own among them
+    assert (kept.sum((-1, -2)).sum(-1) == 2 * total).all()
+    per_head = kept.sum((-1, -2))
+    assert (per_head == total).all() == (scope == "head")
+    assert kept.sum(-1).unique().numel() > 1
+    means = torch.stack([k[:, :, box == number].mean(2) for number in numbers], 2)
+    gate = (q @ means.transpose(-1, -2)).masked_fill(box.unsqueeze(-1) == numbers, torch.nan)
+    lead = (2, 2, -1) if scope == "head" else (2, 1, -1)
+    gate, kept = gate.reshape(lead), kept.reshape(lead)
+    worst = gate.masked_fill(~kept, torch.inf).nan_to_num(torch.inf).amin(-1)
+    assert (worst >= gate.masked_fill(kept, -torch.inf).nan_to_num(-torch.inf).amax(-1)).all()
+
+
+def test_a_layer_of_boxes_has_no_classes_of_heads():
+    with pytest.raises(ConfigError, match="leave heads at 'uniform'"):
+        get_method("vmoba", scope="layer", heads="adaptive")
 
 
 def test_groups_of_queries_choose_by_their_mean():
