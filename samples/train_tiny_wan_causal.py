@@ -32,6 +32,7 @@ from dit_accel.samples.tiny_wan_flow import (
     PaddedCrossAttention,
     choose_padding,
 )
+from dit_accel.samples.tiny_wan_model import save_part
 from dit_accel.samples.tiny_wan_recipes import RECIPES, CausalRecipe, Pace, Recipe
 from dit_accel.samples.tiny_wan_run import OutOfTime, Place, TrainingRun, linear_rate, replace_parts
 from dit_accel.samples.tiny_wan_vae import Bank, encode_bank
@@ -113,7 +114,7 @@ def export(output: Path, start: Path, average: dict[str, Tensor]) -> None:
     pipe.transformer.load_state_dict(average)
     fresh = output.with_name(output.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    pipe.transformer.half().save_pretrained(fresh / "transformer")
+    save_part(pipe.transformer, fresh / "transformer")
     for part in (name for name in pipe.components if (start / name).is_dir() and name != "transformer"):
         shutil.copytree(start / part, fresh / part)
     shutil.copy(start / "model_index.json", fresh)

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from dit_accel.models import check_model
 from dit_accel.samples.repertoire import repertoire_of
+from dit_accel.samples.tiny_wan_model import save_part
 from dit_accel.samples.tiny_wan_recipes import SMALL, WHOLE_CLIPS, Pace
 from dit_accel.samples.tiny_wan_run import OutOfTime
 from dit_accel.samples.tiny_wan_vae import reconstruction_psnr, tune_decoder
@@ -50,7 +51,7 @@ def main(given: Sequence[str] | None = None) -> None:
     output = arguments.output or model / "vae"
     fresh = output.with_name(output.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    vae.half().save_pretrained(fresh)
+    save_part(vae, fresh)
     shutil.rmtree(output, ignore_errors=True)
     fresh.rename(output)
 
