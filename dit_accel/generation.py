@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dit_accel.errors import UnsupportedError
-from dit_accel.models import call_arguments, call_parameters
+from dit_accel.models import call_arguments, call_parameters, set_guider
 from dit_accel.presets import Generation
 
 
@@ -56,6 +56,7 @@ def call_pipeline(
     Raises:
         UnsupportedError: `on_step` on a pipeline that has no step callback.
     """
+    set_guider(pipe, generation)
     arguments = {**call_arguments(pipe, generation), **(inputs or {}), "prompt": prompt, "output_type": "np"}
     if on_step is not None:
         arguments["callback_on_step_end"] = _step_callback(pipe, on_step)

@@ -177,19 +177,19 @@ def call_parameters(pipeline_class: Any) -> Mapping[str, Parameter]:
 
 
 def call_arguments(pipe: Any, generation: Generation) -> dict[str, Any]:
-    """A preset's generation values as arguments of this pipeline's call; what the call does not take is left out.
-
-    Where guidance is not an argument but a guider (HunyuanVideo 1.5), the guider is set.
-    """
+    """A preset's generation values as arguments of this pipeline's call; what the call does not take is left out."""
     known = call_parameters(type(pipe))
     values = generation.model_dump(exclude_none=True, exclude={"fps"})
     if not values["negative_prompt"] and "true_cfg_scale" in known:
         values.pop("negative_prompt")  # an empty one would be encoded for nothing
-    guider = getattr(pipe, "guider", None)
-    scale = values.get("guidance_scale")
-    if guider is not None and scale is not None and guider.guidance_scale != scale:
-        pipe.guider = guider.new(guidance_scale=scale)
     values = {name: value for name, value in values.items() if name in known}
     if "max_area" in known:  # FLUX Kontext otherwise turns every size into one of a megapixel
         values |= {"max_area": generation.height * generation.width, "_auto_resize": False}
     return values
+
+
+def set_guider(pipe: Any, generation: Generation) -> None:
+    """Set the guidance of a pipeline that holds it in a guider and not in an argument of its call (HunyuanVideo 1.5)."""
+    guider, scale = getattr(pipe, "guider", None), generation.guidance_scale
+    if guider is not None and scale is not None and guider.guidance_scale != scale:
+        pipe.guider = guider.new(guidance_scale=scale)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dit_accel.acceleration import accelerate
 from dit_accel.errors import ConfigError
 from dit_accel.handle import Acceleration
-from dit_accel.models import call_arguments, load_for_preset
+from dit_accel.models import call_arguments, load_for_preset, set_guider
 from dit_accel.presets import Preset, load_preset
 from dit_accel.resolve import resolve_policy
 
@@ -76,6 +76,7 @@ class FromPreset(_Pipeline):
         resolve_policy(preset, given.pop("method", None), given.pop("schedule", None), given)
         pipe = load_for_preset(preset, model, device or "auto", dtype or "auto", cls)
         pipe.preset = preset
+        set_guider(pipe, preset.generation)
         pipe.acceleration = accelerate(pipe, preset, **overrides)
         return pipe
 
@@ -95,7 +96,9 @@ class FromPreset(_Pipeline):
         if self.preset is not None:
             # What is given by position is given, too.
             given = dict(zip(signature(self.stock_class().__call__).parameters, (self, *args), strict=False))
-            defaults = call_arguments(self, self.preset.generation)
+            # From the size, others are derived (the area of Kontext's image).
+            size = {name: value for name in ("height", "width") if (value := {**given, **kwargs}.get(name)) is not None}
+            defaults = call_arguments(self, self.preset.generation.model_copy(update=size))
             if "negative_prompt_embeds" in kwargs:
                 defaults.pop("negative_prompt", None)
             kwargs = {**{key: value for key, value in defaults.items() if key not in given}, **kwargs}

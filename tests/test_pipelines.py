@@ -14,7 +14,7 @@ import dit_accel
 from dit_accel import pipelines
 from dit_accel.errors import ConfigError
 from dit_accel.families.base import AccelProcessor
-from dit_accel.models import call_arguments, call_parameters
+from dit_accel.models import call_arguments, call_parameters, set_guider
 from dit_accel.pipelines import WanAccelPipeline
 from dit_accel.samples.tiny_random import random_wan_pipeline, tiny_arguments, tiny_pipeline
 
@@ -196,9 +196,25 @@ def test_defaults_of_the_preset_give_way_to_what_a_call_says(monkeypatch):
 def test_the_guider_of_hunyuan_video_1_5_takes_the_guidance():
     pipe = tiny_pipeline("hunyuan-video-1.5")
     generation = dit_accel.load_preset("hunyuan-video-1.5-t2v-480p").generation
-    values = call_arguments(pipe, generation.model_copy(update={"guidance_scale": 2.5}))
-    assert "guidance_scale" not in values
+    assert "guidance_scale" not in call_arguments(pipe, generation)
+    set_guider(pipe, generation.model_copy(update={"guidance_scale": 2.5}))
     assert pipe.guider.guidance_scale == 2.5
+
+
+def test_a_guider_of_one_s_own_stays(monkeypatch):
+    name = "hunyuan-video-1.5-t2v-480p/fast"
+    pipe = pipelines.HunyuanVideo15AccelPipeline.from_preset(name, model="tiny", device="cpu")
+    assert pipe.guider.guidance_scale == pipe.preset.generation.guidance_scale
+    pipe.guider = pipe.guider.new(guidance_scale=1.25)
+    monkeypatch.setattr(pipe.stock_class(), "__call__", wraps(pipe.stock_class().__call__)(lambda self, **kwargs: None))
+    pipe(prompt="x")
+    assert pipe.guider.guidance_scale == 1.25
+
+
+def test_kontext_makes_the_size_that_a_call_says():
+    pipe = pipelines.FluxAccelKontextPipeline.from_preset("flux1-kontext-dev/fast", model="tiny", device="cpu")
+    arguments = {**tiny_arguments(pipe.preset.tiny, steps=1), "height": 48, "width": 32}
+    assert pipe(**arguments).images[0].shape[:2] == (48, 32)
 
 
 def two_experts(name, **settings):
