@@ -11,6 +11,8 @@ import pytest
 
 from dit_accel.batch import Manifest, read_prompts
 from dit_accel.cli.batching import Batch
+from dit_accel.cli.cluster import gpus_per_worker
+from dit_accel.errors import ConfigError
 from dit_accel.presets import Generation
 
 COMMAND = [sys.executable, "-c", "from dit_accel.cli.generate import main; main()"]
@@ -94,6 +96,19 @@ def test_options_that_do_not_go_together(tmp_path, arguments, message, monkeypat
         command.main()
     assert left.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_workers_ask_ray_for_a_gpu_where_there_are_some():
+    """Ray hides GPUs from a worker that asks for none, and lets one that asks for too many wait for ever."""
+    assert [gpus_per_worker(device, 2, 2) for device in ("auto", "cuda", "cpu")] == [1, 1, 0]
+    assert gpus_per_worker("auto", 0, 2) == 0
+    for device, available, message in (
+        ("cuda:1", 2, "cuda, not cuda:1"),
+        ("auto", 1, "at most 1"),
+        ("cuda", 0, "at most 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            gpus_per_worker(device, available, 2)
 
 
 def test_a_ray_cluster_finishes_although_a_worker_is_killed(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 
 from dit_accel.batch import BadLine, Item, Manifest
 from dit_accel.cli.batching import Batch
-from dit_accel.errors import DitAccelError, UnsupportedError
+from dit_accel.errors import ConfigError, DitAccelError, UnsupportedError
 
 LOCAL = "local"
 _RETRIES = 3  # of a line whose worker died
@@ -46,7 +46,7 @@ def run_on_ray(
 ) -> tuple[int, int]:
     """Run every item that is not done on a Ray cluster; see `dit_accel.batch.run_batch` for the rest.
 
-    Every worker takes one GPU of the cluster where `device` is CUDA, and loads the model once. Images that lines name
+    Every worker takes one GPU, see `gpus_per_worker`, and loads the model once. Images that lines name
     are read by the workers. A line whose worker dies is tried again on the worker's successor.
 
     Args:
@@ -56,6 +56,7 @@ def run_on_ray(
         workers: how many.
 
     Raises:
+        ConfigError: a device that a worker cannot have, or more workers than GPUs.
         UnsupportedError: ray is not installed, or there is no cluster at the address.
     """
     try:
@@ -68,11 +69,33 @@ def run_on_ray(
     except (ConnectionError, ValueError) as error:
         raise UnsupportedError(f"--ray: no cluster at {address}: {' '.join(str(error).split())}") from None
     try:
-        gpus = 1 if batch.device.startswith("cuda") else 0
+        gpus = gpus_per_worker(batch.device, int(ray.cluster_resources().get("GPU", 0)), workers)
         remote = ray.remote(num_gpus=gpus, max_restarts=-1, max_task_retries=_RETRIES)(_Worker)
         return _run(ray, [remote.remote(batch) for _ in range(workers)], items, manifest, batch, tell)
     finally:
         ray.shutdown()
+
+
+def gpus_per_worker(device: str, available: int, workers: int) -> int:
+    """GPUs that each worker asks Ray for: one for CUDA, and for "auto" where the cluster has any.
+
+    Ray hides the GPUs that a worker did not ask for, so that "auto" would find none.
+
+    Args:
+        device: the option `--device`.
+        available: GPUs of the cluster.
+        workers: how many.
+
+    Raises:
+        ConfigError: a GPU by its number, or fewer GPUs than workers, some of which would wait for ever.
+    """
+    if ":" in device:
+        raise ConfigError("--device", f"each worker sees the GPU that Ray gives it as the first: cuda, not {device}")
+    if device != "cuda" and not (device == "auto" and available):
+        return 0
+    if workers > available:
+        raise ConfigError("--ray-workers", f"expected at most {available}, the GPUs of the cluster, got {workers}")
+    return 1
 
 
 def _run(
