@@ -16,6 +16,7 @@ from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.selection import TopP, own_blocks, plan_of_mask, select_blocks
 from dit_accel.selection.scores import block_sums, row_groups
 from dit_accel.space_orders import Axes, axes_order
+from dit_accel.widest import widened, widest
 
 AXES: tuple[Axes, ...] = get_args(Axes)
 _STEPS = 20
@@ -36,13 +37,13 @@ def tile_costs(q: Tensor, k: Tensor, block: int, epsilon: float = 1e-3, share: f
     """
     batch, heads, tokens, dim = q.shape
     blocks = Blocking.uniform(tokens, block)
-    sizes = (blocks.lengths.unsqueeze(-1) * blocks.lengths).to(q.device).double()
-    empty, uneven = torch.zeros(2, batch, heads, dtype=torch.float64, device=q.device)
+    sizes = widened((blocks.lengths.unsqueeze(-1) * blocks.lengths).to(q.device))
+    empty, uneven = torch.zeros(2, batch, heads, dtype=widest(q.device), device=q.device)
     for group in row_groups(blocks.count, batch * heads * block * tokens, q.device):
         rows = slice(int(blocks.starts[group.start]), int(blocks.starts[group.stop]))
-        weights = (q[:, :, rows].double() * dim**-0.5 @ k.double().transpose(-1, -2)).softmax(-1)
+        weights = (widened(q[:, :, rows]) * dim**-0.5 @ widened(k).transpose(-1, -2)).softmax(-1)
         parts = Blocking.from_lengths(blocks.lengths[group], block)
-        zeros, sums = (_tiles(x, parts, blocks) for x in ((weights < epsilon).double(), weights))
+        zeros, sums = (_tiles(x, parts, blocks) for x in (widened(weights < epsilon), weights))
         peaks = torch.stack([part.amax(2) for part in weights.split(parts.lengths.tolist(), 2)], 2)
         peaks = torch.stack([part.amax(-1) for part in peaks.split(blocks.lengths.tolist(), -1)], -1)
         empty += (zeros >= share * sizes[group]).sum((-1, -2))
@@ -99,11 +100,11 @@ def recall_plan(mass: Tensor, density: float, blocks: Blocking, layout: TokenLay
     """
     scores = mass.mean(0, keepdim=True).log()
     always = own_blocks(blocks, blocks).to(mass.device) | layout.text_blocks(blocks).to(mass.device)
-    low, high = torch.zeros(2, scores.shape[1], dtype=torch.float64, device=mass.device)
+    low, high = torch.zeros(2, scores.shape[1], dtype=widest(mass.device), device=mass.device)
     high += 1
     for _ in range(_STEPS):
         recall = (low + high) / 2
-        fits = _kept(scores, recall, always).double().mean((0, 2, 3)) <= density
+        fits = widened(_kept(scores, recall, always)).mean((0, 2, 3)) <= density
         low, high = torch.where(fits, recall, low), torch.where(fits, high, recall)
     if density >= 1:
         low = torch.ones_like(low)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dit_accel.widest import widest
+
 CONFIDENCE = 0.95
 ROWS = 64
 """Most rows per head and batch item that are checked."""
@@ -46,14 +48,15 @@ def sample_rows(out: Tensor, lengths: tuple[int, ...], rows: int, seed: int) -> 
         Indices int64 `[B, H, rows]`, and how many rows each one stands for, fp32 `[B, H, rows]`.
     """
     device, (batch, heads, tokens, _) = out.device, out.shape
+    wide = widest(device)
     length = torch.tensor(lengths, device=device).view(-1, 1, 1)
     size = torch.linalg.vector_norm(out, dim=-1, dtype=torch.float32).square()
     if min(lengths) < tokens:
         size = size.masked_fill(torch.arange(tokens, device=device) >= length, 0)
-    reached = size.nan_to_num(0, 0, 0).cumsum(-1, dtype=torch.float64)
-    total = reached[..., -1:].clamp(min=1e-300)
+    reached = size.nan_to_num(0, 0, 0).cumsum(-1, dtype=wide)
+    total = reached[..., -1:].clamp(min=torch.finfo(wide).tiny)
     generator = torch.Generator().manual_seed(seed)
-    draw = torch.rand(2, batch, heads, rows, generator=generator, dtype=torch.float64).to(device)
+    draw = torch.rand(2, batch, heads, rows, generator=generator, dtype=torch.float64).to(device, wide)
     by_size = rows // 2
     even = (torch.arange(rows - by_size, device=device) + draw[0, ..., by_size:]) / (rows - by_size) * length
     large = (torch.arange(by_size, device=device) + draw[1, ..., :by_size]) / by_size * total

@@ -189,7 +189,7 @@ def call_arguments(pipe: Any, generation: Generation) -> dict[str, Any]:
 
 
 def set_guider(pipe: Any, generation: Generation) -> None:
-    """Set the guidance of a pipeline that holds it in a guider and not in an argument of its call (HunyuanVideo 1.5)."""
+    """Set the guidance of a pipeline that holds it in a guider, not in an argument of its call (HunyuanVideo 1.5)."""
     guider, scale = getattr(pipe, "guider", None), generation.guidance_scale
     if guider is not None and scale is not None and guider.guidance_scale != scale:
         pipe.guider = guider.new(guidance_scale=scale)

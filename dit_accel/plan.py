@@ -14,6 +14,7 @@ from torch import Tensor
 from dit_accel.blocking import Blocking
 from dit_accel.errors import PlanError
 from dit_accel.predicate import BoxPredicate
+from dit_accel.widest import widened
 
 __all__ = ["BlockPlan", "Blocking", "BoxPredicate"]
 
@@ -152,10 +153,10 @@ class BlockPlan:
 
     def density_per_head(self) -> Tensor:
         """Share of token pairs computed, float64 `[B', H']`."""
-        lengths = self.k_blocks.on(self.indices.device)[1].double()
+        lengths = widened(self.k_blocks.on(self.indices.device)[1])
         index = self.indices.clamp(0, self.k_blocks.count - 1).long()
         keys = torch.where(self.valid, lengths[index], 0.0).sum(-1)
-        queries = self.q_blocks.on(self.indices.device)[1].double()
+        queries = widened(self.q_blocks.on(self.indices.device)[1])
         return (keys * queries).sum(-1) / (self.q_blocks.tokens * self.k_blocks.tokens)
 
     def validate(self) -> BlockPlan:

@@ -18,6 +18,7 @@ from dit_accel.kernels.merge import merge
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.selection import gather_blocks
+from dit_accel.widest import widened
 
 LEVELS = (1, 2, 4, 8)
 
@@ -75,8 +76,8 @@ def coarsest_levels(k: Tensor, blocks: Blocking, layout: TokenLayout, limits: tu
 
 def level_density(levels: Tensor, q_blocks: Blocking, k_blocks: Blocking) -> Tensor:
     """Products per pair of tokens that the pooled levels cost, fp64 `[B, H]`: a pooled block counts by 1 / level."""
-    weight = torch.where(levels > 1, 1.0 / levels.clamp(min=1).double(), 0.0)
-    queries, keys = (x.on(levels.device)[1].double() for x in (q_blocks, k_blocks))
+    weight = torch.where(levels > 1, 1.0 / widened(levels.clamp(min=1)), 0.0)
+    queries, keys = (widened(x.on(levels.device)[1]) for x in (q_blocks, k_blocks))
     return (weight @ keys @ queries.unsqueeze(-1)).squeeze(-1) / (q_blocks.tokens * k_blocks.tokens)
 
 

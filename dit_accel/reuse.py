@@ -13,6 +13,7 @@ from torch import Tensor
 from dit_accel.errors import ConfigError
 from dit_accel.order import TokenOrder
 from dit_accel.plan import BlockPlan
+from dit_accel.widest import widest
 
 
 def representative_heads(x: Tensor, groups: int) -> Tensor:
@@ -73,7 +74,7 @@ def union_of_heads(plan: BlockPlan) -> BlockPlan:
 def overlap(plan: BlockPlan, other: BlockPlan) -> Tensor:
     """Blocks that both plans keep over blocks that one of them keeps (Jaccard), mean over batch and heads, 0-d fp64."""
     first, second = plan.to_mask(), other.to_mask()
-    both, either = (x.sum((-1, -2), dtype=torch.float64) for x in (first & second, first | second))
+    both, either = (x.sum((-1, -2), dtype=widest(x.device)) for x in (first & second, first | second))
     return (both / either).mean()
 
 

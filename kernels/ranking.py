@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dit_accel.kernels.operations import register_operation, uses_triton
 from dit_accel.kernels.triton_configs import next_power_of_two
+from dit_accel.widest import widened
 
 Crossing = Literal["keep", "drop"]
 # Rounding of sums of shares must not decide whether they reach a given share.
@@ -66,7 +67,7 @@ class SortedRanking(Ranking):
     def reaching(self, shares: Tensor, mass: Tensor, crossing: Crossing) -> Tensor:
         """See `Ranking`."""
         # In fp64, as many small shares add up to little.
-        shares = shares.gather(-1, self._order).double()
+        shares = widened(shares.gather(-1, self._order))
         reached = shares.cumsum(-1)
         below = reached - shares < mass - _SLACK if crossing == "keep" else reached <= mass + _SLACK
         return (below | (mass >= 1)).sum(-1)

@@ -17,6 +17,7 @@ from dit_accel.selection.budgets import Budget
 from dit_accel.selection.samples import probe_blocks, probe_profiles
 from dit_accel.selection.scores import log_mass
 from dit_accel.state import CallContext
+from dit_accel.widest import widened
 
 
 def jensen_shannon_distance(p: Tensor, r: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class FlexPrefill(DynamicMethod):
         if self.least:
             by_map = by_map | _by_profiles(vertical, slash, TopK(share=self.least, rounding="floor"))
         mask = torch.where(trusted[..., None, None], by_map, by_profile)
-        call.measures["trusted_heads"] = trusted.double().mean()
+        call.measures["trusted_heads"] = widened(trusted).mean()
         return plan_of_mask(mask | always, q_blocks, k_blocks, call.layout, ~pooled.isneginf())
 
     def _profiles(

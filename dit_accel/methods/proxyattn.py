@@ -16,6 +16,7 @@ from dit_accel.selection import Budget, TopK, real_blocks
 from dit_accel.selection.samples import largest_weights, probe_profiles
 from dit_accel.selection.scores import log_mass
 from dit_accel.state import CallContext
+from dit_accel.widest import widened
 
 
 @register("proxyattn")
@@ -53,7 +54,7 @@ class ProxyAttn(DynamicMethod):
         """As many blocks as hold `mass` of what the probed queries of a head attend, rounded up."""
         q_blocks, k_blocks = self.blocks(call.layout)
         profile = probe_profiles(q, k, q_blocks, k_blocks, call.layout, self.probes, self.probe_rows).mean(2)
-        best = profile.sort(dim=-1, descending=True).values.double()
+        best = widened(profile.sort(dim=-1, descending=True).values)
         needed = (best.cumsum(-1) - best < self.mass - 1e-12).sum(-1) if self.mass < 1 else (best > 0).sum(-1)
         total = real_blocks(k_blocks, call.layout, q.device).sum(-1).squeeze(-1)
-        return TopK(share=needed.double() / total, rounding="ceil")
+        return TopK(share=widened(needed) / total, rounding="ceil")

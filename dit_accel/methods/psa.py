@@ -17,6 +17,7 @@ from dit_accel.selection import Budget, TopK, generator_for, plan_of_mask, real_
 from dit_accel.selection.budgets import per_head
 from dit_accel.selection.samples import sampled_scores
 from dit_accel.state import CallContext
+from dit_accel.widest import widened, widest
 
 _LEAST_EXACT = 0.06
 _BISECTIONS = 40
@@ -77,7 +78,7 @@ class PSA(PoolingMethod):
         forced = self.forced(q, k, call, q_blocks, k_blocks)
         budget = self.limit(scores, q, k, call, forced)
         share = budget.share if isinstance(budget, TopK) else 1.0
-        ends = torch.tensor(self.ends, dtype=torch.float64, device=q.device)
+        ends = torch.tensor(self.ends, dtype=widest(q.device), device=q.device)
         if self.density is not None:
             ends = _scaled(ends, per_head(share, scores))
         levels = self._levels(scores, ends.broadcast_to(*scores.shape[:2], 1, 4), forced)
@@ -98,7 +99,7 @@ class PSA(PoolingMethod):
             last = (ends * total + 1e-6).floor().long()
             last[..., 0] = last[..., 0].clamp(min=1)
         else:
-            reached = shares_of(scores).gather(-1, order).double().cumsum(-1)
+            reached = widened(shares_of(scores).gather(-1, order)).cumsum(-1)
             last = (reached.unsqueeze(-2) <= ends.unsqueeze(-1) + 1e-6).sum(-1) + 1
             last[..., 0] = last[..., 0].maximum((_LEAST_EXACT * total[..., 0]).long() + 1)
         last = last.minimum(total)

@@ -13,6 +13,7 @@ from dit_accel.methods.registry import register
 from dit_accel.plan import Blocking, BlockPlan, BoxPredicate
 from dit_accel.state import CallContext
 from dit_accel.static_masks import frame_blocks, half_width, spans, with_text
+from dit_accel.widest import widened
 
 
 @register("sink_recent")
@@ -54,7 +55,7 @@ class SinkRecent(Method):
         if self.density is None:
             return self._mask(layout, self.recent_frames)
         found = [self._mask(layout, recent) for recent in range(1, layout.frames + 1)]
-        return next((m for m in reversed(found) if m.double().mean() <= self.density), found[0])
+        return next((m for m in reversed(found) if widened(m).mean() <= self.density), found[0])
 
     def _mask(self, layout: TokenLayout, recent: int) -> Tensor:
         f = torch.arange(layout.frames)

@@ -16,6 +16,7 @@ from dit_accel.sampling import sample_rows, sampled_logits
 from dit_accel.selection import plan_of_mask, sink_blocks
 from dit_accel.selection.scores import block_sums
 from dit_accel.state import CallContext
+from dit_accel.widest import widened, widest
 
 _SEARCH_STEPS = 12
 
@@ -83,7 +84,7 @@ class VerticalSlash(Method):
             return torch.ones_like(column, dtype=torch.bool), _touched(diagonal >= 0)
         # Both budgets grow by one factor; shares ascend with it, so that bisection finds the largest per head.
         largest = max(column.shape[-1] / budgets[0], diagonal.shape[-1] / budgets[1])
-        low = torch.zeros(*column.shape[:2], 1, dtype=torch.float64, device=column.device)
+        low = torch.zeros(*column.shape[:2], 1, dtype=widest(column.device), device=column.device)
         high = torch.full_like(low, largest)
         for _ in range(_SEARCH_STEPS):
             middle = (low + high) / 2
@@ -118,7 +119,7 @@ def _share(column: Tensor, touched: Tensor) -> Tensor:
     ends = F.pad(touched.long().cumsum(-1), (1, 0))
     on_diagonal = ends[..., 2 * count - 1 - index] - ends[..., count - 1 - index]
     kept = torch.where(column, count, on_diagonal).sum(-1, keepdim=True)
-    return kept.double() / count**2
+    return widened(kept) / count**2
 
 
 def line_scores(q: Tensor, k: Tensor, rows: Tensor, layout: TokenLayout, block: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dit_accel.errors import ConfigError
 from dit_accel.kernels.ranking import Ranking, rank
+from dit_accel.widest import widened, widest
 
 Rounding = Literal["round", "floor", "ceil", "plus_one"]
 Share = float | Tensor
@@ -153,11 +154,11 @@ def rounded(share: Share, total: Tensor, rounding: Rounding) -> Tensor:
 def per_head(value: Share, like: Tensor) -> Tensor:
     """A number, or one value per head `[H]` or `[B, H]`, as fp64 that broadcasts against `like` `[B, H, ...]`."""
     if not isinstance(value, Tensor):
-        return torch.tensor(value, dtype=torch.float64, device=like.device)
+        return torch.tensor(value, dtype=widest(like.device), device=like.device)
     heads = like.shape[1]
     if value.ndim not in (1, 2) or value.shape[-1] not in (1, heads):
         raise ConfigError("budget", f"expected one value per head, [{heads}] or [B, {heads}], got {tuple(value.shape)}")
-    value = value.to(like.device, torch.float64)
+    value = value.to(like.device, widest(like.device))
     value = value.unsqueeze(0) if value.ndim == 1 else value
     return value.reshape(*value.shape, *[1] * (like.ndim - 2))
 
@@ -182,5 +183,5 @@ def head_classes(recall: Tensor, density: float, gate: float = 0.8) -> Tensor:
     order = recall.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(heads, device=order.device).expand_as(order))
     shift = min(density / 2, 1 - density)
-    move = (rank >= heads - easy).double() - (rank < easy).double()
+    move = widened(rank >= heads - easy) - widened(rank < easy)
     return density + shift * move

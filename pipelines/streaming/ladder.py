@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dit_accel.streaming import StreamSettings
+from dit_accel.widest import widened
 
 TRAIN_TIMESTEPS = 1000.0
 
@@ -39,13 +40,13 @@ class Ladder:
 
     def clean(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
         """x0 = x - sigma v, in fp64; x and the model's velocity (noise - x0) have one shape, the result x's dtype."""
-        return (x.double() - self.sigma(step) * velocity.double()).to(x.dtype)
+        return (widened(x) - self.sigma(step) * widened(velocity)).to(x.dtype)
 
     def noisy(self, clean: Tensor, noise: Tensor, step: int) -> Tensor:
         """x at `step` from a clean sample and fresh noise."""
         sigma = self.sigma(step)
-        return ((1 - sigma) * clean.double() + sigma * noise.double()).to(clean.dtype)
+        return ((1 - sigma) * widened(clean) + sigma * widened(noise)).to(clean.dtype)
 
     def euler(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
         """x at `step + 1` by an Euler step of the probability-flow ODE."""
-        return (x.double() + (self.sigma(step + 1) - self.sigma(step)) * velocity.double()).to(x.dtype)
+        return (widened(x) + (self.sigma(step + 1) - self.sigma(step)) * widened(velocity)).to(x.dtype)
