@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import imageio.v2 as imageio
 import numpy as np
 
-from dit_accel.errors import ConfigError
+from dit_accel.errors import ConfigError, UnsupportedError
 
 EXTENSIONS = (".mp4", ".gif", ".png")
 
@@ -20,13 +21,14 @@ class OutputFile:
     """A file to be written at the end of a long run.
 
     Makes the folder, and proves that it can be written to. An existing file is replaced only when the new one is
-    complete. ".png" holds a single image, for a video its first frame.
+    complete, and where it cannot be replaced then, the new one stays beside it. ".png" holds a single image, for a
+    video its first frame.
 
     Args:
         path: where the result goes; the extension says the format.
 
     Raises:
-        ConfigError: unknown extension, a directory, or a folder that cannot be made or written to.
+        ConfigError: unknown extension, a directory, a folder that cannot be made or written to, or no ffmpeg.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -35,6 +37,8 @@ class OutputFile:
             raise ConfigError("output", f"expected a name that ends in {', '.join(EXTENSIONS)}, got {str(path)!r}")
         if self.path.is_dir():
             raise ConfigError("output", f"{path} is a directory; give a file name in it")
+        if self.path.suffix.lower() == ".mp4":
+            check_encoder()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=".partial-", suffix=self.path.suffix.lower(), dir=self.path.parent)
@@ -42,6 +46,7 @@ class OutputFile:
             raise ConfigError("output", f"cannot write in {self.path.parent}: {error.strerror}") from None
         os.close(handle)
         self._partial = Path(name)
+        self._is_kept = False
 
     def write(self, frames: np.ndarray, fps: int) -> None:
         """Write `frames` and give the file its name.
@@ -49,6 +54,9 @@ class OutputFile:
         Args:
             frames: `[T, H, W, 3]`, uint8, or float in [0, 1].
             fps: frames per second.
+
+        Raises:
+            UnsupportedError: the file of an earlier run cannot be replaced; names the file that holds the result.
         """
         pixels = to_uint8(frames)
         suffix = self.path.suffix.lower()
@@ -58,8 +66,15 @@ class OutputFile:
             imageio.mimwrite(self._partial, list(pixels), duration=1000 / fps, loop=0)
         else:
             write_mp4(self._partial, pixels, fps)
-        self._partial.chmod(0o644)
-        os.replace(self._partial, self.path)
+        with suppress(OSError):  # some network drives know no modes
+            self._partial.chmod(0o644)
+        try:
+            os.replace(self._partial, self.path)
+        except OSError as error:  # on Windows: a player has the old file open
+            self._is_kept = True
+            raise UnsupportedError(
+                f"output: {self.path} cannot be replaced ({error.strerror}); the result is in {self._partial}"
+            ) from None
 
     def __enter__(self) -> OutputFile:
         return self
@@ -67,7 +82,24 @@ class OutputFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._partial.unlink(missing_ok=True)
+        if not self._is_kept:
+            self._partial.unlink(missing_ok=True)
+
+
+def check_encoder() -> None:
+    """Find ffmpeg now and not when a long run is over.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    import imageio_ffmpeg
+
+    try:
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError:
+        raise ConfigError(
+            "output", "there is no ffmpeg for .mp4 here; install one (or set IMAGEIO_FFMPEG_EXE), or write a .gif"
+        ) from None
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import imageio.v2 as imageio
 import numpy as np
 
 from dit_accel.errors import ConfigError
-from dit_accel.video_io import to_uint8
+from dit_accel.video_io import check_encoder, to_uint8
 
 # Every second begins a fragment that is complete in itself; nothing waits in a buffer.
 _FRAGMENTS = ["-movflags", "frag_keyframe+empty_moov+default_base_moof", "-flush_packets", "1"]
@@ -24,13 +24,14 @@ class StreamingVideoFile:
         fps: frames per second.
 
     Raises:
-        ConfigError: another extension than .mp4, or a folder that cannot be made.
+        ConfigError: another extension than .mp4, a folder that cannot be made, or no ffmpeg.
     """
 
     def __init__(self, path: str | Path, fps: int) -> None:
         self.path, self.fps = Path(path), fps
         if self.path.suffix.lower() != ".mp4":
             raise ConfigError("output", f"expected a name that ends in .mp4 for a stream, got {str(path)!r}")
+        check_encoder()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab"):

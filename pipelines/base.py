@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dit_accel.acceleration import accelerate
 from dit_accel.errors import ConfigError
 from dit_accel.handle import Acceleration
+from dit_accel.kernels.registry import check_backend
 from dit_accel.models import call_arguments, load_for_preset, set_guider
 from dit_accel.presets import Preset, load_preset
 from dit_accel.resolve import resolve_policy
@@ -73,6 +74,7 @@ class FromPreset(_Pipeline):
             )
         given = {key: value for key, value in overrides.items() if key not in _SETTINGS_BESIDE}
         # A misspelt parameter shows here, not after a model has been loaded.
+        check_backend(overrides.get("backend", "auto"))
         resolve_policy(preset, given.pop("method", None), given.pop("schedule", None), given)
         pipe = load_for_preset(preset, model, device or "auto", dtype or "auto", cls)
         pipe.preset = preset

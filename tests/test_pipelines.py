@@ -37,10 +37,10 @@ def test_dense_equals_stock_bit_for_bit(guidance):
     assert torch.equal(generate(pipe, guidance), stock)
 
 
-@pytest.mark.parametrize("wrong", [{"method": "radail"}, {"densty": 0.3}, {"dense_steps": "two"}])
+@pytest.mark.parametrize("wrong", [{"method": "radail"}, {"densty": 0.3}, {"dense_steps": "two"}, {"backend": "x"}])
 def test_wrong_overrides_are_refused_before_a_model_is_loaded(wrong, monkeypatch):
     monkeypatch.setattr("dit_accel.pipelines.base.load_for_preset", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(ConfigError, match=r"radial|density|dense_steps"):
+    with pytest.raises(ConfigError, match=r"radial|density|dense_steps|unknown backend"):
         WanAccelPipeline.from_preset("tiny-wan/radial", **wrong)
 
 

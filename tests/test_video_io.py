@@ -6,8 +6,9 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 
-from dit_accel.errors import ConfigError
+from dit_accel.errors import ConfigError, UnsupportedError
 from dit_accel.video_io import OutputFile
+from dit_accel.video_stream import StreamingVideoFile
 
 
 def clip(frames=5, height=48, width=64):
@@ -47,6 +48,32 @@ def test_a_failure_leaves_the_old_file_and_no_partial_one(tmp_path):
         raise KeyboardInterrupt
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_result_that_cannot_have_its_name_stays_beside_it(tmp_path, monkeypatch):
+    """On Windows a player that has the old file open keeps it from being replaced."""
+    path = tmp_path / "clip.gif"
+    path.write_text("old")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(UnsupportedError, match="cannot be replaced") as told, OutputFile(path) as file:
+        file.write(clip(), fps=10)
+    assert path.read_text() == "old"
+    assert len(imageio.mimread(str(told.value).rsplit(" ", 1)[1])) == 5
+
+
+@pytest.mark.parametrize("kind", [OutputFile, lambda path: StreamingVideoFile(path, 8)])
+def test_a_missing_ffmpeg_is_noticed_first(tmp_path, monkeypatch, kind):
+    def find():
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", find)
+    with pytest.raises(ConfigError, match=r"no ffmpeg for \.mp4"):
+        kind(tmp_path / "clip.mp4")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from dit_accel.acceleration import accelerate
+from dit_accel.errors import ConfigError
 from dit_accel.generation import call_pipeline
 from dit_accel.models import load_pipeline
 from dit_accel.presets import Generation, Preset, list_presets, load_preset
-from dit_accel.presets.schema import check_size
+from dit_accel.presets.schema import TASK_INPUTS, check_size
 from dit_accel.report import environment
 from dit_accel.video_io import OutputFile, to_uint8
 
@@ -76,12 +77,17 @@ class Studio:
         output_dir: folder of all written files.
         device, dtype: as in `load_pipeline`.
         model: pipeline folder or hub id instead of the preset's.
+
+    Raises:
+        ConfigError: a preset whose task needs more than a prompt.
     """
 
     def __init__(
         self, preset: str, output_dir: Path, device: str = "auto", dtype: str = "auto", model: str | None = None
     ) -> None:
         self.preset = load_preset(preset)
+        if inputs := TASK_INPUTS[self.preset.task].required:
+            raise ConfigError("--preset", f"{preset} needs {' and '.join(inputs)}, which the page does not take")
         self.output_dir = output_dir
         self._where = (model or self.preset.repository, device, dtype)
         self._pipe: Any = None

@@ -108,3 +108,8 @@ def test_the_sizes_on_the_page_follow_the_preset():
     generate_tab = pytest.importorskip("dit_accel.pipelines.demo.generate_tab", reason="gradio is not installed")
     assert generate_tab.sizes_of("tiny-wan") == (64, 64, 33, 20)
     assert generate_tab.sizes_of("flux1-dev-2k")[:3] == (2048, 2048, 1)
+
+
+def test_a_preset_that_needs_more_than_a_prompt_is_refused_at_once(tmp_path):
+    with pytest.raises(ConfigError, match=r"wan2\.1-i2v-14b-480p needs image, which the page does not take"):
+        Studio("wan2.1-i2v-14b-480p", tmp_path)
