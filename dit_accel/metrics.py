@@ -58,6 +58,17 @@ def closeness(clip: np.ndarray, reference: np.ndarray) -> Closeness:
     return Closeness(psnr, statistics.mean(float(s) for s in similar), lpips(clip, reference))
 
 
+def check_metrics() -> None:
+    """Find out now, and not after the first clips were made, whether clips can be compared and plotted.
+
+    Raises:
+        UnsupportedError: scikit-image or matplotlib is not installed.
+    """
+    for package, module in (("scikit-image", "skimage"), ("matplotlib", "matplotlib")):
+        if util.find_spec(module) is None:
+            raise UnsupportedError(f"comparing needs {package}: pip install 'dit_accel[metrics]'")
+
+
 def flicker(clip: np.ndarray) -> float:
     """Mean absolute change from frame to frame, in [0, 1]; 0 for a single frame.
 

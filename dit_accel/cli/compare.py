@@ -48,10 +48,13 @@ def compare(
     from dit_accel.compare.runner import run_all
     from dit_accel.compare.tables import plot_pareto, summarise, to_markdown
     from dit_accel.compare.tasks import make_tasks
-    from dit_accel.metrics import why_no_lpips
+    from dit_accel.kernels.registry import check_backend
+    from dit_accel.metrics import check_metrics, why_no_lpips
     from dit_accel.models import load_pipeline, quiet_loading
     from dit_accel.presets import load_preset
 
+    check_metrics()
+    check_backend(backend)
     base = load_preset(preset)
     given = {"image": image, "last_image": last_image, "mask": mask, "video": video}
     check_inputs(base, given)
@@ -60,9 +63,9 @@ def compare(
         generation = generation.model_copy(update={"num_inference_steps": num_inference_steps})
     chosen = all_candidates(candidates or [], base, ceiling)
     tasks, criteria = make_tasks(base, prompts or [], num_prompts, seed)
+    inputs = read_inputs(base, given)
     quiet_loading()
     pipe = load_pipeline(model or base.repository, device, dtype)
-    inputs = read_inputs(base, given)
     common = {**stamp(), "command": command_line()}
     rows: list[Any] = []
 

@@ -9,6 +9,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 
+from dit_accel import metrics
 from dit_accel.cli import main
 from dit_accel.compare import runner
 from dit_accel.compare.candidates import CEILING, DENSE, all_candidates, parse_candidate
@@ -54,8 +55,6 @@ def test_flicker_is_the_mean_change():
 
 
 def test_lpips_needs_its_weights_and_says_what_is_missing(monkeypatch, tmp_path):
-    from dit_accel import metrics
-
     monkeypatch.setattr(metrics.util, "find_spec", lambda name: None if name == "torchvision" else object())
     assert why_no_lpips() == "torchvision is not installed"
     assert lpips(clip(0), clip(1)) is None
@@ -197,6 +196,25 @@ def test_the_command_writes_everything(pipeline_folder, tmp_path, monkeypatch, c
     assert dense["color"] in ("True", "False")
     for name in ("compare.md", "pareto.png", "side-by-side-0.mp4", "side-by-side-1.mp4"):
         assert (target / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 1, "comparing needs scikit-image: pip install 'dit_accel[metrics]'"),
+        (["--backend", "troch"], 2, "unknown backend 'troch'"),
+        (["--preset", "wan2.1-i2v-14b-480p", "--prompts", "x", "--image", "none.png"], 2, "cannot read none.png"),
+    ],
+)
+def test_what_is_missing_is_said_before_a_model_is_loaded(arguments, code, message, monkeypatch, capsys):
+    monkeypatch.setattr("dit_accel.models.load_pipeline", lambda *_: pytest.fail("a model was loaded"))
+    if code == 1:
+        monkeypatch.setattr(metrics.util, "find_spec", lambda name: None if name == "skimage" else object())
+    monkeypatch.setattr(sys, "argv", ["dit-accel", "compare", "radial", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main.main()
+    assert left.value.code == code
+    assert message in capsys.readouterr().err
 
 
 def test_a_preset_that_needs_an_image_says_so(monkeypatch, capsys):
