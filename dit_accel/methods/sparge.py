@@ -38,7 +38,7 @@ class Sparge(PoolingMethod):
         mass: share of the mass that the kept blocks stay within (the crossing block is left out), with density None.
         similarity: the gate: query and key blocks whose mean pairwise cosine is not above this are attended whole.
             Any value below 0 turns it off, as the similarity is never negative; the released default, -0.1, does so.
-        smooth: subtract the mean key of each head before keys are pooled, compared and quantised.
+        smooth: subtract the mean key of each head before keys are compared and quantised; pooled scores rank alike.
         precision: "input", or "int8": queries and keys of the exact part are quantised to 8 bits, as published.
         pv_threshold: leave out tiles in which every query has seen a score at least this much larger before, in units
             of log 2 as the released `pvthreshd`: a key left out weighs at most 2**-pv_threshold of the largest weight.
@@ -60,19 +60,17 @@ class Sparge(PoolingMethod):
     key_block: BlockSize | None = 64
 
     def scores(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor:
-        """Pooled log-mass of smoothed keys. q, k `[B, H, N, D]`."""
-        return pooled_scores(q, self._keys(k, call), q_blocks, call.layout, k_blocks, self.padding)
-
-    def _keys(self, k: Tensor, call: CallContext) -> Tensor:
-        return smooth_keys(k, call.layout.valid) if self.smooth else k
+        """Pooled log-mass; smoothing would move all scores of a row alike. q, k `[B, H, N, D]`."""
+        return pooled_scores(q, k, q_blocks, call.layout, k_blocks, self.padding)
 
     def beside(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor | None:
         """Rows and columns of blocks whose tokens disagree."""
         if self.similarity < 0:
             return None
         valid = call.layout.valid
+        keys = smooth_keys(k, valid) if self.smooth else k
         rows = self_similarity(q, q_blocks, valid, self.padding) <= self.similarity
-        columns = self_similarity(self._keys(k, call), k_blocks, valid, self.padding) <= self.similarity
+        columns = self_similarity(keys, k_blocks, valid, self.padding) <= self.similarity
         return rows.unsqueeze(-1) | columns.unsqueeze(-2)
 
     def budget(self, q: Tensor, k: Tensor, call: CallContext) -> Budget:

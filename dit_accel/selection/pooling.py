@@ -135,7 +135,9 @@ def self_similarity(x: Tensor, blocks: Blocking, valid: Valid = None, padding: P
     real tokens gets 1. x `[B, H, N, D]`. Source: arXiv 2502.18137, in the form of its released code.
     """
     rows, real = gather_blocks(x, blocks, valid, padding)
-    total = F.normalize(rows, dim=-1).sum(3)
+    # The sum of unit vectors as a product with one over their lengths: they are never written out.
+    inverse = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=1e-12).reciprocal()
+    total = (inverse.transpose(-1, -2) @ rows).squeeze(-2)
     count = real.sum(-1).unsqueeze(1)
     similarity = total.square().sum(-1) / count.clamp(min=1).square()
     return similarity.clamp(max=1).masked_fill(count == 0, 1)
