@@ -32,7 +32,7 @@ class XAttention(PoolingMethod):
     Args:
         threshold: share of the mass to keep, the crossing block included; a list gives one value per head.
         stride: tokens per group of the antidiagonal; scoring costs 1 / (2 stride) of dense attention, which at 8, as
-            published for HunyuanVideo, is nearly a tenth of what 25 % density saves. Default 16, published for Qwen2-VL.
+            published for HunyuanVideo, is near a tenth of what 25 % density saves. Default 16, published for Qwen2-VL.
         block: query and key block in tokens.
     """
 
