@@ -152,7 +152,8 @@ def _chunks(options: Mapping[str, Any], preset: Preset, settings: StreamSettings
         return None
     frames = frames or preset.generation.num_frames
     latents = 1 + (frames - 1) / preset.model.vae_temporal
-    return max(1, math.ceil(latents / settings.chunk))
+    first = settings.first_chunk or settings.chunk
+    return 1 + max(0, math.ceil((latents - first) / settings.chunk))
 
 
 def _stream(request: _Request, file: StreamingVideoFile) -> None:

@@ -79,6 +79,15 @@ def test_frames_of_the_preset_say_the_chunks(command, tmp_path):
     assert len(frames_of(tmp_path / "o.mp4")) == 11
 
 
+def test_a_short_first_chunk_does_not_shorten_the_video(command, tmp_path):
+    (tmp_path / "first.yaml").write_text("steps: [1000]\nchunk: 3\nfirst_chunk: 1\nwindow: 6\n")
+    code, _, err = command(
+        "--prompt", "a ball", "--num-frames", "11", "--output", "o.mp4", "--stream-settings", "first.yaml"
+    )
+    assert code == 0, err
+    assert len(frames_of(tmp_path / "o.mp4")) == 13  # 6 latent frames are asked for, and chunks of 1, 3 and 3 made
+
+
 def test_prompts_from_a_file_and_guidance_and_method(command, tmp_path):
     (tmp_path / "p.yaml").write_text("- {chunk: 3, prompt: blue, mode: blend, over: 2}\n- {prompt: red}\n")
     words = ["--prompts-file", "p.yaml", "--guidance-scale", "2", "--method", "radial"]
