@@ -58,13 +58,17 @@ def closeness(clip: np.ndarray, reference: np.ndarray) -> Closeness:
     return Closeness(psnr, statistics.mean(float(s) for s in similar), lpips(clip, reference))
 
 
-def check_metrics() -> None:
-    """Find out now, and not after the first clips were made, whether clips can be compared and plotted.
+def check_metrics(plots: bool = False) -> None:
+    """Find out now, and not when clips have been made, whether they can be compared.
+
+    Args:
+        plots: they are to be plotted too. Default False.
 
     Raises:
-        UnsupportedError: scikit-image or matplotlib is not installed.
+        UnsupportedError: scikit-image, or matplotlib for plots, is not installed.
     """
-    for package, module in (("scikit-image", "skimage"), ("matplotlib", "matplotlib")):
+    needed = {"skimage": "scikit-image", **({"matplotlib": "matplotlib"} if plots else {})}
+    for module, package in needed.items():
         if util.find_spec(module) is None:
             raise UnsupportedError(f"comparing needs {package}: pip install 'dit_accel[metrics]'")
 

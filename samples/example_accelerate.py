@@ -13,7 +13,7 @@ import torch
 from diffusers import WanPipeline
 
 import dit_accel
-from dit_accel.metrics import closeness
+from dit_accel.metrics import check_metrics, closeness
 from dit_accel.models import shipped_model
 from dit_accel.video_io import OutputFile
 
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--output", type=Path, default=Path("outputs/example.mp4"))
     options = parser.parse_args(arguments)
+    check_metrics()
     size = {"height": options.size, "width": options.size, "num_frames": options.frames}
     call = {"prompt": options.prompt, "num_inference_steps": options.steps, "output_type": "np", **size}
     with OutputFile(options.output) as file:

@@ -53,7 +53,7 @@ def compare(
     from dit_accel.models import load_pipeline, quiet_loading
     from dit_accel.presets import load_preset
 
-    check_metrics()
+    check_metrics(plots=True)
     check_backend(backend)
     base = load_preset(preset)
     given = {"image": image, "last_image": last_image, "mask": mask, "video": video}
