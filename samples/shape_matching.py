@@ -12,6 +12,8 @@ from dit_accel.samples.clips import SHAPES, outline
 
 _SIZE = 48  # pixels of a side in which masks are compared
 _SPREAD = 0.4  # side of a square of the object's area, in sides of that picture
+_BLURS = (0.08, 0.25)  # of templates, in radii: edges are a pixel or two wide, corners may be rounded
+_ROUND = 1.1  # by how much a rounded template must be better than a sharp one
 _DETAIL = 8  # pixels of a template's drawing per pixel of the picture
 SYMMETRY = {"square": 4, "triangle": 3, "star": 5, "cross": 4}  # turns that leave a shape as it is; a ball has no turn
 
@@ -42,12 +44,19 @@ def centered(cover: np.ndarray) -> np.ndarray:
 
 
 @lru_cache
-def templates(shape: str, turns: int) -> np.ndarray:
-    """A shape in `turns` angles over its symmetry, as `centered` would make it, `[turns, 48, 48]`."""
-    return np.stack([_template(shape, 2 * np.pi / SYMMETRY.get(shape, 1) * turn / turns) for turn in range(turns)])
+def templates(shape: str, turns: int, blur: float = _BLURS[0]) -> np.ndarray:
+    """A shape in `turns` angles over its symmetry, as `centered` would make it, `[turns, 48, 48]`.
+
+    Args:
+        shape: key of `SHAPES`.
+        turns: how many angles.
+        blur: standard deviation in radii of the blur that rounds its corners.
+    """
+    period = 2 * np.pi / SYMMETRY.get(shape, 1)
+    return np.stack([_template(shape, period * turn / turns, blur) for turn in range(turns)])
 
 
-def _template(shape: str, angle: float) -> np.ndarray:
+def _template(shape: str, angle: float, blur: float) -> np.ndarray:
     side = _SIZE * _DETAIL
     image, radius = np.zeros((side, side), np.float32), side / 4
     if shape == "ball":
@@ -55,22 +64,28 @@ def _template(shape: str, angle: float) -> np.ndarray:
     else:
         turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
         cv2.fillPoly(image, [np.round(side / 2 + radius * outline(shape) @ turn).astype(np.int32)], (1.0,))
-    blurred = cv2.GaussianBlur(image, (0, 0), _DETAIL)  # objects are a dozen pixels wide, their edges one or two
-    return centered(cv2.resize(blurred, (_SIZE, _SIZE), interpolation=cv2.INTER_AREA))
+    blurred = cv2.GaussianBlur(image, (0, 0), blur * radius)
+    # What is blurred looks rounded and not faint, as masks are soft for a pixel or two only.
+    rounded = np.clip((blurred - 0.5) * max(1.0, blur / _BLURS[0]) + 0.5, 0, 1)
+    return centered(cv2.resize(rounded, (_SIZE, _SIZE), interpolation=cv2.INTER_AREA))
 
 
 def match_shapes(covers: Sequence[np.ndarray], turns: int = 1) -> dict[str, np.ndarray]:
     """How unlike each shape the object is, by shape: mean absolute difference, `[frames, turns]`.
 
+    Shapes are compared sharp and with rounded corners, over all frames alike: autoencoders round them, and a cross
+    without its corners is nearer to a ball than to a sharp cross.
+
     Args:
         covers: its soft mask in several frames.
         turns: angles that are tried, over the symmetry of the shape; 1 tries the upright one.
     """
-    seen = np.stack([centered(cover) for cover in covers])
+    seen = np.stack([centered(cover) for cover in covers])[:, None]
     found = {}
     for shape in SHAPES:
-        drawn = templates(shape, 1 if shape == "ball" else turns)
-        found[shape] = np.abs(seen[:, None] - drawn[None]).mean((2, 3))
+        count = 1 if shape == "ball" else turns
+        sharp, rounded = (np.abs(seen - templates(shape, count, blur)).mean((2, 3)) for blur in _BLURS)
+        found[shape] = min(sharp, _ROUND * rounded, key=lambda unlike: float(unlike.min(1).sum()))
     return found
 
 

@@ -12,12 +12,14 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
 from dit_accel.samples import make_tiny_wan, train_tiny_wan, tune_tiny_wan_decoder
-from dit_accel.samples.muon import Muon
+from dit_accel.samples.muon import Muon, split_parameters
 from dit_accel.samples.repertoire import FULL, repertoire_of
 from dit_accel.samples.scenes.draw import Canvas
 from dit_accel.samples.tiny_random import random_wan_pipeline
-from dit_accel.samples.tiny_wan_flow import train_transformer
+from dit_accel.samples.tiny_wan_causal import CausalTeacher
+from dit_accel.samples.tiny_wan_flow import FrameRope, PaddedCrossAttention, flow_loss, train_transformer
 from dit_accel.samples.tiny_wan_model import TinyWanSizes, make_text_encoder, make_tokenizer, make_transformer, make_vae
+from dit_accel.samples.tiny_wan_probe import Probe
 from dit_accel.samples.tiny_wan_recipes import (
     FULL_MODEL,
     RECIPES,
@@ -32,6 +34,8 @@ from dit_accel.samples.tiny_wan_recipes import (
 from dit_accel.samples.tiny_wan_run import OutOfTime, Place, TrainingRun
 from dit_accel.samples.tiny_wan_show import contact_sheet
 from dit_accel.samples.tiny_wan_vae import encode_bank, reconstruction_loss, train_vae, tune_decoder
+from dit_accel.samples.train_tiny_wan_causal import excerpts
+from dit_accel.streaming import StreamSettings
 
 MINUTE = replace(
     FULL_MODEL,
@@ -182,6 +186,31 @@ def test_a_stage_ends_after_its_steps_or_its_minutes(tmp_path):
     later = TrainingRun(Place(tmp_path), "some", model, run.optimizers, 0.0)
     assert later.seconds >= 0.1
     assert list(later.steps(Pace(10**9, minutes=0.1 / 60))) == []
+
+
+def test_losses_and_clips_follow_their_tensors_to_another_device():
+    # The meta device refuses tensors of the processor as a GPU does.
+    sizes, canvas = MINUTE.sizes, Canvas(5, 16, 16)
+    model, vae = make_transformer(sizes).to("meta"), make_vae(sizes).to("meta")
+    cross = PaddedCrossAttention(FULL.text_tokens)
+    model.set_attn_processor({n: cross if "attn2" in n else p for n, p in model.attn_processors.items()})
+    model.rope = FrameRope(model.rope, 3)
+    probe = Probe(model, (3, 4, 4), repertoire=FULL).to("meta")
+    drawn = next(FULL.batches(0, canvas, 2, device="meta"))
+    latents = vae.encode(drawn.pixels).latent_dist.mean
+    reconstruction_loss(vae.decode(latents).sample, drawn.pixels, 1.0).backward()
+    words, objects = torch.empty(2, 48, sizes.text_dim, device="meta"), torch.zeros(2, 3, 4, 4, device="meta").bool()
+    loss = flow_loss(model, lambda _: words, latents.detach(), objects, drawn.captions, 3.0)
+    (loss + probe.loss(model.rope.chosen, drawn.captions, objects)).backward()
+    Muon(split_parameters(model)[0], is_stacked=True).step()
+    model.set_attn_processor({n: cross if "attn2" in n else p for n, p in model.attn_processors.items()})
+    model.rope = model.rope.stock
+    teacher, clip = CausalTeacher(model, (4, 4), 3.0), torch.empty(2, 4, 4, 4, 4, device="meta")
+    settings = StreamSettings(chunk=1, window=4, sink=1, positions="reindex")
+    mask = torch.zeros(2, 4, 4, 4, dtype=torch.bool, device="meta")
+    for _ in range(3):  # with a past as it is, and with one that the model made
+        teacher.loss(excerpts(settings, 4)[0][0], clip, mask, words).backward()
+    assert {p.grad.device.type for p in model.parameters() if p.grad is not None} == {"meta"}
 
 
 def test_blurred_edges_cost_more_when_edges_weigh():

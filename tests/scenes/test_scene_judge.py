@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 
@@ -98,6 +99,13 @@ def test_templates_are_found_again_in_any_size_and_place_and_turned_ones_when_tu
         unlike = match_shapes([turned[1].clip(0, 1)], 4)[name]
         assert unlike.argmin() == (0 if name == "ball" else 1)
     assert likeliest_shape([]) == "none"
+
+
+def test_rounded_corners_do_not_make_a_ball_of_a_shape():
+    for name in SHAPES:
+        (upright,) = templates(name, 1)
+        blurred = cv2.GaussianBlur(upright.clip(0, 1), (0, 0), 0.22 * len(upright) / 4)
+        assert likeliest_shape([np.clip((blurred - 0.5) * 3 + 0.5, 0, 1)]) == name
 
 
 def drawn(meaning, seed=0):
