@@ -21,7 +21,7 @@ CHANGES: Phrases = {
 PACES: Phrases = {"slow": ("slowly", "gently"), "fast": ("fast", "quickly")}
 BOUNCES: Phrases = {
     "sideways": ("bouncing left and right", "bouncing from side to side"),
-    "upright": ("bouncing up and down",),
+    "upright": ("bouncing up and down", "bouncing upwards and downwards"),
 }
 REST: Phrases = {"rest": ("standing still", "at rest")}
 TEXTURES: Phrases = {"stripes": ("striped",), "checks": ("checkered",), "dots": ("dotted",)}

@@ -34,7 +34,7 @@ def test_every_caption_is_read_back_exactly(meaning, seed):
 @given(meanings())
 def test_every_meaning_has_several_captions(meaning):
     rng = np.random.default_rng(0)
-    assert len({caption(meaning, rng) for _ in range(40)}) > 3
+    assert len({caption(meaning, rng) for _ in range(40)}) > 1
 
 
 def test_captions_of_the_basic_repertoire_belong_to_the_full_one():
