@@ -32,7 +32,7 @@ class OutputFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         if self.path.suffix.lower() not in EXTENSIONS:
             raise ConfigError("output", f"expected a name that ends in {', '.join(EXTENSIONS)}, got {str(path)!r}")
         if self.path.is_dir():
@@ -84,6 +84,19 @@ class OutputFile:
     ) -> None:
         if not self._is_kept:
             self._partial.unlink(missing_ok=True)
+
+
+def check_frames(frames: np.ndarray) -> None:
+    """Refuse frames that would be written as black ones.
+
+    Raises:
+        UnsupportedError: they hold NaN or infinite numbers.
+    """
+    if not np.isfinite(frames).all():
+        raise UnsupportedError(
+            "frames hold NaN or infinite numbers, so nothing was written; try --backend torch, then "
+            "--method dense, then --dtype bfloat16 or float32: docs/troubleshooting.md says what each tells"
+        )
 
 
 def check_encoder() -> None:

@@ -28,7 +28,7 @@ class StreamingVideoFile:
     """
 
     def __init__(self, path: str | Path, fps: int) -> None:
-        self.path, self.fps = Path(path), fps
+        self.path, self.fps = Path(path).expanduser(), fps
         if self.path.suffix.lower() != ".mp4":
             raise ConfigError("output", f"expected a name that ends in .mp4 for a stream, got {str(path)!r}")
         check_encoder()

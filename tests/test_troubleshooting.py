@@ -130,6 +130,14 @@ def no_cuda(monkeypatch):
     return error(lambda: resolve_device("cuda", "auto"))
 
 
+def no_device(monkeypatch):
+    def empty(*_, **__):
+        raise RuntimeError("PyTorch is not linked with support for mps devices")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    return error(lambda: resolve_device("mps", "auto"))
+
+
 def bad_path(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.mp4").mkdir()
@@ -158,6 +166,7 @@ PRINTED = {
     "is a directory": bad_path,
     "install it with: pip install 'dit_accel[demo]'": missing_extra,
     "cuda was asked for, but torch finds no CUDA device here": no_cuda,
+    "cannot be used here": no_device,
 }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 
+from dit_accel.cli.files import report_path
 from dit_accel.errors import ConfigError, UnsupportedError
-from dit_accel.video_io import OutputFile
+from dit_accel.video_io import OutputFile, check_frames
 from dit_accel.video_stream import StreamingVideoFile
 
 
@@ -63,6 +66,24 @@ def test_a_result_that_cannot_have_its_name_stays_beside_it(tmp_path, monkeypatc
         file.write(clip(), fps=10)
     assert path.read_text() == "old"
     assert len(imageio.mimread(str(told.value).rsplit(" ", 1)[1])) == 5
+
+
+def test_home_is_where_the_shell_says_it_is(tmp_path, monkeypatch):
+    """A shell leaves the tilde of --output=~/clip.mp4 as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    with OutputFile("~/clip.gif") as file:
+        file.write(clip(), fps=10)
+    assert report_path(None, Path("~/clip.gif")) == tmp_path / "clip.json"
+    assert (tmp_path / "clip.gif").is_file()
+
+
+def test_frames_that_would_be_black_are_refused():
+    broken = clip()
+    check_frames(broken)
+    broken[2, 3, 4] = np.nan
+    with pytest.raises(UnsupportedError, match="frames hold NaN"):
+        check_frames(broken)
 
 
 @pytest.mark.parametrize("kind", [OutputFile, lambda path: StreamingVideoFile(path, 8)])

@@ -20,7 +20,8 @@ def report_path(report: Path | None, target: Path) -> Path:
     Raises:
         ConfigError: the result itself, a directory, or a folder that cannot be made or written to.
     """
-    path = report or target.with_suffix(".json")
+    target = target.expanduser()
+    path = target.with_suffix(".json") if report is None else report.expanduser()
     if path == target:
         raise ConfigError("--report", f"{path} is the result itself; give another name")
     if path.is_dir():

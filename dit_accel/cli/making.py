@@ -12,10 +12,10 @@ import numpy as np
 from dit_accel.cli.app import console
 from dit_accel.cli.files import report_path, write_json
 from dit_accel.cli.parallel import ALONE, Degrees
-from dit_accel.errors import ConfigError, UnsupportedError
+from dit_accel.errors import ConfigError
 from dit_accel.presets import Preset
 from dit_accel.report import Report, environment
-from dit_accel.video_io import OutputFile
+from dit_accel.video_io import OutputFile, check_frames
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,7 @@ def produce(run: Run, holder: PipelineHolder) -> Made:
     console.print(f"loaded in {loaded:.1f} s, denoising {preset.generation.num_inference_steps} steps")
     with accelerate(pipe, preset, backend=run.backend) as acceleration:
         frames, times = call_pipeline(pipe, preset.generation, run.prompt, run.seed, inputs, show=not console.quiet)
-        if not np.isfinite(frames).all():
-            raise UnsupportedError(
-                "frames hold NaN or infinite numbers, so nothing was written; try --backend torch, then "
-                "--method dense, then --dtype bfloat16 or float32: docs/troubleshooting.md says what each tells"
-            )
+        check_frames(frames)
         return Made(frames, {"load": loaded, **times}, acceleration.report())
 
 

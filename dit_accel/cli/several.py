@@ -14,7 +14,7 @@ from dit_accel.cli.making import Run
 from dit_accel.errors import ConfigError
 from dit_accel.presets import Preset
 from dit_accel.report import environment
-from dit_accel.video_io import OutputFile
+from dit_accel.video_io import OutputFile, check_frames
 
 if TYPE_CHECKING:
     from dit_accel.pipelines.clip_layout import ClipLayout
@@ -114,6 +114,7 @@ def make_several(run: Run, prompts: list[str], frames: int | None, target: Path,
             output_type="np",
         )[0][:frames]
         took = time.perf_counter() - begun
+        check_frames(video)
         file.write(video, generation.fps)
     content = {
         "prompts": [prompts[index] for index in order],

@@ -21,7 +21,7 @@ from dit_accel.models import load_pipeline
 from dit_accel.presets import Generation, Preset, list_presets, load_preset
 from dit_accel.presets.schema import TASK_INPUTS, check_size
 from dit_accel.report import environment
-from dit_accel.video_io import OutputFile, to_uint8
+from dit_accel.video_io import OutputFile, check_frames, to_uint8
 
 
 class Cancelled(Exception):
@@ -223,6 +223,7 @@ class Studio:
         target = self.output_dir / f"{time.strftime('%Y%m%d-%H%M%S')}-{self._count:04d}-{name}.mp4"
         with OutputFile(target) as file, accelerate(pipe, preset) as acceleration:
             frames, times = call_pipeline(pipe, generation, prompt, seed, on_step=on_step)
+            check_frames(frames)
             pixels = to_uint8(frames)
             file.write(pixels, generation.fps)
             report = {
