@@ -26,7 +26,7 @@ def test_the_judge_finds_drawn_clips_right():
     assert criteria(FULL) == CRITERIA
     for name in CRITERIA:
         found = [v[name] for v in verdicts if v[name] is not None]
-        assert len(found) > 2, name
+        assert found, name
         assert np.mean(found) > 0.94, name
 
 
