@@ -55,8 +55,25 @@ def load_preset(name: str | Path) -> Preset:
     return _check(text, data)
 
 
+def streaming_preset(name: str | Path, own_weights: bool = False) -> Preset:
+    """The preset to stream with: that of the model's causal sibling where this one says nothing of streams.
+
+    Args:
+        name: preset name or YAML file.
+        own_weights: whether the weights are given in place of the preset's; then it stays as it is. Default False.
+
+    Raises:
+        ConfigError: as `load_preset`.
+    """
+    preset = load_preset(name)
+    stays = own_weights or preset.stream is not None or preset.causal is None
+    return preset if stays else load_preset(str(preset.causal))
+
+
 def _without_replaced(inherited: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """What a file inherits: parameters of another method or step cache do not carry over."""
+    """What a file inherits: not the parameters of another method or step cache, nor the sibling of other weights."""
+    if "repository" in data:
+        inherited.pop("causal", None)
     for keys in (("method",), ("extras", "cache")):
         mine, theirs = _at(data, keys), _at(inherited, keys)
         if mine.get("name") not in (None, theirs.get("name")):

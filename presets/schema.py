@@ -137,6 +137,7 @@ class Preset(BaseModel):
         schedule_2: when it runs in `transformer_2`, the low-noise expert. Default None: as `schedule` says.
         extras: Diffusers' own features to switch on: step cache, offload, casting, compilation, quantisation.
         stream: how the model streams, for causal weights. Default None: it was not made for streaming.
+        causal: name of the preset of the same model trained to stream; streams are made with it. Default None.
         source: where the numbers come from.
     """
 
@@ -157,6 +158,7 @@ class Preset(BaseModel):
     schedule_2: Schedule | None = None
     extras: Extras = Extras()
     stream: StreamSettings | None = None
+    causal: str | None = None
     source: str
 
     @property

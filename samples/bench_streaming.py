@@ -97,7 +97,7 @@ def measure(stream: VideoStream, device: str, begun: float, factor: int) -> dict
 def main() -> None:
     """Print and save the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="samples/tiny-wan")
+    parser.add_argument("--model", default="samples/tiny-wan-causal")
     parser.add_argument("--chunks", type=int, default=10)
     parser.add_argument("--size", type=int, nargs=2, default=(64, 64), help="height and width in pixels")
     parser.add_argument("--random-1.3b", dest="random", action="store_true")

@@ -135,7 +135,7 @@ def table(variants: Sequence[Variant], tasks: Sequence[Task], marks: Sequence[in
 def main(given: Sequence[str] | None = None) -> None:
     """Stream, judge and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="tiny-wan")
+    parser.add_argument("--preset", default="tiny-wan-causal")
     parser.add_argument("--model", default=None, help="pipeline folder instead of the preset's")
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--marks", type=int, nargs="+", default=[8], help="chunks after which the object is compared")

@@ -1,6 +1,6 @@
 """A stream whose prompt changes on the way, written while it is made: `python samples/example_stream.py`.
 
-The small model was not trained to be causal: this shows the mechanism, not a good video.
+The small model was fine-tuned to stream; `samples/tiny-wan-causal/README.md` says how far it goes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
     parser.add_argument("--output", type=Path, default=Path("outputs/stream.mp4"))
     options = parser.parse_args(arguments)
-    pipe = StreamingWanPipeline.from_preset("tiny-wan")
+    pipe = StreamingWanPipeline.from_preset("tiny-wan-causal")
     size = {"height": options.size, "width": options.size}
     stream = pipe.stream(options.prompt, num_chunks=options.chunks, **size)
     with StreamingVideoFile(options.output, 12) as file:

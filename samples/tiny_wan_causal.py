@@ -49,7 +49,7 @@ class Excerpt:
 
         Args:
             settings: chunk, window, sink and positions of the stream.
-            first, last: numbers of chunks, 1 <= first <= last.
+            first, last: numbers of chunks, 1 <= first <= last + 1.
         """
         seen = visible_frames(settings, last + 1)
         past = [0, *range(first, last)]

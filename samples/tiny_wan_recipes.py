@@ -129,7 +129,7 @@ class CausalRecipe:
 
     Args:
         canvas, clips, encode_batch, ema, save_every: as in `FlowRecipe`.
-        batch: clips per step.
+        batch: clips per step; of excerpts that are shorter than the longest, as many more.
         pace: its length.
         rates: learning rates of Muon and of AdamW.
     """

@@ -41,10 +41,14 @@ from dit_accel.streaming import StreamSettings
 
 
 def excerpts(settings: StreamSettings, frames: int, window: int = 4) -> list[list[Excerpt]]:
-    """From the start of a clip of `frames` latent frames, and from every later chunk; `window` chunks each."""
+    """Of a clip of `frames` latent frames: its first chunk alone, its start, and from every later chunk on.
+
+    The first chunk decides what the object is, and later ones copy it: it is taught most often. The others are
+    `window` chunks long.
+    """
     last = frames // settings.chunk - 1
-    begin = [Excerpt.of(settings, 1, min(window - 1, last))]
-    return [begin, [Excerpt.of(settings, first, first + window - 1) for first in range(2, last - window + 2)]]
+    opening, begin = [Excerpt.of(settings, 1, 0)], [Excerpt.of(settings, 1, min(window - 1, last))]
+    return [opening, begin, [Excerpt.of(settings, first, first + window - 1) for first in range(2, last - window + 2)]]
 
 
 def train_causal(
@@ -77,14 +81,17 @@ def train_causal(
     ]
     run = TrainingRun(place, "causal", model, optimizers, recipe.ema, save_every=recipe.save_every)
     kinds = [kind for kind in excerpts(settings, bank.latents.shape[2]) if kind]
+    most = max(len(excerpt.chunks) for kind in kinds for excerpt in kind)
     for step, done in run.steps(recipe.pace, lambda: export(output, Path(check_model(start)), run.average)):
-        rows = torch.randint(len(bank.captions), (recipe.batch,))
+        excerpt = draw_excerpt(kinds)
+        clips = recipe.batch * (most // len(excerpt.chunks))  # of short excerpts more
+        rows = torch.randint(len(bank.captions), (clips,))
         captions = ["" if torch.rand(()) < DROP_CAPTION else bank.captions[row] for row in rows]
         cross.pad_to(choose_padding(1.0, tokens))  # the words are known by now
         with place.precision():
             with torch.no_grad():
                 words = text(captions)
-            loss = teacher.loss(draw_excerpt(kinds), bank.latents[rows].float(), bank.objects[rows], words)
+            loss = teacher.loss(excerpt, bank.latents[rows].float(), bank.objects[rows], words)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         run.update(step, linear_rate(step, done))
@@ -130,7 +137,7 @@ def main(given: Sequence[str] | None = None) -> None:
         "--output", type=Path, default=Path(__file__).parent / "tiny-wan-causal", help="folder of the result"
     )
     parser.add_argument("--start", default="samples/tiny-wan", help="pipeline folder of the bidirectional model")
-    parser.add_argument("--preset", default="tiny-wan", help="preset whose stream is trained for")
+    parser.add_argument("--preset", default="tiny-wan-causal", help="preset whose stream is trained for")
     parser.add_argument("--clips", type=int, default=None, help="instead of the recipe's")
     parser.add_argument("--steps", type=int, default=None, help="instead of the recipe's, whatever time they take")
     add_place(parser)

@@ -19,7 +19,7 @@ from dit_accel.cli.inputs import open_image
 from dit_accel.cli.overrides import frames_of
 from dit_accel.cli.prompts import LivePrompts, PromptChange, read_prompts
 from dit_accel.errors import ConfigError
-from dit_accel.presets import Preset, load_preset
+from dit_accel.presets import Preset, streaming_preset
 from dit_accel.streaming import STREAM_PRESETS, StreamAttention, StreamSettings, stream_preset, stream_settings
 from dit_accel.video_stream import StreamingVideoFile
 
@@ -95,7 +95,7 @@ def run_stream(context: typer.Context) -> None:
 
 
 def _request(options: Mapping[str, Any]) -> _Request:
-    preset = load_preset(options["preset"])
+    preset = streaming_preset(options["preset"], options["model"] is not None or options["checkpoint"] is not None)
     settings = _settings(options, preset)
     if options["negative_prompt"] and settings.guidance_scale <= 1:
         raise ConfigError("--negative-prompt", "this stream runs without guidance; give --guidance-scale above 1")

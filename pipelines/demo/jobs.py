@@ -100,6 +100,14 @@ class Studio:
         names = [name for name in list_presets() if load_preset(name).repository == self.preset.repository]
         return names if self.preset.name in names else [self.preset.name, *names]
 
+    def for_streams(self) -> Studio:
+        """The studio of the model's causal sibling, else this one; both run one job at a time together."""
+        if self.preset.causal is None or self._where[0] != self.preset.repository:
+            return self
+        other = Studio(self.preset.causal, self.output_dir, *self._where[1:])
+        other._busy, other._stop = self._busy, self._stop
+        return other
+
     @property
     def is_busy(self) -> bool:
         """A job is running."""

@@ -16,11 +16,13 @@ from dit_accel.pipelines.demo.streams import Change, Grown, History, Streamer
 
 def stream_tab(studio: Studio, example: str) -> None:
     """Lay out the tab and connect it."""
+    studio = studio.for_streams()
     streamer, size = Streamer(studio), studio.preset.generation
-    gr.Markdown(
-        "Made for causal few-step weights. With other weights the stream runs and its quality is poor: it shows the "
-        "mechanism, not the model."
-    )
+    if studio.preset.stream is None:
+        gr.Markdown(
+            "This model was not trained to stream: the stream runs and its quality is poor. "
+            "It shows the mechanism, not the model."
+        )
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             prompt = gr.Textbox(example, label="Prompt", elem_id="stream-prompt", max_length=2000)

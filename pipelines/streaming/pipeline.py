@@ -20,7 +20,7 @@ from dit_accel.pipelines.streaming.policies import make_policy
 from dit_accel.pipelines.streaming.rolling import make_driver
 from dit_accel.pipelines.streaming.runtime import CausalWan
 from dit_accel.pipelines.streaming.stream import OutputType, VideoStream
-from dit_accel.presets import load_preset
+from dit_accel.presets import streaming_preset
 from dit_accel.streaming import StreamSettings, stream_preset, stream_settings
 
 _TEXT_TOKENS = 512  # unless the preset says otherwise
@@ -61,7 +61,8 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
         """Load the model of a preset for streaming; its attention method is not applied, since windows are short.
 
         Args:
-            name: preset name or YAML file, of a Wan text-to-video model.
+            name: preset name or YAML file, of a Wan text-to-video model. Where it names a causal sibling, that is
+                loaded unless `model` or `checkpoint` say otherwise.
             model: pipeline folder, hub id, or "tiny": small random weights. Default: the preset's.
             device: torch device. Default: CUDA where there is one, else the CPU.
             dtype: "float32", "bfloat16" or "float16". Default: bfloat16 on CUDA, float32 on the CPU.
@@ -73,7 +74,7 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
         Raises:
             ConfigError: another task or family, an unknown name, or weights that do not fit.
         """
-        preset = load_preset(name)
+        preset = streaming_preset(name, model is not None or checkpoint is not None)
         if (preset.family, preset.task) != ("wan", cls.task):
             raise ConfigError(f"preset {preset.name}", f"is {preset.family} {preset.task}; streams need wan {cls.task}")
         if lora is not None and checkpoint is None:

@@ -39,6 +39,17 @@ def test_a_prompt_said_on_the_way_takes_effect_at_the_next_chunk_and_replays(stu
     assert not studio.is_busy
 
 
+def test_streams_are_made_with_the_causal_sibling_and_never_beside_another_job(studio):
+    streams = studio.for_streams()
+    assert (streams.preset.name, streams.for_streams()) == ("tiny-wan-causal", streams)
+    with studio.job():
+        assert streams.is_busy
+        assert streams.cancel()
+        assert studio.is_stopping
+    own = Studio("tiny-wan", studio.output_dir, device="cpu", model="somewhere")
+    assert own.for_streams() is own
+
+
 def test_cancelling_and_size_errors_free_the_studio(studio):
     streamer = Streamer(studio)
     job = streamer.run(short(chunks=100), 10, SETTINGS)

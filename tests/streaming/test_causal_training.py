@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from stream_cases import FRAME, latents, text, tiny_transformer
 
+from dit_accel.models import shipped_model
 from dit_accel.pipelines.streaming import CausalWan, StreamingWanPipeline
+from dit_accel.samples.judge import describe
 from dit_accel.samples.tiny_random import random_wan_pipeline
 from dit_accel.samples.tiny_wan_causal import CausalTeacher, Excerpt, draw_excerpt, visible_frames
 from dit_accel.samples.tiny_wan_recipes import SMALL, Pace
@@ -75,11 +78,13 @@ def test_an_excerpt_from_later_learns_only_chunks_whose_whole_past_it_has():
 
 def test_the_excerpts_of_a_clip_stay_inside_it():
     kinds = excerpts(SETTINGS, 33)
-    assert [len(kind) for kind in kinds] == [1, 11]
+    assert [len(kind) for kind in kinds] == [1, 1, 11]
+    opening = kinds[0][0]
+    assert (opening.chunks, opening.given, opening.keys[1]) == ((range(2), range(2)), 1, (2, 3))
     assert max(chunk.stop for kind in kinds for excerpt in kind for chunk in excerpt.chunks) == 32
     torch.manual_seed(0)
     drawn = [draw_excerpt(kinds) for _ in range(40)]
-    assert 10 < drawn.count(kinds[0][0]) < 30
+    assert 5 < drawn.count(opening) < 25
 
 
 @torch.no_grad()
@@ -138,3 +143,25 @@ def test_a_killed_training_goes_on_and_its_export_streams(start, tmp_path):
     pipe = StreamingWanPipeline.from_pretrained(output)
     chunk = next(pipe.stream("a red ball", height=16, width=24, settings={"steps": [1000.0], "window": 8}))
     assert chunk.frames.shape[1:] == (16, 24, 3)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return StreamingWanPipeline.from_preset("tiny-wan-causal")
+
+
+def test_the_shipped_causal_model_shares_all_but_its_transformer_with_the_bidirectional_one(shipped):
+    folder, base = shipped_model("tiny-wan-causal"), shipped_model("tiny-wan")
+    kept = [f.relative_to(base) for f in base.rglob("*") if f.is_file() and f.parent != base]
+    kept = [f for f in kept if f.parts[0] != "transformer"]
+    assert all((folder / f).read_bytes() == (base / f).read_bytes() for f in kept)
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 20e6
+    one, other = (json.loads((x / "transformer" / "config.json").read_text()) for x in (folder, base))
+    assert {k: v for k, v in one.items() if k[0] != "_"} == {k: v for k, v in other.items() if k[0] != "_"}
+
+
+def test_the_shipped_causal_model_keeps_the_color_of_its_object(shipped):
+    stream = shipped.stream("a red ball moving right", seed=0, num_chunks=4)
+    shown = [describe(np.round(chunk.frames * 255).astype(np.uint8)) for chunk in stream]
+    assert [chunk["color"] for chunk in shown] == ["red"] * 4
+    assert [chunk["background"] for chunk in shown] == ["black"] * 4

@@ -19,7 +19,7 @@ from dit_accel.cli import generate
 from dit_accel.cli.prompts import LivePrompts, parse_line, read_prompts
 from dit_accel.errors import ConfigError
 from dit_accel.pipelines.streaming import StreamingWanPipeline
-from dit_accel.presets import load_preset
+from dit_accel.presets import list_presets, load_preset, streaming_preset
 from dit_accel.streaming import stream_preset
 from dit_accel.video_stream import StreamingVideoFile
 
@@ -191,6 +191,25 @@ def test_a_preset_says_how_its_model_streams(tmp_path, pipeline_folder):
         load_preset(path)
 
 
+def test_a_model_streams_by_its_causal_sibling_unless_other_weights_are_given(tmp_path):
+    assert streaming_preset("tiny-wan/radial").repository == "samples/tiny-wan-causal"
+    assert streaming_preset("tiny-wan", own_weights=True) == load_preset("tiny-wan")
+    assert streaming_preset("wan2.1-t2v-1.3b-480p") == load_preset("wan2.1-t2v-1.3b-480p")
+    for name, changed in (("own", "repository: mine"), ("settings", "stream: {window: 12}")):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(f"extends: tiny-wan\n{changed}\n")
+        assert streaming_preset(path) == load_preset(path)
+
+
+def test_every_named_sibling_is_the_same_model_and_streams():
+    named = {preset.name: preset.causal for preset in map(load_preset, list_presets()) if preset.causal is not None}
+    assert "tiny-wan" in named
+    for name, causal in named.items():
+        base, sibling = load_preset(name), load_preset(causal)
+        assert (sibling.model, sibling.family, sibling.task) == (base.model, base.family, base.task)
+        assert sibling.stream is not None
+
+
 def test_options_of_streams_need_the_flag(command, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["generate-video", "--prompt", "x", "--num-chunks", "3"])
     with pytest.raises(SystemExit):
@@ -288,7 +307,8 @@ def test_a_killed_stream_leaves_a_playable_file(tmp_path, pipeline_folder):
         text=True,
     )
     for line in child.stdout:
-        if line.startswith("chunk 12:"):
+        # The encoder is a process of its own, which may be behind where cores are few.
+        if line.startswith("chunk") and (tmp_path / "o.mp4").read_bytes().count(b"moof") >= 2:
             break
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
