@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import PlanError
+from dit_accel.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +88,8 @@ class Blocking:
         device = torch.device(device)
         if device not in self._on:
             self._on[device] = (
-                self.starts[:-1].to(device=device, dtype=torch.int32),
-                self.lengths.to(device=device, dtype=torch.int32),
+                to_device(self.starts[:-1].to(torch.int32), device),
+                to_device(self.lengths.to(torch.int32), device),
             )
         return self._on[device]
 

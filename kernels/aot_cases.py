@@ -17,9 +17,10 @@ import torch
 
 from dit_accel.kernels.block_statistics import block_means_in_triton, covariance_squares_in_triton
 from dit_accel.kernels.moving import move
-from dit_accel.kernels.ranking import CutRanking
+from dit_accel.kernels.ranking import CutRanking, DigitRanking
 from dit_accel.kernels.spec import AttentionCall, FirstOrder, Precision, Remainder
-from dit_accel.kernels.triton_configs import NO_SKIP, TILES, Features, Tile, cut, serves
+from dit_accel.kernels.triton_configs import FROM_FP8, NO_SKIP, TILES, Features, Tile, cut, serves
+from dit_accel.kernels.triton_fp8 import Fp8Values
 from dit_accel.kernels.triton_int8 import Int8Operands
 from dit_accel.kernels.triton_launch import Prepared, features_of, launch
 from dit_accel.kernels.triton_mixed import add_mixed_first_order
@@ -31,7 +32,9 @@ _NAMES = {name: dtype for dtype, name in _TYPES.items()}
 _FIRST_ORDER: tuple[FirstOrder, ...] = ("none", "global", "grouped")
 # Only tiles that load through descriptors take copies of keys and values.
 _DESCRIPTORS = {arch for arch, sizes in TILES.items() if any(tile.tma for tiles in sizes.values() for tile in tiles)}
+_OF_FP8 = ("value_range", "quantize_values")
 _TOKENS, _HEADS = 4096, 2
+_ALL_OF_A_LAYER = 1 << 20
 _COLUMNS = (1182, 3000)  # key blocks of a long video, in rows that 4 and 8 warps hold
 
 
@@ -88,7 +91,7 @@ class AttentionCase:
         """What the features are, in words."""
         f = self.features
         words = [_TYPES[f.dtype], f"D{f.head_dim}"]
-        words += ["ragged"] * (not f.uniform) + ["lengths"] * f.has_length + ["int8"] * f.int8
+        words += ["ragged"] * (not f.uniform) + ["lengths"] * f.has_length + ["int8"] * f.int8 + ["fp8"] * f.fp8
         words += ["window"] * bool(f.stride) + ["ball"] * f.ball
         words += [["", "summary", "diagonal", "about the query"][f.rest]] * bool(f.rest)
         words += [["", "global", "grouped"][f.first_order]] * bool(f.first_order) + ["skip"] * f.skip
@@ -99,29 +102,42 @@ class AttentionCase:
         """The tile, in words."""
         return str(self.tile)
 
+    @property
+    def remainder(self) -> Remainder | None:
+        """What asks for these features."""
+        if not self.features.rest:
+            return None
+        return Remainder(
+            mass="diagonal" if self.features.rest == 2 else "mean",
+            first_order=_FIRST_ORDER[self.features.first_order],
+            about="query" if self.features.rest == 3 else "key",
+        )
+
+    @property
+    def precision(self) -> Precision:
+        """What asks for these features."""
+        f = self.features
+        return Precision("int8" if f.int8 else "input", True, 9.0 if f.skip else None, "fp8" if f.fp8 else "input")
+
     def launch(self) -> Launch:
         """The launch of the attention kernel for a call with these features."""
         f, shape = self.features, (1, _HEADS, _TOKENS, self.features.head_dim)
         q, k, v = (torch.empty(shape, dtype=f.dtype, device="meta") for _ in range(3))
         kv_len = torch.empty(1, dtype=torch.int32, device="meta") if f.has_length else None
-        remainder = None
-        if f.rest:
-            remainder = Remainder(
-                mass="diagonal" if f.rest == 2 else "mean",
-                first_order=_FIRST_ORDER[f.first_order],
-                about="query" if f.rest == 3 else "key",
-            )
-        call = AttentionCall(self._plan(), 0.1, remainder, Precision(skip=9.0) if f.skip else None, kv_len)
+        remainder = self.remainder
+        call = AttentionCall(self._plan(), 0.1, remainder, self.precision, kv_len)
         with recording() as launches:
-            rest = int8 = None
+            rest = int8 = fp8 = None
             if remainder is not None:
                 rest = Rest.of(k, v, call.plan, remainder, kv_len, self.tile.block_n if self.tile.tma else 0)
                 rest = about_queries(rest, q, k, v, call.plan, kv_len, 0.1) if f.rest == 3 else rest
             if f.int8:
                 int8 = Int8Operands.of(q, k, call.plan, 0.1, smooth=True, kv_len=kv_len)
                 q, k = int8.q, int8.k
+            if f.fp8:
+                fp8 = Fp8Values.of(v, call.plan, kv_len)
             assert features_of(q, k, v, call) == f
-            launch(q, k, v, call, Prepared(f, self.tile, rest), int8=int8)
+            launch(q, k, v, call, Prepared(f, self.tile, rest), int8=int8, fp8=fp8)
         return launches[-1]
 
     def _plan(self) -> BlockPlan:
@@ -214,6 +230,7 @@ def helper_launches(head_dim: int, dtype: torch.dtype) -> tuple[Launch, ...]:
         block_means_in_triton(q, blocks, None)
         covariance_squares_in_triton(k, v, blocks, kv_len)
         Int8Operands.of(q, k, call.plan, 0.1, smooth=True, kv_len=None)
+        Fp8Values.of(v, call.plan, None)
         Rest.of(k, v, call.plan, Remainder(first_order="global"), None, copy_to=64)
         Rest.of(k, v, call.plan, Remainder("diagonal", "grouped"), kv_len)
         for remainder in (Remainder("diagonal", "mixed"), Remainder(first_order="mixed", about="query")):
@@ -225,7 +242,7 @@ def helper_launches(head_dim: int, dtype: torch.dtype) -> tuple[Launch, ...]:
         index = torch.empty(_TOKENS, dtype=torch.int64, device="meta")
         for scatter in (False, True):
             move(q, index, scatter)
-        for columns in _COLUMNS:
+        for columns in (*_COLUMNS, _ALL_OF_A_LAYER):
             _rankings(columns)
     different: dict[str, Launch] = {}
     for made in launches:
@@ -236,8 +253,12 @@ def helper_launches(head_dim: int, dtype: torch.dtype) -> tuple[Launch, ...]:
 
 def _rankings(columns: int) -> None:
     scores = torch.empty(1, _HEADS, 8, columns, device="meta")
-    ranking = CutRanking(scores, torch.empty_like(scores, dtype=torch.bool))
-    ranking.leading(torch.empty(scores.shape[:3], dtype=torch.int64, device="meta"))
+    first, counts = torch.empty_like(scores, dtype=torch.bool), scores[..., 0].long()
+    if columns == _ALL_OF_A_LAYER:
+        DigitRanking(scores, first).leading(counts)
+        return
+    ranking = CutRanking(scores, first)
+    ranking.leading(counts)
     mass = torch.empty((), dtype=torch.float64, device="meta")
     ranking.reaching(scores, mass, "keep")
     ranking.reaching(scores, mass, "drop")
@@ -257,6 +278,11 @@ def features_shipped(head_dim: int) -> list[Features]:
         {"stride": (1, 1, 1), "ball": True},
         {"skip": True},
         {"skip": True, "int8": True},
+        {"fp8": True},
+        {"fp8": True, "int8": True},
+        {"fp8": True, "int8": True, "uniform": False, "has_length": True},
+        {"fp8": True, "int8": True, "stride": (1, 1, 1)},
+        {"fp8": True, "int8": True, "skip": True},
         {"rest": 2, "first_order": 2},
     ]
     half = [Features(head_dim, torch.bfloat16, **extra) for extra in sets]
@@ -273,12 +299,18 @@ def shipped(architectures: Iterable[int] = tuple(TILES), head_dims: Iterable[int
                 AttentionCase(arch, cut(tile, features, tile.block_m, 64), features)
                 for tile in TILES[arch][dim]
                 for features in features_shipped(dim)
-                if serves(tile, features, 64) and not (features.skip and arch == NO_SKIP)
+                if serves(tile, features, 64) and _is_offered(features, arch)
             ]
             cases += [
                 HelperCase(arch, dim, torch.bfloat16, place)
                 for place, made in enumerate(helper_launches(dim, torch.bfloat16))
                 # A ranking knows no head size: once is enough.
                 if (dim == dims[0] or not made.is_row) and (arch in _DESCRIPTORS or not made.options.get("COPY"))
+                if arch >= FROM_FP8 or made.kernel.__name__ not in _OF_FP8
             ]
     return cases
+
+
+def _is_offered(features: Features, arch: int) -> bool:
+    """Whether the backend takes such a call on this architecture at all."""
+    return not (features.skip and arch == NO_SKIP) and not (features.fp8 and arch < FROM_FP8)

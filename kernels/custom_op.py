@@ -19,7 +19,7 @@ _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, Tensor? full_counts, "
     "Tensor? lower, Tensor? upper, Tensor? coordinates, int[] stride, Tensor? ball, "
     "Tensor q_starts, int q_size, Tensor k_starts, int k_size, Tensor? kv_len, float scale, "
-    "str mass, str first_order, int group, str about, str qk, bool smooth_k, float? skip, str backend) "
+    "str mass, str first_order, int group, str about, str qk, bool smooth_k, float? skip, str pv, str backend) "
     "-> (Tensor, Tensor)"
 )
 _NO_REST = "drop"
@@ -54,6 +54,7 @@ def enter(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, backend: str) ->
         precision.qk,
         precision.smooth_k,
         precision.skip,
+        precision.pv,
         backend,
     )
 
@@ -84,6 +85,7 @@ def _block_attention(
     qk: Any,
     smooth_k: bool,
     skip: float | None,
+    pv: Any,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     from dit_accel.kernels.attention import block_attention
@@ -99,7 +101,7 @@ def _block_attention(
         BlockPlan(q_blocks, k_blocks, indices, counts, full_counts, box),
         scale=scale,
         remainder=None if mass == _NO_REST else Remainder(mass, first_order, group, about),
-        precision=Precision(qk, smooth_k, skip),
+        precision=Precision(qk, smooth_k, skip, pv),
         kv_len=kv_len,
         return_lse=True,
         backend=backend,

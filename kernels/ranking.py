@@ -23,6 +23,7 @@ Crossing = Literal["keep", "drop"]
 _SLACK = 1e-12
 _LONG_ROW = 1024  # from here on a selection per row beats one sort of all
 _LONGEST_ROW = 4096  # scores that the registers of one program hold
+_CHUNK, _AT_ONCE = 1 << 16, 2048  # candidates of a longer row that a program counts, and holds at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +122,39 @@ class CutRanking(Ranking):
         return counts.long()
 
 
+class DigitRanking(SortedRanking):
+    """The digits of the cut are counted, one after the other, by many programs per row: for rows of any length."""
+
+    def leading(self, counts: Tensor) -> Tensor:
+        """See `Ranking`."""
+        from dit_accel.kernels.triton_ranking import digit_counts, keep_leading
+
+        columns, device = self.scores.shape[-1], self.scores.device
+        rows, parts = self.scores.numel() // columns, -(-columns // _CHUNK)
+        scores, first = self.scores.contiguous(), _bytes(self.first)
+        wanted = counts.to(torch.int64).clamp(max=columns).flatten()
+        # Bits of the cut so far, and how many candidates lie above all that begin with them.
+        prefix, above = torch.zeros_like(wanted), torch.zeros_like(wanted)
+        found = torch.empty(rows, parts, 256, dtype=torch.int32, device=device)
+        kept = torch.empty(self.scores.shape, dtype=torch.bool, device=device)
+        with torch.cuda.device_of(scores):
+            for shift in (24, 16, 8, 0):
+                digit_counts[rows, parts](
+                    scores, first, prefix, found, columns, _CHUNK, shift, COLUMNS=_AT_ONCE, num_warps=4
+                )
+                at_least = found.sum(1).flip(-1).cumsum(-1).flip(-1)
+                digit = (at_least >= (wanted - above).unsqueeze(-1)).sum(-1, keepdim=True) - 1
+                above = above + torch.nn.functional.pad(at_least, (0, 1)).gather(-1, digit + 1).squeeze(-1)
+                prefix = 256 * prefix + digit.squeeze(-1)
+            ties = found.gather(-1, digit.unsqueeze(1).expand(-1, parts, 1)).squeeze(-1)
+            before = ties.cumsum(-1) - ties
+            keep_leading[rows, parts](
+                scores, first, prefix, wanted - above, before, kept.view(torch.uint8), columns, _CHUNK,
+                COLUMNS=_AT_ONCE, num_warps=4,
+            )  # fmt: skip
+        return kept
+
+
 def _bytes(mask: Tensor) -> Tensor:
     return mask.contiguous().view(torch.uint8)
 
@@ -132,9 +166,8 @@ def _sizes(columns: int) -> dict[str, int]:
 
 def rank(scores: Tensor, first: Tensor) -> Ranking:
     """Rank the candidates of each row; `scores` `[..., L]`, and `first` bool like it."""
-    short = scores.dtype == torch.float32 and scores.shape[-1] <= _LONGEST_ROW
-    if short and uses_triton("rank", scores):
-        return CutRanking(scores, first)
+    if scores.dtype == torch.float32 and uses_triton("rank", scores):
+        return (CutRanking if scores.shape[-1] <= _LONGEST_ROW else DigitRanking)(scores, first)
     is_long = scores.device.type == "cpu" and scores.shape[-1] >= _LONG_ROW
     return (LongRanking if is_long else SortedRanking)(scores, first)
 
@@ -146,8 +179,9 @@ def _check(device: torch.device, dtype: torch.dtype) -> str | None:
     first = (torch.rand(2, 3, 40, generator=generator) < 0.1).to(device)
     counts = torch.randint(0, 41, (2, 3), generator=generator).to(device)
     plain, fast = SortedRanking(scores, first), CutRanking(scores, first)
-    if not torch.equal(plain.leading(counts), fast.leading(counts)):
-        return "it keeps others than the best"
+    for ranking in (fast, DigitRanking(scores, first)):
+        if not torch.equal(plain.leading(counts), ranking.leading(counts)):
+            return "it keeps others than the best"
     shares, mass = scores.softmax(-1), torch.tensor(0.6, dtype=torch.float64, device=device)
     for crossing in ("keep", "drop"):
         if not torch.equal(plain.reaching(shares, mass, crossing), fast.reaching(shares, mass, crossing)):

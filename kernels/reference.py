@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,18 +21,22 @@ def run(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, T
         real = (torch.arange(k.shape[2], device=k.device) < kv_len[:, None]).view(real.shape)
     queries = q.to(work)
     keys, values = (x.to(work).masked_fill(~real.transpose(-1, -2), 0) for x in (k, v))
-    logits = scale * _scores(queries, keys, real, plan, call.precision)
-    logits = logits.masked_fill(~(plan.to_token_mask() & real), -torch.inf)
+    mean = _mean_key(keys, real, call.precision)
+    # What smoothing takes from every logit of a row is given back, so that the log-sum-exp is that of the keys given.
+    offset = scale * (queries * mean).sum(-1)
+    logits = scale * _scores(queries, (keys - mean).masked_fill(~real.transpose(-1, -2), 0), plan, call.precision)
+    logits = (logits + offset.unsqueeze(-1)).masked_fill(~(plan.to_token_mask() & real), -torch.inf)
     if call.precision is not None and call.precision.skip is not None:
         logits = _without_far_tiles(logits, plan, call.precision.skip)
     if remainder is None:
         lse, weights = _softmax(logits)
-        return (weights @ values).to(q.dtype), lse
+        return _weighted(weights, logits, lse, offset, values, real, call.precision).to(q.dtype), lse
     centres = torch.zeros_like(queries) if remainder.about == "key" else _mean_queries(queries, plan.q_blocks)
     extra, summary = _summaries(queries, centres, keys, values, real, plan, scale, remainder)
     lse, weights = _softmax(torch.cat([logits, extra], -1))
     exact, tail = weights.split([keys.shape[2], plan.k_blocks.count], -1)
-    out = exact @ values + torch.einsum("bhqj,bhqjd->bhqd", tail, summary)
+    out = _weighted(exact, logits, lse, offset, values, real, call.precision)
+    out = out + torch.einsum("bhqj,bhqjd->bhqd", tail, summary)
     if remainder.first_order == "mixed":
         tail = _mean_queries(tail, plan.q_blocks)
     if remainder.first_order != "none":
@@ -49,17 +55,48 @@ def _mean_queries(x: Tensor, blocks: Blocking) -> Tensor:
     return torch.cat([part.mean(2, keepdim=True).expand_as(part) for part in x.split(blocks.lengths.tolist(), 2)], 2)
 
 
-def _scores(q: Tensor, k: Tensor, real: Tensor, plan: BlockPlan, precision: Precision | None) -> Tensor:
+def _mean_key(k: Tensor, real: Tensor, precision: Precision | None) -> Tensor:
+    """What smoothing takes from every key, `[B, H, 1, D]`."""
+    if precision is None or precision.qk == "input" or not precision.smooth_k:
+        return torch.zeros_like(k[:, :, :1])
+    return k.sum(2, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _scores(q: Tensor, k: Tensor, plan: BlockPlan, precision: Precision | None) -> Tensor:
     """Unscaled q·k `[B, H, Nq, Nk]` of the exact part, in the arithmetic asked for."""
     if precision is None or precision.qk == "input":
         return q @ k.transpose(-1, -2)
-    mean = torch.zeros_like(k[:, :, :1])
-    if precision.smooth_k:
-        mean = k.sum(2, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1)
-    smooth = (k - mean).masked_fill(~real.transpose(-1, -2), 0)
-    scores = _int8(q, plan.q_blocks) @ _int8(smooth, plan.k_blocks).transpose(-1, -2)
-    # What smoothing takes from every logit of a row is given back, so that the log-sum-exp is that of the keys given.
-    return scores + (q * mean).sum(-1, keepdim=True)
+    return _int8(q, plan.q_blocks) @ _int8(k, plan.k_blocks).transpose(-1, -2)
+
+
+def _weighted(
+    weights: Tensor,
+    logits: Tensor,
+    lse: Tensor,
+    offset: Tensor,
+    values: Tensor,
+    real: Tensor,
+    precision: Precision | None,
+) -> Tensor:
+    """`weights` `[B, H, Nq, Nk]` of the exact part times `values` `[B, H, Nk, D]`, in the arithmetic asked for.
+
+    `offset` `[B, H, Nq]` is what `logits` and `lse` have more than with the keys as smoothed.
+    """
+    if precision is None or precision.pv == "input":
+        return weights @ values
+    real = real.transpose(-1, -2)
+    mean = values.sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp(min=1)
+    centred = (values - mean).masked_fill(~real, 0)
+    step = centred.abs().amax(2, keepdim=True) / 448 + 1e-7
+    # In this unit the largest weight of a row lies in (128, 256].
+    exponent = ((logits.amax(-1) - offset) / math.log(2)).ceil() - 8
+    unit = (exponent * math.log(2) + offset - lse).exp().unsqueeze(-1)
+    rounded = torch.where(weights > 0, _e4m3(weights / unit) * unit, 0)
+    return rounded @ (_e4m3(centred / step) * step) + weights.sum(-1, keepdim=True) * mean
+
+
+def _e4m3(x: Tensor) -> Tensor:
+    return x.to(torch.float8_e4m3fn).to(x.dtype)
 
 
 def _int8(x: Tensor, blocks: Blocking) -> Tensor:

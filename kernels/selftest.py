@@ -50,7 +50,7 @@ def _case(request: Request) -> tuple[Tensor, Tensor, Tensor, BlockPlan, Tensor]:
     )
     plan = BlockPlan.from_mask(mask, q_blocks, k_blocks)
     if request.has_predicate:
-        plan = _with_window(plan, request.has_ball)
+        plan = with_window(plan, request.has_ball)
     kv_len = torch.tensor([k_blocks.tokens, k_blocks.tokens - request.k_size], device=request.device)
     return q, k, v, plan.to(request.device), kv_len
 
@@ -63,7 +63,7 @@ def _blocks(size: int, request: Request, count: int) -> Blocking:
     return Blocking.from_lengths([size, short, *[size] * (count - 1), short])
 
 
-def _with_window(plan: BlockPlan, has_ball: bool) -> BlockPlan:
+def with_window(plan: BlockPlan, has_ball: bool) -> BlockPlan:
     """The same blocks, half of each row whole, the others cut by a box of three axes, or the ball inside it."""
     keys, queries = (torch.arange(n, dtype=torch.int32) for n in (plan.k_blocks.tokens, plan.q_blocks.tokens))
     coordinates, centre = (torch.stack([x // 12, x // 4 % 3, x % 4], -1) for x in (keys, queries))

@@ -11,6 +11,7 @@ from dit_accel.errors import PlanError
 from dit_accel.plan import BlockPlan
 
 FirstOrder = Literal["none", "block", "mixed", "grouped", "global"]
+PrecisionName = Literal["input", "int8", "int8_fp8"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,12 @@ class Precision:
             per block of the plan: max|x| / 127 + 1e-7, rounded half away from zero (arXiv 2410.02367).
         smooth_k: with "int8", subtract the mean of all real keys of a head first; the softmax does not change, and
             the log-sum-exp is corrected for it.
+        pv: "input": the dtype of v; "fp8": weights and values in e4m3, summed in fp32. Values lose the mean of the real
+            values of a head first and get it back at the end; each channel of a head has one scale, max|v| / 448 + 1e-7
+            (arXiv 2411.10958, which keeps the mean). The weights of a query, those of the logits of the keys as
+            smoothed, are scaled by a power of two that brings the largest into (128, 256], and summed before they are
+            rounded. Those below 2**-14 of the largest lose bits; a
+            backend that has not met the largest yet may keep more of them.
         skip: leave out a tile (a selected key block, or a part of it, seen by the queries of a query block, or by some
             of them) where the largest logit of each query lies at least this far below the largest one of the tiles
             before it in the list, natural logarithm. Default None: never. A tile left out is as if not selected, but
@@ -88,10 +95,23 @@ class Precision:
     qk: Literal["input", "int8"] = "input"
     smooth_k: bool = True
     skip: float | None = None
+    pv: Literal["input", "fp8"] = "input"
 
     def __post_init__(self) -> None:
         if self.skip is not None and not self.skip >= 0:
             raise PlanError(f"Precision.skip: expected at least 0, got {self.skip}")
+
+    @classmethod
+    def named(cls, name: PrecisionName, smooth_k: bool = True, skip: float | None = None) -> Precision | None:
+        """What methods and presets call by one name; None where that is the arithmetic of the inputs.
+
+        Args:
+            name: "input"; "int8": queries and keys in INT8; "int8_fp8": weights and values in e4m3 besides.
+            smooth_k, skip: as above.
+        """
+        if name == "input" and skip is None:
+            return None
+        return cls("input" if name == "input" else "int8", smooth_k, skip, "fp8" if name == "int8_fp8" else "input")
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dit_accel.kernels.chunk import attend_chunk
 from dit_accel.kernels.padding import from_blocks, pair_blocks, real_slots, to_blocks
-from dit_accel.kernels.quantize import mean_key, round_to_int8
+from dit_accel.kernels.quantize import mean_token, round_to_fp8, round_to_int8
 from dit_accel.kernels.registry import Backend, Request
 from dit_accel.kernels.remainder import Summary, add_remainder
-from dit_accel.kernels.spec import AttentionCall, Remainder
+from dit_accel.kernels.spec import AttentionCall, Precision, Remainder
 from dit_accel.plan import BlockPlan
 
 # Gathered keys and values per thread: larger chunks leave the cache, smaller ones synchronise the threads too often.
@@ -32,13 +32,14 @@ _WHOLE, _PADDED, _PARTIAL, _VOID = range(4)
 class _Operands:
     """What a chunk reads: q `[R, Tq, D]`; kv `[G * nk, Tk, 2 * D]`; real bool `[G * nk, Tk]`, None: every slot.
 
-    Key and value of a token stand side by side, so that one gather fetches both.
+    Key and value of a token stand side by side, so that one gather fetches both. `fp8`: weights are rounded to e4m3.
     """
 
     q: Tensor
     kv: Tensor
     real: Tensor | None
     scale: float
+    fp8: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,28 +59,41 @@ class _Rows:
 
 def run(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
     """See `BackendFunction`. q `[B, H, Nq, D]`; k, v `[B, H, Nk, D]`. Half precision is computed in fp32."""
-    plan, scale, precision, kv_len = call.plan, call.scale, call.precision, call.kv_len
+    plan, scale, precision, kv_len = call.plan, call.scale, call.precision or Precision(), call.kv_len
     batch, heads, tokens, dim = k.shape
     dtype, work = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
     q = q.to(work)
     real = None if kv_len is None else torch.arange(tokens, device=k.device) < kv_len.unsqueeze(-1)
-    is_int8 = precision is not None and precision.qk == "int8"
-    # One vector taken from every key of a head moves all logits of a query alike: the softmax does not see it.
-    shift = mean_key(k.to(work), real) if precision is not None and is_int8 and precision.smooth_k else None
-    operands = _prepare(q, k if shift is None else k - shift, v, plan, scale, kv_len)
-    exact = operands
-    if is_int8:
-        keys, values = operands.kv.split(dim, -1)
-        exact = replace(operands, q=round_to_int8(operands.q), kv=torch.cat([round_to_int8(keys), values], -1))
-    rows = _lists(plan, batch, heads, exact, None if precision is None else precision.skip)
+    # One vector taken from every key of a head moves all logits of a query alike: the softmax does not see it. One
+    # taken from every value is taken from every output, since weights sum to one.
+    shift = mean_token(k.to(work), real) if precision.qk == "int8" and precision.smooth_k else None
+    offset = mean_token(v.to(work), real) if precision.pv == "fp8" else None
+    operands = _prepare(q, k if shift is None else k - shift, v if offset is None else v - offset, plan, scale, kv_len)
+    exact = _quantized(operands, precision, batch * heads)
+    rows = _lists(plan, batch, heads, exact, precision.skip)
     out, lse = _attend_exact(exact, rows, plan)
     if call.remainder is not None:
         _attend_rest(operands, out, lse, plan, call.remainder, batch, heads)
     shape = (batch, heads, plan.q_blocks.count, plan.q_blocks.size)
     out, lse = from_blocks(out.view(*shape, dim), plan.q_blocks), from_blocks(lse.view(shape), plan.q_blocks)
+    if offset is not None:
+        out = (out + offset).masked_fill(lse.isneginf().unsqueeze(-1), 0)
     if shift is not None:
         lse = lse + scale * (q * shift).sum(-1)
     return out.to(dtype), lse
+
+
+def _quantized(operands: _Operands, precision: Precision, groups: int) -> _Operands:
+    """What the exact part computes with, for G = `groups` heads."""
+    q, (keys, values) = operands.q, operands.kv.split(operands.q.shape[-1], -1)
+    if precision.qk == "int8":
+        q, keys = round_to_int8(q), round_to_int8(keys)
+    if precision.pv == "fp8":
+        # One scale for all blocks of a head.
+        values = round_to_fp8(values.reshape(groups, -1, values.shape[-1])).view(values.shape)
+    if precision.qk == precision.pv == "input":
+        return operands
+    return replace(operands, q=q, kv=torch.cat([keys, values], -1), fp8=precision.pv == "fp8")
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, kv_len: Tensor | None) -> _Operands:
@@ -180,7 +194,7 @@ def _attend_chunk(
         keep = _keep(operands, rows.items, plan, chunk, index[:, whole:], rows.kinds[chunk, whole:wide])
         bias = k.new_zeros(len(chunk), keep.shape[1], k.shape[1])
         bias[..., -keep.shape[2] :].masked_fill_(~keep, -torch.inf)
-    out, lse = attend_chunk(operands.q[chunk], k, v, bias, operands.scale)
+    out, lse = attend_chunk(operands.q[chunk], k, v, bias, operands.scale, operands.fp8)
     if bias is not None and whole == 0:
         # Library kernels disagree about queries without keys; here they are 0 and -inf.
         empty = bias.isneginf().all(-1).expand(lse.shape)
@@ -227,8 +241,11 @@ def _attend_rest(
 def _why_not(request: Request) -> str | None:
     if not request.dtype.is_floating_point:
         return f"dtype {request.dtype} is not a floating-point type"
-    if request.precision is not None and request.precision.skip is not None and request.device.type != "cpu":
-        return "it decides block by block which tiles to skip, which is for tests on the CPU"
+    if request.precision is not None and request.device.type != "cpu":
+        if request.precision.skip is not None:
+            return "it decides block by block which tiles to skip, which is for tests on the CPU"
+        if request.precision.pv == "fp8":
+            return "it emulates products in float8_e4m3fn, which is for tests on the CPU"
     return None
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from dit_accel.kernels.triton_summaries import add_moment, second_order
-from dit_accel.kernels.triton_tiles import block_span, inside_box, softmax_step, tile_logits, tile_rows
+from dit_accel.kernels.triton_tiles import block_span, inside_box, softmax_step, tile_logits, tile_rows, value_tile
 
 # Stands for "no key seen yet": finite, so that no difference of two infinities arises.
 _NOTHING = tl.constexpr(-1e30)
@@ -51,7 +51,7 @@ def attention(
     indices: tl.tensor, counts: tl.tensor, full_counts: tl.tensor,
     q_starts: tl.tensor, q_lengths: tl.tensor, k_starts: tl.tensor, k_lengths: tl.tensor, kv_len: tl.tensor,
     lower: tl.tensor, upper: tl.tensor, coordinates: tl.tensor, ball: tl.tensor,
-    q_step: tl.tensor, k_step: tl.tensor,
+    q_step: tl.tensor, k_step: tl.tensor, v_step: tl.tensor, v_mean: tl.tensor,
     chosen: tl.tensor, log_tokens: tl.tensor, mean_k: tl.tensor, mean_v: tl.tensor,
     variance: tl.tensor, moments: tl.tensor, bias: tl.tensor, centres: tl.tensor,
     scale: tl.tensor, skip: tl.float32,
@@ -68,7 +68,7 @@ def attention(
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     UNIFORM: tl.constexpr, ONE_TILE: tl.constexpr, NESTED: tl.constexpr, HAS_LENGTH: tl.constexpr,
     AXES: tl.constexpr, STRIDE: tl.constexpr, BALL: tl.constexpr,
-    INT8: tl.constexpr, REST: tl.constexpr, FIRST_ORDER: tl.constexpr, SKIP: tl.constexpr,
+    INT8: tl.constexpr, FP8: tl.constexpr, REST: tl.constexpr, FIRST_ORDER: tl.constexpr, SKIP: tl.constexpr,
     TMA: tl.constexpr, SPECIALIZE: tl.constexpr, DOT: tl.constexpr,
 ) -> None:
     # fmt: on
@@ -116,6 +116,8 @@ def attention(
     acc = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
     top = tl.full([BLOCK_M], _NOTHING, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    # The largest logit so far, where `top` is rounded.
+    peak = top
     rest_total = tl.zeros([BLOCK_M], tl.float32)
     column = tl.arange(0, BLOCK_N)
     SLICE: tl.constexpr = min(32 if PADDED_DIM <= 128 else 16, PADDED_DIM)
@@ -142,7 +144,10 @@ def attention(
         bound = padded_keys + blocks if REST else tl.maximum(tokens, 1)
         WIDTH: tl.constexpr = PADDED_DIM if REST else HEAD_DIM
         k_rows = tl.make_tensor_descriptor(k, [bound, WIDTH], [k_n, 1], [BLOCK_N, PADDED_DIM])
-        v_rows = tl.make_tensor_descriptor(v, [bound, WIDTH], [v_n, 1], [BLOCK_N, PADDED_DIM])
+        if FP8:
+            v_rows = tl.make_tensor_descriptor(v, [blocks * PADDED_DIM, v_n], [v_n, 1], [PADDED_DIM, BLOCK_N])
+        else:
+            v_rows = tl.make_tensor_descriptor(v, [bound, WIDTH], [v_n, 1], [BLOCK_N, PADDED_DIM])
 
     for step in tl.range(0, steps, warp_specialize=SPECIALIZE):
         is_rest = False
@@ -167,14 +172,20 @@ def attention(
             if REST:
                 first = tl.where(is_rest, first + padded_keys, first)
             k_tile = k_rows.load([first, 0])
-            v_tile = v_rows.load([first, 0])
+            if FP8:
+                v_tile = v_rows.load([chosen_block * PADDED_DIM, part * BLOCK_N])
+            else:
+                v_tile = v_rows.load([first, 0])
         else:
             k_base, v_base, k_row, v_row = k, v, k_n, v_n
             if REST:
                 k_base, v_base = tl.where(is_rest, mean_k, k), tl.where(is_rest, mean_v, v)
                 k_row, v_row = tl.where(is_rest, PADDED_DIM, k_n), tl.where(is_rest, PADDED_DIM, v_n)
             k_tile = tile_rows(k_base, first, limit, k_row, BLOCK_N, HEAD_DIM, PADDED_DIM)
-            v_tile = tile_rows(v_base, first, limit, v_row, BLOCK_N, HEAD_DIM, PADDED_DIM)
+            if FP8:
+                v_tile = value_tile(v, chosen_block, part * BLOCK_N, v_n, BLOCK_N, PADDED_DIM)
+            else:
+                v_tile = tile_rows(v_base, first, limit, v_row, BLOCK_N, HEAD_DIM, PADDED_DIM)
         extra = tl.where(column < limit, 0.0, float("-inf"))
         if REST:
             mask = is_rest & (column < limit)
@@ -198,11 +209,15 @@ def attention(
                 logits += tl.minimum(second, tl.where(mass > 0.0, mass, 0.0)[None, :])
         if SKIP:
             # A tile far below what every query has seen is left out; the first one never is.
-            gain = tl.max(tl.where(is_query, tl.max(logits, 1) - top, float("-inf")), 0)
+            if FP8:
+                gain = tl.max(tl.where(is_query, tl.max(logits, 1) - peak, float("-inf")), 0)
+                peak = tl.maximum(peak, tl.max(logits, 1))
+            else:
+                gain = tl.max(tl.where(is_query, tl.max(logits, 1) - top, float("-inf")), 0)
             if gain > skip:
-                acc, top, total, _, _ = softmax_step(acc, top, total, logits, v_tile, DOT)
+                acc, top, total, _, _ = softmax_step(acc, top, total, logits, v_tile, FP8, DOT)
         else:
-            acc, top, total, fade, weights = softmax_step(acc, top, total, logits, v_tile, DOT)
+            acc, top, total, fade, weights = softmax_step(acc, top, total, logits, v_tile, FP8, DOT)
         if FIRST_ORDER == 1:
             rest_total = rest_total * fade + tl.where(is_rest, tl.sum(weights, 1), 0.0)
         if FIRST_ORDER == 2:
@@ -233,7 +248,10 @@ def attention(
             for part in range(0, tl.cdiv(limit, PART_N)):
                 at, left = first + part * PART_N, limit - part * PART_N
                 k_tile = tile_rows(k, at, left, k_n, PART_N, HEAD_DIM, PADDED_DIM)
-                v_tile = tile_rows(v, at, left, v_n, PART_N, HEAD_DIM, PADDED_DIM)
+                if FP8:
+                    v_tile = value_tile(v, chosen_block, part * PART_N, v_n, PART_N, PADDED_DIM)
+                else:
+                    v_tile = tile_rows(v, at, left, v_n, PART_N, HEAD_DIM, PADDED_DIM)
                 is_key = tl.arange(0, PART_N) < left
                 keep = is_query[:, None] & is_key[None, :]
                 if AXES:
@@ -244,11 +262,15 @@ def attention(
                     keep = inside | (keep & (entry < full))
                 logits = tl.where(keep, tile_logits(q_tile, k_tile, block_factor, INT8, DOT), float("-inf"))
                 if SKIP:
-                    gain = tl.max(tl.where(is_query, tl.max(logits, 1) - top, float("-inf")), 0)
+                    if FP8:
+                        gain = tl.max(tl.where(is_query, tl.max(logits, 1) - peak, float("-inf")), 0)
+                        peak = tl.maximum(peak, tl.max(logits, 1))
+                    else:
+                        gain = tl.max(tl.where(is_query, tl.max(logits, 1) - top, float("-inf")), 0)
                     if gain > skip:
-                        acc, top, total, _, _ = softmax_step(acc, top, total, logits, v_tile, DOT)
+                        acc, top, total, _, _ = softmax_step(acc, top, total, logits, v_tile, FP8, DOT)
                 else:
-                    acc, top, total, fade, weights = softmax_step(acc, top, total, logits, v_tile, DOT)
+                    acc, top, total, fade, weights = softmax_step(acc, top, total, logits, v_tile, FP8, DOT)
                     if FIRST_ORDER == 1:
                         rest_total = rest_total * fade
 
@@ -256,6 +278,11 @@ def attention(
     total = tl.where(seen, total, 1.0)
     acc = acc / total[:, None]
     dim = tl.arange(0, PADDED_DIM)
+    if FP8:
+        # Weights sum to one, so that what was taken from every value is given back whole.
+        unit = tl.load(v_step + flat * PADDED_DIM + dim)
+        mean = tl.load(v_mean + flat * PADDED_DIM + dim)
+        acc = tl.where(seen[:, None], acc * unit[None, :] + mean[None, :], 0.0)
     if FIRST_ORDER == 1:
         at = moments + flat * (PADDED_DIM * PADDED_DIM)
         share = rest_total / total * scale

@@ -16,7 +16,8 @@ from torch import Tensor
 from dit_accel.kernels.merge import merge
 from dit_accel.kernels.registry import Backend, Request
 from dit_accel.kernels.spec import AttentionCall, Precision
-from dit_accel.kernels.triton_configs import MAX_HEAD_DIM, NO_SKIP, architecture, pad_head_dim
+from dit_accel.kernels.triton_configs import FROM_FP8, MAX_HEAD_DIM, NO_SKIP, architecture, pad_head_dim
+from dit_accel.kernels.triton_fp8 import Fp8Values
 from dit_accel.kernels.triton_int8 import Int8Operands
 from dit_accel.kernels.triton_launch import launch, prepare
 from dit_accel.kernels.triton_mixed import add_mixed_first_order
@@ -74,7 +75,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tenso
     precision = call.precision or Precision()
     if call.remainder is None:
         return _exact(q, k, v, call, precision)
-    together = precision.qk == "input" and precision.skip is None
+    together = precision.qk == precision.pv == "input" and precision.skip is None
     is_mixed = call.remainder.first_order == "mixed"
     kind = torch.float32 if is_mixed else q.dtype
     # Summaries are neither quantised nor skipped.
@@ -93,10 +94,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tenso
 
 def _exact(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, precision: Precision) -> tuple[Tensor, Tensor]:
     """The selected blocks alone."""
+    fp8 = Fp8Values.of(v, call.plan, call.kv_len) if precision.pv == "fp8" else None
     if precision.qk == "input":
-        return launch(q, k, v, call, prepare(q, k, v, call))
+        return launch(q, k, v, call, prepare(q, k, v, call), fp8=fp8)
     operands = Int8Operands.of(q, k, call.plan, call.scale, precision.smooth_k, call.kv_len)
-    out, lse = launch(operands.q, operands.k, v, call, prepare(operands.q, operands.k, v, call), int8=operands)
+    q, k = operands.q, operands.k
+    out, lse = launch(q, k, v, call, prepare(q, k, v, call), int8=operands, fp8=fp8)
     if operands.offset is not None:
         lse += operands.offset
     return out, lse
@@ -113,7 +116,11 @@ def _why_not(request: Request) -> str | None:
     if request.remainder is not None and request.remainder.first_order == "block":
         return "a first-order term per block costs as much as dense attention; 'mixed', 'grouped' and 'global' do not"
     reason = why_not_on(request.device, request.dtype)
-    if reason is None and request.precision is not None and request.precision.skip is not None:
+    if reason is not None or request.precision is None:
+        return reason
+    if request.precision.pv == "fp8":
+        reason = _why_no_fp8(request.device)
+    if reason is None and request.precision.skip is not None:
         reason = _why_no_skip(request.device)
     return reason
 
@@ -136,6 +143,15 @@ def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if architecture(capability) is None:
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+def _why_no_fp8(device: torch.device) -> str | None:
+    if is_interpreted():
+        return "the interpreter rounds to float8_e4m3fn wrongly"  # where the mantissa overflows (Triton 3.6)
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor < FROM_FP8:
+        return f"compute capability {major}.{minor} has no products in float8_e4m3fn, which come with 8.9"
     return None
 
 

@@ -62,6 +62,7 @@ class Features:
         aligned: rows of k and v begin at multiples of 16 bytes.
         ball: partial blocks are cut by a ball inside the box.
         skip: tiles far below the running maximum are left out.
+        fp8: weights and values are multiplied in e4m3.
     """
 
     head_dim: int
@@ -75,19 +76,23 @@ class Features:
     aligned: bool = True
     ball: bool = False
     skip: bool = False
+    fp8: bool = False
 
     @property
     def padded_dim(self) -> int:
-        """Head size as the kernel sees it: a power of two, at least 16."""
-        return pad_head_dim(self.head_dim)
+        """Head size as the kernel sees it: a power of two, at least 16, and 32 with operands of 8 bits."""
+        return pad_head_dim(self.head_dim, LEAST_OF_8_BITS if self.int8 or self.fp8 else 16)
 
     @property
     def level(self) -> int:
-        """Demand for registers. 0: exact blocks; 1: summaries too; 2: windows, second order, first order, skips.
+        """Demand for registers.
 
-        A first-order term after a specialised loop does not compile for sm_90 either (Triton 3.6).
+        0: exact blocks; 1: summaries too; 2: windows, second order, first order, skips, and FP8 values beside queries
+        of 16 bits. A first-order term after a specialised loop does not compile for sm_90 either (Triton 3.6).
         """
-        return 2 if self.stride or self.rest == 2 or self.first_order or self.skip else int(self.rest > 0)
+        if self.stride or self.rest == 2 or self.first_order or self.skip or (self.fp8 and not self.int8):
+            return 2
+        return int(self.rest > 0)
 
     @property
     def takes_descriptors(self) -> bool:
@@ -130,6 +135,10 @@ SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Largest shared memory of one program, in bytes."""
 
 MAX_HEAD_DIM = 256
+LEAST_OF_8_BITS = 32
+"""Over how many numbers a product of 8-bit operands sums at least."""
+FROM_FP8 = 89
+"""The first architecture whose matrix unit multiplies e4m3."""
 NO_SKIP = 100
 """The architecture for which a product in a condition does not compile (Triton 3.6)."""
 
@@ -162,6 +171,7 @@ def cut(tile: Tile, features: Features, q_size: int, k_size: int) -> Tile:
     widest = 32 if features.rest == 2 or features.first_order == 2 else tile.block_n
     block_m = min(tile.block_m, max(16, next_power_of_two(q_size)))
     block_n = min(tile.block_n, widest, max(16, next_power_of_two(k_size)))
+    block_n = max(block_n, LEAST_OF_8_BITS) if features.fp8 else block_n
     return replace(tile, block_m=block_m, block_n=block_n)
 
 
@@ -172,9 +182,9 @@ def serves(tile: Tile, features: Features, k_size: int) -> bool:
     return not tile.tma or (features.takes_descriptors and k_size % tile.block_n == 0)
 
 
-def pad_head_dim(head_dim: int) -> int:
-    """Head size as the kernels see it: a power of two, at least 16."""
-    return max(16, next_power_of_two(head_dim))
+def pad_head_dim(head_dim: int, least: int = 16) -> int:
+    """Head size as the kernels see it: a power of two, at least `least`."""
+    return max(least, next_power_of_two(head_dim))
 
 
 def next_power_of_two(number: int) -> int:
@@ -197,6 +207,7 @@ def constants_of(features: Features, tile: Tile, k_size: int) -> dict[str, Any]:
         "STRIDE": features.stride,
         "BALL": features.ball,
         "INT8": features.int8,
+        "FP8": features.fp8,
         "REST": features.rest,
         "FIRST_ORDER": features.first_order,
         "SKIP": features.skip,

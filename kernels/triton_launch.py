@@ -5,6 +5,8 @@ Axis legend: B batch, H heads, N tokens, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from dit_accel.kernels.spec import AttentionCall, Remainder
 from dit_accel.kernels.triton_configs import Features, Tile, architecture, choose_tile, constants_of
+from dit_accel.kernels.triton_fp8 import Fp8Values
 from dit_accel.kernels.triton_int8 import Int8Operands
 from dit_accel.kernels.triton_rest import Rest, about_queries
 from dit_accel.plan import BlockPlan, BoxPredicate
@@ -21,6 +24,20 @@ from dit_accel.plan import BlockPlan, BoxPredicate
 _INTERPRETED_AS = 90
 _LOG2_E = 1.4426950408889634
 _FIRST_ORDER = {"none": 0, "mixed": 0, "global": 1, "grouped": 2}
+
+
+_forced: Tile | None = None
+
+
+@contextmanager
+def served_by(tile: Tile) -> Iterator[None]:
+    """Every launch inside takes `tile`, whatever the table would choose: for checks and timings of one tile."""
+    global _forced
+    _forced = tile
+    try:
+        yield
+    finally:
+        _forced = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +59,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Prepared:
     """Choose the tile and gather statistics of the rest; q, k, v `[B, H, N, D]`, q and k perhaps in INT8."""
     plan, remainder = call.plan, call.remainder
     features = features_of(q, k, v, call)
-    tile = choose_tile(_architecture(q.device), features, plan.q_blocks.size, plan.k_blocks.size)
+    tile = _forced or choose_tile(_architecture(q.device), features, plan.q_blocks.size, plan.k_blocks.size)
     if remainder is None:
         return Prepared(features, tile, None)
     rest = Rest.of(k, v, plan, remainder, call.kv_len, tile.block_n if tile.tma else 0)
@@ -58,6 +75,7 @@ def launch(
     call: AttentionCall,
     prepared: Prepared,
     int8: Int8Operands | None = None,
+    fp8: Fp8Values | None = None,
     only_rest: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -67,7 +85,8 @@ def launch(
         q, k, v: `[B, H, N, D]`; q and k in INT8 where `int8` gives their scales.
         call: plan, scale, remainder and lengths.
         prepared: for these tensors and this call.
-        int8: scales of quantised operands; without a remainder.
+        int8: scales of quantised queries and keys; without a remainder.
+        fp8: quantised values, read in place of v; without a remainder.
         only_rest: compute no selected block.
         dtype: of the output. Default: that of v.
 
@@ -82,6 +101,9 @@ def launch(
     out = torch.empty_like(q, dtype=v.dtype if dtype is None else dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     arguments = _tensors(q, k, v, out, lse, plan, call.kv_len, rest, int8) | _strides(q, k, v, out, plan)
+    if fp8 is not None:
+        arguments |= {"v": fp8.v, "v_step": fp8.step, "v_mean": fp8.mean}
+        arguments |= dict(zip(("v_b", "v_h", "v_n"), (*fp8.v.stride()[:2], fp8.v.shape[-1]), strict=True))
     if only_rest:
         arguments["counts"] = torch.zeros_like(plan.counts)
     arguments |= _numbers(q, plan, tile, rest) | {"scale": call.scale, "skip": _skip(call)}
@@ -104,6 +126,7 @@ def features_of(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Feature
         stride=() if predicate is None else predicate.stride,
         ball=predicate is not None and predicate.ball is not None,
         int8=q.dtype == torch.int8,
+        fp8=call.precision is not None and call.precision.pv == "fp8",
         rest=_kind_of_rest(remainder),
         first_order=0 if remainder is None else _FIRST_ORDER[remainder.first_order],
         skip=call.precision is not None and call.precision.skip is not None,
@@ -151,6 +174,8 @@ def _tensors(
     return {name: None if rest is None else getattr(rest, name) for name in names} | {
         "q_step": None if int8 is None else int8.q_step,
         "k_step": None if int8 is None else int8.k_step,
+        "v_step": None,
+        "v_mean": None,
         "q": q,
         "k": k,
         "v": v,

@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _ordered_bits(x: tl.tensor) -> tl.tensor:
+def ordered_bits(x: tl.tensor) -> tl.tensor:
     """Integers from 0 to 2³² - 1, int64, in the order of the fp32 numbers x."""
     # Adding zero makes minus zero plus zero.
     bits = (x + 0.0).to(tl.int32, bitcast=True)
@@ -24,7 +24,7 @@ def _ranks(scores: tl.tensor, first: tl.tensor, columns: tl.tensor, COLUMNS: tl.
     inside = column < columns
     score = tl.load(scores + row * columns + column, mask=inside, other=float("-inf"))
     forced = tl.load(first + row * columns + column, mask=inside, other=0) != 0
-    bits = _ordered_bits(tl.where(forced, float("inf"), score))
+    bits = ordered_bits(tl.where(forced, float("inf"), score))
     return tl.where(inside, bits, 0)
 
 

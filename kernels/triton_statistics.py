@@ -143,3 +143,64 @@ def quantize(
         level = (level + tl.where(level >= 0, 0.5, -0.5)).to(tl.int8)
         mask = (row < limit)[:, None] & (dim < HEAD_DIM)[None, :]
         tl.store(out + (first + row).to(tl.int64)[:, None] * out_n + dim[None, :], level, mask=mask)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=("tokens",))
+def value_range(
+    v: tl.tensor, sums: tl.tensor, lowest: tl.tensor, highest: tl.tensor, kv_len: tl.tensor,
+    v_b: tl.int64, v_h: tl.int64, v_n: tl.tensor,
+    tokens: tl.int32,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    HAS_LENGTH: tl.constexpr,
+) -> None:
+    # fmt: on
+    """Sum and extremes of each channel of v `[B, H, N, D]` over the real tokens of ROWS: fp32 `[B, H, programs, P]`."""
+    head, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    flat = item * tl.num_programs(1) + head
+    real = tl.minimum(tokens, tl.load(kv_len + item)) if HAS_LENGTH else tokens
+    v += item * v_b + head * v_h
+    start = tl.program_id(0) * ROWS
+    total = tl.zeros([PADDED_DIM], tl.float32)
+    low = tl.full([PADDED_DIM], float("inf"), tl.float32)
+    high = tl.full([PADDED_DIM], float("-inf"), tl.float32)
+    for first in range(start, tl.minimum(start + ROWS, real), BLOCK_N):
+        tile = tile_rows(v, first, real - first, v_n, BLOCK_N, HEAD_DIM, PADDED_DIM).to(tl.float32)
+        inside = (first + tl.arange(0, BLOCK_N) < real)[:, None]
+        total += tl.sum(tile, 0)
+        low = tl.minimum(low, tl.min(tl.where(inside, tile, float("inf")), 0))
+        high = tl.maximum(high, tl.max(tl.where(inside, tile, float("-inf")), 0))
+    at = (flat * tl.num_programs(0) + tl.program_id(0)) * PADDED_DIM + tl.arange(0, PADDED_DIM)
+    tl.store(sums + at, total)
+    tl.store(lowest + at, low)
+    tl.store(highest + at, high)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=("size", "tokens"))
+def quantize_values(
+    v: tl.tensor, out: tl.tensor, mean: tl.tensor, step: tl.tensor,
+    starts: tl.tensor, lengths: tl.tensor, kv_len: tl.tensor,
+    v_b: tl.int64, v_h: tl.int64, v_n: tl.tensor,
+    out_n: tl.tensor, size: tl.int32, tokens: tl.int32,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIFORM: tl.constexpr, HAS_LENGTH: tl.constexpr,
+) -> None:
+    # fmt: on
+    """One block of v `[B, H, N, D]` less its mean in e4m3, a channel a row: out `[B, H, n, P, out_n]`, else 0.
+
+    mean, step: fp32 `[B, H, P]`, what is taken from each channel, and its scale.
+    """
+    block = tl.program_id(0)
+    head, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    flat = item * tl.num_programs(1) + head
+    real = tl.minimum(tokens, tl.load(kv_len + item)) if HAS_LENGTH else tokens
+    first, limit = block_span(block, starts, lengths, size, real, UNIFORM)
+    v += item * v_b + head * v_h
+    out += (flat * tl.num_programs(0) + block) * PADDED_DIM * out_n
+    dim, column = tl.arange(0, PADDED_DIM), tl.arange(0, BLOCK_N)
+    common, unit = tl.load(mean + flat * PADDED_DIM + dim), tl.load(step + flat * PADDED_DIM + dim)
+    for at in range(0, out_n, BLOCK_N):
+        tile = tile_rows(v, first + at, limit - at, v_n, BLOCK_N, HEAD_DIM, PADDED_DIM).to(tl.float32)
+        level = tl.where((at + column < limit)[:, None], (tile - common[None, :]) / unit[None, :], 0.0)
+        tl.store(out + dim[:, None] * out_n + at + column[None, :], tl.trans(level.to(out.dtype.element_ty)))

@@ -27,6 +27,21 @@ def tile_rows(
 
 
 @triton.jit
+def value_tile(
+    base: tl.tensor,
+    block: tl.tensor,
+    first: tl.tensor,
+    row: tl.tensor,
+    COLUMNS: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+) -> tl.tensor:
+    """`[PADDED_DIM, COLUMNS]`: tokens from `first` on of a block of 8-bit values, a channel in each `row`."""
+    dim, column = tl.arange(0, PADDED_DIM), tl.arange(0, COLUMNS)
+    at = base + tl.cast(block, tl.int64) * PADDED_DIM * row + first
+    return tl.load(at + dim[:, None] * row + column[None, :])
+
+
+@triton.jit
 def some_columns(
     base: tl.tensor,
     first: tl.tensor,
@@ -71,13 +86,29 @@ def tile_logits(
 
 @triton.jit
 def softmax_step(
-    acc: tl.tensor, top: tl.tensor, total: tl.tensor, logits: tl.tensor, values: tl.tensor, DOT: tl.constexpr
+    acc: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    logits: tl.tensor,
+    values: tl.tensor,
+    FP8: tl.constexpr,
+    DOT: tl.constexpr,
 ) -> tl.tensor:
-    """One tile into the online softmax: accumulator, maximum, sum, fading factor `[M]` and weights `[M, N]`."""
-    new_top = tl.maximum(top, tl.max(logits, 1))
+    """One tile into the online softmax: accumulator, maximum, sum, fading factor `[M]` and weights `[M, N]`.
+
+    FP8: weights and values, `[D, N]`, are multiplied in e4m3. What stands for the maximum is then a whole power of two,
+    so that no weight exceeds 256, and what a weight is rounded to does not depend on the tiles that came before.
+    """
+    highest = tl.max(logits, 1)
+    new_top = tl.maximum(top, tl.ceil(highest) - 8.0 if FP8 else highest)
     weights = tl.exp2(logits - new_top[:, None])
     fade = tl.exp2(top - new_top)
-    acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision=DOT)
+    if FP8:
+        # The matrix unit sums such products in fewer than 32 bits: within a tile alone, tiles are added in fp32.
+        part = tl.dot(weights.to(values.dtype), tl.trans(values), max_num_imprecise_acc=logits.shape[1])
+        acc = acc * fade[:, None] + part
+    else:
+        acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision=DOT)
     return acc, new_top, total * fade + tl.sum(weights, 1), fade, weights
 
 

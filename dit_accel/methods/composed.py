@@ -11,7 +11,7 @@ from torch import Tensor
 from dit_accel.content_orders import hot_key_order, kmeans_order, lsh_order
 from dit_accel.errors import ConfigError
 from dit_accel.history import is_refresh, with_history
-from dit_accel.kernels.spec import Precision, Remainder
+from dit_accel.kernels.spec import Precision, PrecisionName, Remainder
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import BlockSize, Count, Density, Method, Size, SizeTriple
 from dit_accel.methods.registry import register
@@ -91,7 +91,8 @@ class Composed(Method):
         second_order: correct the mass of "pooled" and "taylor" about the key by a capped diagonal second-order term.
         gate: whether "rectified" trusts pooling only where spreads are small.
         period, ramp: of "history": steps between dense ones, and growth of the share of the selected part per step.
-        precision: "input", or "int8": queries and keys of the exact part are quantised to 8 bits, keys smoothed.
+        precision: "input"; "int8": queries and keys of the exact part are quantised to 8 bits, keys smoothed;
+            "int8_fp8": weights and values of the exact part, too (arXiv 2411.10958).
     """
 
     source: ClassVar[str] = "this project; remainder after arXiv 2602.01077"
@@ -126,7 +127,7 @@ class Composed(Method):
     gate: bool = True
     period: Size = 5
     ramp: Number = 0.04
-    precision_: Literal["input", "int8"] = Field(default="input", alias="precision")
+    precision_: PrecisionName = Field(default="input", alias="precision")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Composed:
@@ -253,7 +254,7 @@ class Composed(Method):
     @property
     def precision(self) -> Precision | None:
         """As chosen."""
-        return None if self.precision_ == "input" else Precision(self.precision_)
+        return Precision.named(self.precision_)
 
     @property
     def completes(self) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from dit_accel.kernels.spec import Precision
+from dit_accel.kernels.spec import Precision, PrecisionName
 from dit_accel.methods.base import BlockSize, Density
 from dit_accel.methods.dynamic import PoolingMethod, Share
 from dit_accel.methods.registry import register
@@ -39,7 +39,8 @@ class Sparge(PoolingMethod):
         similarity: the gate: query and key blocks whose mean pairwise cosine is not above this are attended whole.
             Any value below 0 turns it off, as the similarity is never negative; the released default, -0.1, does so.
         smooth: subtract the mean key of each head before keys are compared and quantised; pooled scores rank alike.
-        precision: "input", or "int8": queries and keys of the exact part are quantised to 8 bits, as published.
+        precision: "input"; "int8": queries and keys of the exact part are quantised to 8 bits, as published;
+            "int8_fp8": weights and values, too, as released for compute capability 8.9 and later.
         pv_threshold: leave out tiles in which every query has seen a score at least this much larger before, in units
             of log 2 as the released `pvthreshd`: a key left out weighs at most 2**-pv_threshold of the largest weight.
             Released default: 50, which changes nothing that half precision could show; tuned ones are smaller.
@@ -54,7 +55,7 @@ class Sparge(PoolingMethod):
     mass: Share = 0.97
     similarity: Cosine = 0.2
     smooth: bool = True
-    precision_: Literal["input", "int8"] = Field(default="input", alias="precision")
+    precision_: PrecisionName = Field(default="input", alias="precision")
     pv_threshold: Threshold | None = None
     block: BlockSize = 128
     key_block: BlockSize | None = 64
@@ -86,4 +87,4 @@ class Sparge(PoolingMethod):
     def precision(self) -> Precision | None:
         """As chosen; the kernels know the threshold in natural logarithms."""
         skip = None if self.pv_threshold is None else self.pv_threshold * math.log(2)
-        return None if self.precision_ == "input" and skip is None else Precision(self.precision_, self.smooth, skip)
+        return Precision.named(self.precision_, self.smooth, skip)

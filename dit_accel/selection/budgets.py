@@ -7,6 +7,7 @@ Axis legend: `[...]` leading axes (batch, heads, rows), L candidates of one rank
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -31,13 +32,14 @@ class Ranked:
 
     Args:
         scores: `[..., L]`, -inf where a candidate must not be chosen.
-        shares: `[..., L]`, the share of the attention mass that each is thought to hold; rows sum to 1.
+        make_shares: gives the shares `[..., L]` of the attention mass that the candidates are thought to hold, whose
+            rows sum to 1; only some budgets ask for them.
         first: bool `[..., L]`, candidates that are kept whatever the budget says.
         total: int64 `[...]`, how many candidates a share of blocks is a share of.
     """
 
     scores: Tensor
-    shares: Tensor
+    make_shares: Callable[[], Tensor]
     first: Tensor
     total: Tensor
 
@@ -45,6 +47,11 @@ class Ranked:
     def ranking(self) -> Ranking:
         """From best to worst, ties to the lower index."""
         return rank(self.scores, self.first)
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """Share of the attention mass of each candidate, `[..., L]`."""
+        return self.make_shares()
 
     @property
     def forced(self) -> Tensor:
@@ -154,7 +161,7 @@ def rounded(share: Share, total: Tensor, rounding: Rounding) -> Tensor:
 def per_head(value: Share, like: Tensor) -> Tensor:
     """A number, or one value per head `[H]` or `[B, H]`, as fp64 that broadcasts against `like` `[B, H, ...]`."""
     if not isinstance(value, Tensor):
-        return torch.tensor(value, dtype=widest(like.device), device=like.device)
+        return torch.full((), value, dtype=widest(like.device), device=like.device)
     heads = like.shape[1]
     if value.ndim not in (1, 2) or value.shape[-1] not in (1, heads):
         raise ConfigError("budget", f"expected one value per head, [{heads}] or [B, {heads}], got {tuple(value.shape)}")

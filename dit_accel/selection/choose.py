@@ -15,6 +15,7 @@ from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.selection.budgets import Budget, Ranked, TopK, head_classes
 from dit_accel.selection.forced import own_blocks
+from dit_accel.transfer import to_device
 
 Normalisation = Literal["softmax", "min_max"]
 
@@ -56,29 +57,29 @@ def select_blocks(
     """
     real = ~scores.isneginf()
     first, extra = (
-        torch.zeros_like(real) if x is None else x.to(scores.device).expand_as(real) & real for x in (forced, beside)
+        torch.zeros_like(real) if x is None else to_device(x, scores.device).expand_as(real) & real
+        for x in (forced, beside)
     )
     first, total = first & ~extra, real.sum(-1)
     rows = scores.masked_fill(extra, -torch.inf)
-    shares = shares_of(rows, normalisation)
     if budget.scope != "row":
         # Each row keeps its best block, or a row of small scores would be left with nothing to attend.
         best = torch.zeros_like(real).scatter_(-1, rows.argmax(-1, keepdim=True), True) & ~rows.isneginf()
         first = first | (best & ~first.any(-1, keepdim=True))
         # Masses of rows add up to that of the ranking; a range is that of the ranking.
         lead = (*scores.shape[:2], 1, -1) if budget.scope == "head" else (scores.shape[0], 1, 1, -1)
-        rows, first = rows.reshape(lead), first.reshape(lead)
-        many = rows.shape[-1] // scores.shape[-1]
-        shares = shares.reshape(lead) / many if normalisation == "softmax" else shares_of(rows, normalisation)
-        mask = _keep(rows, shares, first, total.reshape(lead).sum(-1), budget).view_as(real)
+        whole, first, total = rows.reshape(lead), first.reshape(lead), total.reshape(lead).sum(-1)
+        many = whole.shape[-1] // scores.shape[-1]
+
+        def shares() -> Tensor:
+            if normalisation == "softmax":
+                return shares_of(rows, normalisation).reshape(lead) / many
+            return shares_of(whole, normalisation)
+
+        ranked = Ranked(whole, shares, first, total)
     else:
-        mask = _keep(rows, shares, first, total, budget)
-    return mask | extra
-
-
-def _keep(rows: Tensor, shares: Tensor, first: Tensor, total: Tensor, budget: Budget) -> Tensor:
-    ranked = Ranked(rows, shares, first, total)
-    return ranked.ranking.leading(budget.counts(ranked))
+        ranked = Ranked(rows, lambda: shares_of(rows, normalisation), first, total)
+    return ranked.ranking.leading(budget.counts(ranked)).view_as(real) | extra
 
 
 def select_plan(
@@ -106,8 +107,8 @@ def select_plan(
         beside, normalisation: see `select_blocks`.
     """
     device = scores.device
-    always = layout.text_blocks(k_blocks).to(device).expand(1, 1, q_blocks.count, -1)
-    always = always if forced is None else always | forced.to(device)
+    always = to_device(layout.text_blocks(k_blocks), device).expand(1, 1, q_blocks.count, -1)
+    always = always if forced is None else always | to_device(forced, device)
     mask = select_blocks(scores, budget, always, beside=beside, normalisation=normalisation)
     return plan_of_mask(mask, q_blocks, k_blocks, layout, ~scores.isneginf())
 
@@ -122,9 +123,9 @@ def plan_of_mask(mask: Tensor, q_blocks: Blocking, k_blocks: Blocking, layout: T
         real: bool that broadcasts against `mask`, key blocks that hold a real token.
     """
     device = mask.device
-    text_rows = layout.text_blocks(q_blocks).to(device).unsqueeze(-1)
-    mask = (mask | text_rows | layout.text_blocks(k_blocks).to(device)) & real
-    mask |= ~mask.any(-1, keepdim=True) & own_blocks(q_blocks, k_blocks).to(device)
+    text_rows = to_device(layout.text_blocks(q_blocks), device).unsqueeze(-1)
+    mask = (mask | text_rows | to_device(layout.text_blocks(k_blocks), device)) & real
+    mask |= ~mask.any(-1, keepdim=True) & to_device(own_blocks(q_blocks, k_blocks), device)
     return BlockPlan.from_mask(mask, q_blocks, k_blocks)
 
 

@@ -25,6 +25,7 @@ from dit_accel.kernels.aot_cases import (
 from dit_accel.kernels.registry import Request
 from dit_accel.kernels.spec import AttentionCall
 from dit_accel.kernels.triton_configs import (
+    FROM_FP8,
     NO_SKIP,
     TILES,
     Features,
@@ -89,17 +90,18 @@ def test_the_choice_and_the_kernel_know_neither_lengths_nor_counts():
     """A value that Triton specialises on, or that chooses the tile, would compile again when it changes."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     from dit_accel.kernels.triton_attention import attention
+    from dit_accel.kernels.triton_ranking import digit_counts, keep_leading
     from dit_accel.kernels.triton_selection import leading, move_rows, reaching
-    from dit_accel.kernels.triton_statistics import quantize, statistics
+    from dit_accel.kernels.triton_statistics import quantize, quantize_values, statistics, value_range
     from dit_accel.kernels.triton_summaries import add_mixed, block_shares, seen_by_means
 
     assert set(inspect.signature(choose_tile).parameters) == {"arch", "features", "q_size", "k_size"}
     # Strides of tensors, and the factor on the logits, follow from the model; everything else varies.
     fixed = {f"{name}_{axis}" for name in ("q", "k", "v", "out", "x", "part") for axis in "bhn"} | {"scale", "skip"}
-    helpers = (leading, reaching, move_rows, add_mixed, block_shares, seen_by_means)
-    for kernel in (attention, statistics, quantize, *helpers):
+    helpers = (leading, reaching, digit_counts, keep_leading, move_rows, add_mixed, block_shares, seen_by_means)
+    for kernel in (attention, statistics, quantize, value_range, quantize_values, *helpers):
         names = [p.name for p in kernel.params]
-        pointers = set(names[: min(names.index(n) for n in ("scale", "k_b", "x_b", "columns") if n in names)])
+        pointers = set(names[: min(names.index(n) for n in ("scale", "k_b", "x_b", "v_b", "columns") if n in names)])
         for parameter in kernel.params:
             if not parameter.is_constexpr and parameter.name not in fixed | pointers:
                 assert parameter.do_not_specialize, parameter.name
@@ -125,19 +127,28 @@ def test_every_tile_and_every_kernel_is_in_the_gate():
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     from triton.runtime.jit import JITFunction
 
-    from dit_accel.kernels import triton_attention, triton_selection, triton_statistics, triton_summaries
+    from dit_accel.kernels import (
+        triton_attention,
+        triton_ranking,
+        triton_selection,
+        triton_statistics,
+        triton_summaries,
+    )
 
     for arch, dim in itertools.product(TILES, (64, 128)):
         cases = shipped([arch], [dim])
         attention = [case for case in cases if isinstance(case, AttentionCase)]
-        features = {f for f in features_shipped(dim) if not (f.skip and arch == NO_SKIP)}
+        features = {
+            f for f in features_shipped(dim) if not (f.skip and arch == NO_SKIP) and not (f.fp8 and arch < FROM_FP8)
+        }
         assert {case.features for case in attention} == features
         assert len({(case.tile.tma, case.tile.specialize, case.tile.fp32, case.tile.warps) for case in attention}) > 1
         assert all(from_json(case.to_json()) == case for case in cases)
         kernels = {case.launch().kernel for case in cases}
-        for module in (triton_attention, triton_selection, triton_statistics, triton_summaries):
+        for module in (triton_attention, triton_ranking, triton_selection, triton_statistics, triton_summaries):
             launched = {x for x in vars(module).values() if isinstance(x, JITFunction) and x.do_not_specialize}
-            assert launched <= kernels, module.__name__
+            of_fp8 = {triton_statistics.value_range, triton_statistics.quantize_values}
+            assert launched - (of_fp8 if arch < FROM_FP8 else set()) <= kernels, module.__name__
 
 
 @pytest.mark.parametrize(
@@ -146,9 +157,10 @@ def test_every_tile_and_every_kernel_is_in_the_gate():
         {},
         {"remainder": Remainder(about="query", first_order="mixed")},
         {"precision": Precision("int8")},
+        {"precision": Precision("int8", pv="fp8")},
         {"kv_len": torch.empty(1, dtype=torch.int64, device="meta")},
     ],
-    ids=["exact", "about", "int8", "lengths"],
+    ids=["exact", "about", "int8", "int8_fp8", "lengths"],
 )
 def test_a_call_launches_nothing_that_the_gate_does_not_compile(monkeypatch, extra):
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")

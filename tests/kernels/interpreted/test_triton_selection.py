@@ -12,7 +12,7 @@ from dit_accel.errors import PlanError
 from dit_accel.kernels import operations, ranking
 from dit_accel.kernels.moving import gather_tokens, scatter_in_triton
 from dit_accel.kernels.operations import register_operation, uses_triton, why_not
-from dit_accel.kernels.ranking import CutRanking, SortedRanking, rank
+from dit_accel.kernels.ranking import CutRanking, DigitRanking, SortedRanking, rank
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
 from dit_accel.order import TokenOrder
@@ -233,9 +233,25 @@ def test_self_tests_find_a_wrong_kernel(monkeypatch):
     assert ranking._check(torch.device("cpu"), torch.float32) == "it keeps others than the best"
 
 
-def test_long_rows_and_double_precision_are_sorted():
+@pytest.mark.parametrize("columns", [1, 63, 64, 200])
+def test_the_best_of_very_many_are_those_that_a_sort_puts_first(monkeypatch, columns):
+    monkeypatch.setattr(ranking, "_CHUNK", 64)
+    monkeypatch.setattr(ranking, "_AT_ONCE", 32)
+    generator = torch.Generator().manual_seed(columns)
+    for scale in (1.5, 1e30):  # many ties, over all chunks; many digits
+        scores = (torch.randn(2, 3, columns, generator=generator) * scale).round()
+        scores[0, 0, : columns // 2] = -torch.inf
+        first = torch.rand(scores.shape, generator=generator) < 0.05
+        for counts in ([[0, 1, columns]] * 2, [[columns // 2, columns // 3, 7]] * 2):
+            wanted = torch.tensor(counts).clamp(max=columns)
+            kept = DigitRanking(scores, first).leading(wanted)
+            assert torch.equal(kept, SortedRanking(scores, first).leading(wanted))
+
+
+def test_the_kind_of_ranking_follows_the_length_and_double_precision_is_sorted():
     assert uses_triton("rank", torch.zeros(1))
     wide = torch.zeros(1, 1, ranking._LONGEST_ROW + 1)
-    assert isinstance(rank(wide, wide.bool()), SortedRanking)
+    assert isinstance(rank(wide, wide.bool()), DigitRanking)
+    assert type(rank(wide.double(), wide.bool())) is ranking.LongRanking
     assert isinstance(rank(wide[..., :4].double(), wide[..., :4].bool()), SortedRanking)
     assert isinstance(rank(wide[..., :4], wide[..., :4].bool()), CutRanking)
