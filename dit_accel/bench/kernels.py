@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -32,8 +32,9 @@ VARIANTS: dict[str, tuple[Remainder | None, Precision | None]] = {
     "about": (Remainder(about="query"), None),
     "mixed": (Remainder(first_order="mixed", about="query"), None),
     "int8": (None, Precision("int8")),
+    "int8_fp8": (None, Precision("int8", pv="fp8")),
 }
-"""What is computed, by name: exact blocks alone, with a remainder, or with INT8 queries and keys."""
+"""What is computed, by name: exact blocks alone, with a remainder, or with operands of 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class KernelRow:
     dtype: str
     q_block: int
     k_block: int
-    pattern: str
+    pattern: Pattern
     variant: str
     requested_density: float
     density: float | None = None
@@ -148,6 +149,66 @@ def pattern_plan(
     return BlockPlan(q_blocks, k_blocks, lists.to(torch.int32), counts)
 
 
+class KernelBench:
+    """One shape on one device: inputs, plans and the dense baseline are made once, when the first row asks for them.
+
+    Args:
+        shape: the call.
+        options: where and how often.
+        blocks: query and key block size. Default (128, 64).
+        pattern: see `pattern_plan`. Default "random".
+    """
+
+    def __init__(
+        self, shape: Shape, options: Options, blocks: tuple[int, int] = (128, 64), pattern: Pattern = "random"
+    ) -> None:
+        heads, note = heads_that_fit(shape, options)
+        sizes = (shape.layout.tokens, heads, shape.heads, shape.head_dim)
+        self.heads, self.options = heads, options
+        self.empty = KernelRow(shape.name, *sizes, str(options.dtype)[6:], *blocks, pattern, "", 0.0, note=note)
+        self.exact_ms: dict[float, float | None] = {}
+        self._plan: tuple[float, BlockPlan] | None = None
+        self._shape = shape
+
+    @cached_property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v `[1, heads, N, D]`."""
+        return _drawn(self._shape, self.heads, self.options)
+
+    @cached_property
+    def dense(self) -> tuple[str, DenseRun]:
+        """The fastest dense attention found for them, and its name."""
+        return fastest_dense(*self.inputs)
+
+    def plan(self, density: float) -> BlockPlan:
+        """The plan of this density; the last one is kept."""
+        if self._plan is None or self._plan[0] != density:
+            row, device = self.empty, self.options.device
+            sizes = (row.q_block, row.k_block)
+            made = pattern_plan(row.pattern, row.tokens, sizes, row.heads, density, device, self.options.seed)
+            self._plan = (density, made)
+        return self._plan[1]
+
+    def attend(self, density: float) -> Tensor:
+        """Exact attention at this density, `[1, heads, N, D]`."""
+        return block_attention(*self.inputs, self.plan(density), backend=self.options.backend)
+
+    def row(self, density: float, variant: str) -> KernelRow:
+        """Time one variant of `VARIANTS` at one density; a failure is told in `note`."""
+        row = replace(self.empty, variant=variant, requested_density=density)
+        if self.options.is_over:
+            return replace(row, note=TIME_IS_UP)
+        try:
+            row = replace(row, dense_backend=self.dense[0])
+            exact_ms = self.exact_ms.get(density)
+            row = _timed(row, self.inputs, self.plan(density), self.dense[1], self.options, exact_ms)
+        except Exception as failure:  # Out of memory, a compiler's crash, a driver's error: the rest still runs.
+            row = replace(row, note=f"failed: {type(failure).__name__}: {failure}".splitlines()[0])
+        if variant == "exact":
+            self.exact_ms[density] = row.attend_ms
+        return row
+
+
 def measure_kernels(
     shape: Shape,
     densities: Sequence[float],
@@ -166,36 +227,13 @@ def measure_kernels(
         blocks: query and key block size. Default (128, 64).
         pattern: see `pattern_plan`. Default "random".
     """
-    heads, note = heads_that_fit(shape, options)
-    tokens = shape.layout.tokens
-    empty = KernelRow(
-        shape.name, tokens, heads, shape.heads, shape.head_dim, str(options.dtype)[6:], *blocks, pattern, "", 0.0
-    )
-    if not heads:
-        yield replace(empty, note=note)
+    bench = KernelBench(shape, options, blocks, pattern)
+    if not bench.heads:
+        yield bench.empty
         return
-    prepared: tuple[Tensor, Tensor, Tensor, str, DenseRun] | None = None
     for density in densities:
-        exact_ms: float | None = None
-        plan: BlockPlan | None = None
         for variant in variants:
-            row = replace(empty, variant=variant, requested_density=density, note=note)
-            if options.is_over:
-                yield replace(row, note=TIME_IS_UP)
-                continue
-            try:
-                if prepared is None:
-                    q, k, v = _drawn(shape, heads, options)
-                    prepared = (q, k, v, *fastest_dense(q, k, v))
-                *qkv, dense_name, dense = prepared
-                if plan is None:
-                    plan = pattern_plan(pattern, tokens, blocks, heads, density, options.device, options.seed)
-                row = replace(row, dense_backend=dense_name)
-                row = _timed(row, (qkv[0], qkv[1], qkv[2]), plan, dense, options, exact_ms)
-            except Exception as failure:  # Out of memory, a compiler's crash, a driver's error: the rest still runs.
-                row = replace(row, note=f"failed: {type(failure).__name__}: {failure}".splitlines()[0])
-            exact_ms = row.attend_ms if variant == "exact" else exact_ms
-            yield row
+            yield bench.row(density, variant)
 
 
 def _drawn(shape: Shape, heads: int, options: Options) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import ConfigError, near_matches
-from dit_accel.estimate import token_layout
 from dit_accel.layout import TokenLayout
-from dit_accel.presets import list_presets, load_preset
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,8 @@ MODEL_SHAPES = {
 
 def list_shapes() -> list[str]:
     """The small shapes, those of models, and the recommended preset of every model."""
+    from dit_accel.presets import list_presets
+
     return [*SMALL_SHAPES, *MODEL_SHAPES, *(name for name in list_presets() if "/" not in name)]
 
 
@@ -70,6 +70,10 @@ def find_shape(name: str) -> Shape:
     """
     if name in SMALL_SHAPES or name in MODEL_SHAPES:
         return (SMALL_SHAPES | MODEL_SHAPES)[name]
+    # Kernels are measured on machines that have torch alone, too.
+    from dit_accel.estimate import token_layout
+    from dit_accel.presets import list_presets, load_preset
+
     if name not in list_presets() and not name.endswith((".yaml", ".yml")):
         raise ConfigError("--shapes", f"unknown shape {name!r}{near_matches(name, list_shapes())}")
     preset = load_preset(name)

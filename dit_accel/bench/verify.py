@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,9 +15,11 @@ from dit_accel.kernels import Precision, Remainder, block_attention
 from dit_accel.kernels.attention import request_of
 from dit_accel.kernels.registry import Request, choose_backend
 from dit_accel.layout import TokenLayout
-from dit_accel.methods.base import Method
 from dit_accel.plan import BlockPlan
 from dit_accel.state import CallContext
+
+if TYPE_CHECKING:
+    from dit_accel.methods.base import Method
 
 _SMALL_GRID = (3, 13, 11)  # no multiple of any block or tile
 _TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}

@@ -76,7 +76,7 @@ def kernels(
     ] = None,
     variants: Annotated[
         list[str] | None,
-        typer.Option(help="exact, order0, diagonal, global, grouped, about, mixed, int8. Default: all."),
+        typer.Option(help="exact, order0, diagonal, global, grouped, about, mixed, int8, int8_fp8. Default: all."),
     ] = None,
     densities: Annotated[list[float] | None, typer.Option(help="Densities. Default: 5 to 100 %.")] = None,
     q_block: Annotated[int, typer.Option(help="Tokens per query block.", min=1)] = 128,

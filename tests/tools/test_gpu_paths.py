@@ -1,0 +1,76 @@
+"""What runs in Triton on a GPU, told without one: presets by their reasons, the default method launch by launch."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from dit_accel.kernels import operations, triton_backend, triton_launch
+from dit_accel.kernels.aot_cases import recording
+from dit_accel.kernels.registry import Request
+from dit_accel.kernels.spec import AttentionCall
+from dit_accel.layout import TokenLayout
+from dit_accel.methods.registry import get_method
+from dit_accel.plan import BlockPlan
+from dit_accel.presets import list_presets, load_preset
+from dit_accel.state import CallContext
+
+pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+
+
+@cache
+def requests_of_presets():
+    """What the methods of all presets ask of a backend, each once, with a preset that asks it."""
+    found = {}
+    for name in list_presets():
+        preset = load_preset(name)
+        method = get_method(preset.method.name, **preset.method.parameters)
+        asked = (preset.model.head_dim, method.remainder, method.precision)
+        found.setdefault(asked, name)
+    return found
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_the_attention_of_every_preset_runs_in_triton(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    declined = {}
+    for (dim, remainder, precision), name in requests_of_presets().items():
+        request = Request(
+            torch.device("cuda"), torch.bfloat16, dim, has_predicate=True, remainder=remainder, precision=precision
+        )
+        reason = triton_backend.BACKEND.why_not(request)
+        if reason is not None:
+            declined[name] = reason
+    assert len(requests_of_presets()) > 5
+    assert not declined
+
+
+@pytest.fixture
+def device_without_memory(monkeypatch):
+    """Kernels are recorded on tensors without memory, from which nothing can be read; plans are not shortened."""
+    monkeypatch.setattr(triton_launch, "_architecture", lambda device: 90)
+    monkeypatch.setattr(operations, "why_not", lambda *arguments: None)
+    monkeypatch.setattr(BlockPlan, "from_mask", lambda mask, q, k, *_: BlockPlan.full(q, k, mask.device))
+    with recording() as launches:
+        yield launches
+
+
+@pytest.mark.parametrize("text", [0, 40])
+def test_the_default_method_reads_nothing_back_from_the_device(device_without_memory, text):
+    """Were a number needed on the host, a tensor without memory would refuse; the length of a plan alone is."""
+    layout = TokenLayout((9, 16, 24), text, "after" if text else "none")
+    q, k, v = (torch.empty(1, 3, layout.tokens, 128, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    method, call = get_method("aurora"), CallContext(layout)
+    order, plan = method.plan(layout, q, k, v, call)
+    if order is not None:
+        q, k, v = order.to("meta").apply(q, k, v)
+    chosen = len(device_without_memory)
+    out, lse = triton_backend.run(q, k, v, AttentionCall(plan, 128**-0.5, method.remainder, method.precision))
+    assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+    names = [made.kernel.__name__ for made in device_without_memory]
+    # Scores need one pass over the blocks or more, and the ranking of a layer is found by counting.
+    assert {"statistics", "digit_counts", "keep_leading"} <= set(names[:chosen])
+    assert "attention" in names[chosen:]
