@@ -125,3 +125,21 @@ def chain_order(centroids: Tensor) -> Tensor:
         row = distance.gather(2, current.unsqueeze(-1).expand(-1, -1, 1, distance.shape[-1])).squeeze(2)
         current = (row + left).argmin(-1, keepdim=True)
     return torch.cat(places, -1)
+
+
+def chain_places(x: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
+    """Where tokens lie between the clusters before and after their own, up to a constant per cluster, `[B, H, N]`.
+
+    It is the product with the way from the centroid before to the one after: tokens of a cluster sorted by it are a
+    smooth continuation of both neighbours.
+
+    Args:
+        x: tokens `[B, H, N, D]`.
+        labels: int64 `[B, H, N]`, below C.
+        centroids: `[B, H, C, D]`, in an order in which neighbours are alike.
+    """
+    ways = torch.cat([centroids[:, :, 1:], centroids[:, :, -1:]], 2)
+    ways = ways - torch.cat([centroids[:, :, :1], centroids[:, :, :-1]], 2)
+    columns, step = ways.flatten(0, 1).transpose(1, 2), _chunk(x.shape[0] * x.shape[1], centroids.shape[2])
+    parts = zip(x.flatten(0, 1).split(step, 1), labels.flatten(0, 1).unsqueeze(-1).split(step, 1), strict=True)
+    return torch.cat([torch.bmm(part, columns).gather(-1, label) for part, label in parts], 1).view(labels.shape)

@@ -5,14 +5,18 @@ Axis legend: B batch, H heads, N tokens, D head size, V video tokens, C clusters
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from dit_accel.clustering import chain_order, drawn_centroids, k_means
+from dit_accel.clustering import chain_order, chain_places, drawn_centroids, k_means
 from dit_accel.layout import TokenLayout
 from dit_accel.order import TokenOrder, video_order
 from dit_accel.plan import Blocking
-from dit_accel.selection import block_means, generator_for
+from dit_accel.selection import block_means, generator_for, real_tokens
+from dit_accel.selection.pooling import working
+from dit_accel.state import CallContext
 
 _NUMBERS = 1 << 22  # size of the largest temporary, in numbers
 
@@ -101,29 +105,79 @@ def kmeans_order(
     """Queries and keys, each sorted by cluster, neighbouring clusters next to each other (after arXiv 2505.18875).
 
     Blocks are cut from the sorted sequence at equal lengths, so that a block may hold the end of one cluster and the
-    beginning of the next.
+    beginning of the next. Therefore the tokens of a cluster stand by how near they are to its neighbours, those nearer
+    to the one before first (this project). Padding is in no cluster and stays last.
 
     Args:
         q, k: `[B, H, N, D]` in the raster.
         layout: token geometry.
         clusters: how many for the queries, and for the keys; at most the number of video tokens.
         rounds: iterations of Lloyd's algorithm.
-        start: centroids `[B, H, C, D]` of queries and keys to begin with, those of the step before. None: drawn.
+        start: centroids `[B, H, C, D]` of queries and keys to begin with, as an earlier call gave them; their clusters
+            stand in the order of the centroids. None: drawn.
         generator: draws the first centroids.
 
     Returns:
-        The order, and the centroids for the next step.
+        The order, and the centroids for a later call, alike ones next to each other.
     """
     found, orders = [], []
     for place, x in enumerate((q, k)):
-        video = x[:, :, layout.video_slice()].float()
+        video, real = video_tokens(x, layout)
         count = min(clusters, layout.video)
-        first = drawn_centroids(video, count, generator) if start is None else start[place]
-        made = k_means(video, first, rounds)
-        rank = chain_order(made.centroids).argsort(-1)
-        orders.append(_whole(layout, rank.gather(-1, made.labels).argsort(dim=-1, stable=True)))
-        found.append(made.centroids)
+        made = k_means(video, drawn_centroids(video, count, generator) if start is None else start[place], rounds)
+        labels, centroids = made.labels, made.centroids
+        if start is None:
+            chain = chain_order(centroids)
+            labels = chain.argsort(-1).gather(-1, labels)
+            centroids = centroids.gather(2, chain.unsqueeze(-1).expand_as(centroids))
+        places = chain_places(video, labels, centroids).argsort(dim=-1, stable=True)
+        if real is not None:
+            labels = labels.masked_fill(~real, count)
+        orders.append(_whole(layout, places.gather(-1, labels.gather(-1, places).argsort(dim=-1, stable=True))))
+        found.append(centroids)
     return TokenOrder(*orders), (found[0], found[1])
+
+
+def video_tokens(x: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
+    """The video tokens of x `[B, H, N, D]` in the arithmetic of scores `[B, H, V, D]`, and which are real.
+
+    The latter is bool `[B, 1, V]`, None where all are; padding is replaced by the first token, whatever it held.
+    """
+    video = working(x[:, :, layout.video_slice()])
+    if not layout.is_padded:
+        return video, None
+    real = real_tokens(layout.tokens, layout.valid, x.device)[:, None, layout.video_slice()]
+    return torch.where(real.unsqueeze(-1), video, video[:, :, :1]), real
+
+
+@dataclass(frozen=True, eq=False)
+class KeptOrder:
+    """An order that the steps after the one it was made at use too.
+
+    Args:
+        step, layout: what it was made at and for.
+        query, key: int32 `[B, H, N]`: what is kept for every layer and guidance branch should be small.
+    """
+
+    step: int
+    layout: TokenLayout
+    query: Tensor
+    key: Tensor
+
+    @classmethod
+    def of(cls, order: TokenOrder, call: CallContext) -> KeptOrder:
+        """The order made at a call."""
+        return cls(call.step, call.layout, order.query.int(), order.key_index.int())
+
+    def serves(self, q: Tensor, call: CallContext, steps: int) -> bool:
+        """Whether it is for such queries `[B, H, N, D]`, and fewer than `steps` steps old."""
+        fits = self.layout == call.layout and self.query.shape == q.shape[:3] and self.query.device == q.device
+        return fits and 0 <= call.step - self.step < steps
+
+    @property
+    def order(self) -> TokenOrder:
+        """The order itself."""
+        return TokenOrder(self.query.long(), self.key.long())
 
 
 def _whole(layout: TokenLayout, video_index: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from dit_accel.methods.base import Method
+from dit_accel.methods.composed import Composed
 from dit_accel.methods.registry import get_method
 from dit_accel.order import TokenOrder
 from dit_accel.samples.captured_attention import Call, clocked
@@ -22,6 +23,7 @@ from dit_accel.state import CallContext
 DENSITIES = (0.0625, 0.125, 0.25, 0.5)
 BAR_DENSITY = 0.125
 DROP = "aurora, rest dropped"
+EVERY_STEP = "aurora, sorted at every step"
 _BLOCK = 64
 
 
@@ -55,39 +57,43 @@ CASES = (
     Case("LSH order, dropped", "pbs", {"mass": None, "order": "lsh", "block": 64, "rounding": "floor"}, "variant"),
     Case("aurora", "aurora", {}, "ours"),
     Case(DROP, "aurora", {"remainder": "drop"}, "ours"),
-    Case("aurora, order 0", "aurora", {"remainder": "pooled"}, "ours"),
-    Case("aurora, global first order", "aurora", {"first_order": "global"}, "ours"),
-    Case("aurora, block-wise first order", "aurora", {"first_order": "block"}, "ours"),
+    Case(EVERY_STEP, "aurora", {"renew": 1}, "ours"),
+    Case("aurora, 32 clusters", "aurora", {"clusters": 32}, "ours"),
+    Case("aurora, query blocks of 64", "aurora", {"query_block": 64}, "ours"),
+    Case("aurora, query blocks of 256", "aurora", {"query_block": 256}, "ours"),
+    Case("aurora, key blocks of 32", "aurora", {"block": 32}, "ours"),
     Case("aurora, about the key", "aurora", {"about": "key"}, "ours"),
     Case("aurora, about the key, second-order mass", "aurora", {"about": "key", "second_order": True}, "ours"),
     Case(
-        "aurora, second-order mass, grouped",
+        "aurora, about the key, global first order",
         "aurora",
-        {"about": "key", "second_order": True, "first_order": "grouped"},
+        {"about": "key", "remainder": "taylor", "first_order": "global"},
         "ours",
     ),
-    Case("aurora, pooled score", "aurora", {"score": "pooled"}, "ours"),
-    Case("aurora, covariance score", "aurora", {"score": "covariance", "scope": "row"}, "ours"),
-    Case("aurora, a budget per row", "aurora", {"scope": "row"}, "ours"),
-    Case("aurora, a budget per head", "aurora", {"scope": "head"}, "ours"),
-    Case("aurora, boxes 2x4x8", "aurora", {"tile": [2, 4, 8]}, "ours"),
-    Case("aurora, neighbours forced", "aurora", {"reach": 1}, "ours"),
+    Case("aurora, mixed first order", "aurora", {"remainder": "taylor", "first_order": "mixed"}, "ours"),
+    Case("aurora, a budget per layer", "aurora", {"scope": "layer"}, "ours"),
+    Case("aurora, a budget per layer, predicted error", "aurora", {"scope": "layer", "score": "error"}, "ours"),
+    Case("aurora in boxes 2x2x16", "aurora", {"order": "bisect", "tile": [2, 2, 16]}, "ours"),
+    Case("aurora in boxes 4x4x4", "aurora", {"order": "bisect"}, "ours"),
     Case("aurora in the raster", "aurora", {"order": "raster"}, "ours"),
-    Case("aurora, Morton order", "aurora", {"order": "morton"}, "ours"),
-    Case("aurora, tiles 4x4x4", "aurora", {"order": "tile", "tile": [4, 4, 4]}, "ours"),
-    Case("aurora, k-means order", "aurora", {"order": "kmeans"}, "ours"),
-    Case("aurora, blocks of 32", "aurora", {"block": 32}, "ours"),
+    Case(
+        "boxes 2x2x16, mixed first order, predicted error",
+        "aurora",
+        {
+            **{"order": "bisect", "tile": [2, 2, 16], "query_block": None, "score": "error", "scope": "layer"},
+            **{"remainder": "taylor", "first_order": "mixed"},
+        },
+        "ours",
+    ),
     Case("aurora, INT8", "aurora", {"precision": "int8"}, "ours"),
 )
 SWEPT = (
     "PISA",
-    "PISA, covariance-aware",
-    "Rectified",
     "XAttention",
     "DraftAttention",
     "aurora",
     DROP,
-    "aurora, k-means order",
+    "boxes 2x2x16, mixed first order, predicted error",
 )
 
 
@@ -102,7 +108,8 @@ class Figure:
         requested: the density asked for.
         density: what was computed.
         error: |out - dense| / |dense| over all heads.
-        milliseconds: CPU time of selection and attention, and of an order that differs from call to call.
+        milliseconds: CPU time of selection and attention, and of an order that differs from call to call; where it is
+            kept for some steps, their share of the time for making it.
         moving: CPU time of moving q, k, v and the output in and out of an order that depends on the layout alone: a
             pipeline does it once per forward pass.
     """
@@ -125,24 +132,42 @@ def whole_blocks(density: float, tokens: int) -> float:
 
 
 def measure(
-    runs: Sequence[tuple[Case, float]], calls: Sequence[Call], references: Sequence[Tensor], prompt: str = ""
+    runs: Sequence[tuple[Case, float]],
+    calls: Sequence[Call],
+    references: Sequence[Tensor],
+    prompt: str = "",
+    earlier: Sequence[Call] = (),
 ) -> list[Figure]:
     """Run methods at densities on calls in the order of the steps, with memory per layer.
 
-    All run on a call before the next one, so that figures of the same call were taken within seconds.
+    All run on a call before the next one, so that figures of the same call were taken within seconds. A method that
+    keeps its order for some steps is judged at the last of them: it makes the order at the call of as many steps
+    before, among `earlier` (where there is none, at the call itself), and the time for that is shared by the steps.
     """
     figures, memories = [], [dict[int, dict[str, Any]]() for _ in runs]
+    found = {(call.layer, call.step): call for call in earlier}
     for call, reference in zip(calls, references, strict=True):
         for (case, density), memory in zip(runs, memories, strict=True):
             asked = whole_blocks(density, call.layout.tokens)
             method = get_method(case.method, density=asked, **case.parameters)
-            context = CallContext(call.layout, call.layer, call.step, memory=memory.setdefault(call.layer, {}))
-            out, computed, spent, moving = _attend(method, call, context)
-            error = float((out - reference).norm() / reference.norm())
+            kept, steps = memory.setdefault(call.layer, {}), steps_of_order(method)
+            first = found.get((call.layer, call.step - steps + 1), call)
+            ordering = clocked(partial(method.order, *first.qkv, _context(first, kept)))[0] if steps > 1 else 0.0
+            out, computed, spent, moving = _attend(method, call, _context(call, kept))
+            error, spent = float((out - reference).norm() / reference.norm()), spent + ordering / steps
             name = f"{prompt}, {call.name}" if prompt else call.name
             shape = "x".join(map(str, reference.shape[1:]))
             figures.append(Figure(case.label, case.kind, name, shape, density, computed, error, spent, moving))
     return figures
+
+
+def steps_of_order(method: Method) -> int:
+    """For how many steps an order by content is used."""
+    return method.renew if isinstance(method, Composed) and method.order_ == "kmeans" else 1
+
+
+def _context(call: Call, memory: dict[str, Any]) -> CallContext:
+    return CallContext(call.layout, call.layer, call.step, memory=memory)
 
 
 def _attend(method: Method, call: Call, context: CallContext) -> tuple[Tensor, float, float, float]:

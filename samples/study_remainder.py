@@ -32,7 +32,10 @@ from dit_accel.samples.rank_methods import fingerprint, rank, weights_digest
 from dit_accel.samples.remainder_cases import BAR_DENSITY, Case, Figure, measure
 from dit_accel.samples.remainder_report import read_figures, write_all, write_figures
 
-ON_FIELDS = (*study.SWEPT, "aurora, order 0", "aurora, about the key, second-order mass", "aurora, INT8")
+ON_FIELDS = (*study.SWEPT, "Rectified", "aurora, about the key", "aurora, mixed first order", "aurora, INT8")
+# Renders are of this canvas: what they cost grows with the square of its tokens.
+RENDERED = {"num_frames": 17, "num_inference_steps": 10}
+DENSE_STEPS = 2
 
 
 def runs() -> list[tuple[Case, float]]:
@@ -52,12 +55,26 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def measured(calls: Sequence[Call], chosen: Sequence[tuple[Case, float]], prompt: str = "") -> list[Figure]:
-    """Figures of the calls on one thread, after a run that warms up."""
+def measured(
+    calls: Sequence[Call], chosen: Sequence[tuple[Case, float]], prompt: str = "", earlier: Sequence[Call] = ()
+) -> list[Figure]:
+    """Figures of the calls on one thread, after a run that warms up; `earlier`: see `measure`."""
     with one_thread():
         references = [F.scaled_dot_product_attention(*call.qkv) for call in calls]
         measure(chosen[:1], calls[:1], references[:1])
-        return measure(chosen, calls, references, prompt)
+        return measure(chosen, calls, references, prompt, earlier)
+
+
+def steps_before(steps: Sequence[int]) -> set[int]:
+    """The steps at which methods that keep their order make it, to be judged at `steps`.
+
+    Raises:
+        SystemExit: there is no such step.
+    """
+    lives = {study.steps_of_order(get_method(case.method, **case.parameters)) for case in study.CASES}
+    if min(steps) < max(lives) - 1:
+        raise SystemExit(f"an order is kept for {max(lives)} steps: capture step {max(lives) - 1} or later ones")
+    return {step - life + 1 for step in steps for life in lives}
 
 
 def on_calls(pipe: Any, preset: Preset, prompts: Sequence[str], steps: Sequence[int], kept: Path) -> list[Figure]:
@@ -67,7 +84,9 @@ def on_calls(pipe: Any, preset: Preset, prompts: Sequence[str], steps: Sequence[
         path = kept / f"figures-{number}.csv"
         found = read_figures(path)
         if not found:
-            found = measured(captured(pipe, preset.generation, prompt, number + 10, steps), runs(), prompt)
+            earlier = captured(pipe, preset.generation, prompt, number + 10, steps_before(steps))
+            calls = [call for call in earlier if call.step in steps]
+            found = measured(calls, runs(), prompt, earlier)
             write_figures(path, found)
         figures += found
         print(f"{number + 1} of {len(prompts)}: {prompt}", flush=True)
@@ -78,13 +97,17 @@ def renders(pipe: Any, preset: Preset, count: int, kept: Path) -> list[str]:
     """Paired renders against dense at the density of the bar, from the same seeds."""
     if count == 0:
         return ["Not rendered in this run."]
-    rule = f"density={BAR_DENSITY},dense_steps=4"
-    texts = ["dense", f"aurora:{rule}", f"pisa:{rule}", f"aurora:{rule},remainder=drop"]
+    rule = f"density={BAR_DENSITY},dense_steps={DENSE_STEPS}"
+    preset = preset.model_copy(update={"generation": preset.generation.model_copy(update=RENDERED)})
+    others = ["remainder=drop", "order=bisect,tile=[2,2,16]"]
+    texts = ["dense", f"aurora:{rule}", f"pisa:{rule}", *(f"aurora:{rule},{other}" for other in others)]
     candidates = [parse_candidate(text, preset) for text in texts]
     tasks, criteria = make_tasks(preset, (), count, seed=0)
     run = fingerprint(preset.repository, preset.generation, candidates, count)
     rows = rank(pipe, preset.generation, tasks, candidates, kept / "renders.csv", run)
-    return [to_markdown(summarise(rows, criteria), {"prompts": len(tasks), "schedule": "4 dense steps"})]
+    canvas = f"{preset.generation.num_frames} frames, {preset.generation.num_inference_steps} steps"
+    head = {"prompts": len(tasks), "canvas": canvas, "schedule": f"{DENSE_STEPS} dense steps"}
+    return [to_markdown(summarise(rows, criteria), head)]
 
 
 def folder_of(work: Path, preset: Preset, prompts: Sequence[str], steps: Sequence[int]) -> Path:
@@ -99,11 +122,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny-wan")
     parser.add_argument("--prompts", nargs="+", default=["a red ball moving right", "a blue square moving down"])
-    parser.add_argument("--steps", type=int, nargs="+", default=[3, 9, 16], help="steps to capture")
+    parser.add_argument("--steps", type=int, nargs="+", default=[9, 13, 17], help="steps to judge methods at")
     parser.add_argument("--size", type=int, default=None, help="height and width in pixels; default: the preset's")
     parser.add_argument("--frames", type=int, default=None, help="default: the preset's")
     parser.add_argument("--inference-steps", type=int, default=None, help="default: the preset's")
-    parser.add_argument("--renders", type=int, default=2, help="prompts to render; 0: none")
+    parser.add_argument("--renders", type=int, default=4, help="prompts to render; 0: none")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--work", type=Path, default=Path("work/remainder-study"), help="keeps what is done of a run")
     arguments = parser.parse_args()

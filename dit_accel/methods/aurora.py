@@ -6,39 +6,40 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from dit_accel.methods.base import Density, SizeTriple
-from dit_accel.methods.composed import Composed, OrderName, RemainderName, Score
+from dit_accel.methods.base import BlockSize, Density, Size
+from dit_accel.methods.composed import Composed, OrderName
 from dit_accel.methods.registry import register
 from dit_accel.selection import Rounding
 
 
 @register("aurora")
 class Aurora(Composed):
-    """Local boxes, error-aware top-k, and the rest expanded about the mean query in one softmax (this project).
+    """Tokens sorted by content, top-k, and the rest expanded about the mean query in one softmax (this project).
 
-    A composition of four parts, each of which the study in docs/study-remainder.md ablates:
+    A composition of three parts, each of which the study in docs/study-remainder.md ablates:
 
-    - boxes of the video of exactly `block` tokens, on any grid, long in the direction of a row;
-    - blocks chosen by what their expansion would get wrong, with one budget for all rows and heads of a layer, so that
-      exact work goes where the rest would err;
+    - queries and keys of every head, each sorted by cluster, so that blocks hold tokens that are alike; the order
+      hardly changes from step to step and is therefore kept for some;
+    - the blocks with the largest pooled mass, as many for every query block of 128 tokens;
     - every other block enters the softmax with the exact mass and value that the mean query of the query block gets
-      from it, so that outlier channels need no cap;
-    - a first-order term in the distance from the mean query, mixed per query block; where logits spread by more than
-      about 20 within a pair of blocks it overshoots, and `remainder="pooled"` is the safe choice.
+      from it: it needs no cap against outlier channels, and no first-order term, which would overshoot where logits
+      are large.
+
+    What an order by content costs grows with the tokens, not with their square: one product with the centroids per
+    sorting. It is kept as int32 per layer, guidance branch, head and token.
 
     Args:
-        density: share of key blocks that are exact, mean over the rows and heads of a layer. Default 0.125.
+        renew: steps for which an order is kept. Default 8; 1 sorts at every step.
+        query_block: default 128, two blocks of keys.
+        density: share of key blocks that are exact. Default 0.125.
         rounding: number of blocks, default "floor": never denser than asked.
     """
 
-    source: ClassVar[str] = "this project; expansion after arXiv 2602.01077"
+    source: ClassVar[str] = "this project; expansion after arXiv 2602.01077, clusters after arXiv 2505.18875"
 
-    order_: OrderName = Field(default="bisect", alias="order")
-    tile: SizeTriple = (2, 2, 16)
-    score: Score = "error"
-    scope: Literal["row", "head", "layer"] = "layer"
+    order_: OrderName = Field(default="kmeans", alias="order")
+    renew: Size = 8
+    query_block: BlockSize | None = 128
     density: Density | None = 0.125
     rounding: Rounding = "floor"
-    remainder_: RemainderName = Field(default="taylor", alias="remainder")
     about: Literal["key", "query"] = "query"
-    first_order: Literal["block", "mixed", "grouped", "global"] = "mixed"

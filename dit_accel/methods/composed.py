@@ -8,7 +8,7 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from dit_accel.content_orders import hot_key_order, kmeans_order, lsh_order
+from dit_accel.content_orders import KeptOrder, hot_key_order, kmeans_order, lsh_order
 from dit_accel.errors import ConfigError
 from dit_accel.history import is_refresh, with_history
 from dit_accel.kernels.spec import Precision, PrecisionName, Remainder
@@ -56,15 +56,18 @@ class Composed(Method):
     Args:
         order: "raster"; "tile": 3-D tiles, one block each; "bisect": boxes of exactly `block` tokens on any grid;
             "morton": the Z-order curve; "hilbert": a Hilbert curve; "axes": the raster with its axes in another order.
-            By content, made at every call: "hot_keys": keys sorted by the attention they get; "lsh": queries and keys
-            sorted by an angular hash; "kmeans": queries and keys sorted by cluster.
+            By content, per head: "hot_keys": keys sorted by the attention they get; "lsh": queries and keys sorted by an
+            angular hash; "kmeans": queries and keys sorted by cluster.
         tile: (frames, height, width) of a tile, for "tile"; the shape of the boxes, for "bisect".
         block: block size in tokens, for all orders but "tile".
+        query_block: that of the queries. Default None: as the keys.
         axes: "fhw" and its permutations, one for all heads or one per head, for "axes".
         segment: tokens within which "hot_keys" sorts. Default None: all video tokens.
         hot_share: share of the keys that "hot_keys" moves to the front; 1 sorts all.
         directions: random directions of "lsh".
-        clusters, rounds: of "kmeans", for queries and keys; it starts from the centroids of the step before.
+        clusters: of "kmeans", for the queries and for the keys of a head; at most one per block of keys.
+        rounds: of "kmeans", at first; later on it goes on from its centroids, with one round.
+        renew: "kmeans" sorts anew after so many steps; in between tokens stand as they did.
         score: what blocks are ranked by. "pooled": product of the mean query and the mean key; "isolated": the same,
             but text keys one by one; "covariance": pooled, plus the logarithm of what the mean key hides; "error": what
             an expansion about the mean query gets wrong, which compares rows and heads too;
@@ -100,12 +103,14 @@ class Composed(Method):
     order_: OrderName = Field(default="tile", alias="order")
     tile: SizeTriple = (4, 4, 4)
     block: BlockSize = 64
+    query_block: BlockSize | None = None
     axes: Annotated[tuple[Axes, ...], _EVERY_HEAD, Field(min_length=1)] = ("fhw",)
     segment: Size | None = None
     hot_share: Share = 1.0
     directions: Annotated[int, Field(ge=1, le=32)] = 7
     clusters: Size = 64
     rounds: Size = 2
+    renew: Size = 1
     score: Score = "pooled"
     stride: Size = 16
     density: Density | None = 0.25
@@ -145,6 +150,12 @@ class Composed(Method):
             raise ValueError(f"remainder 'history' needs an order that stays; order {self.order_!r} changes every step")
         if self.order_ in _BY_CONTENT and (self.touching or self.remainder_ == "rectified"):
             raise ValueError(f"order {self.order_!r} scatters tokens: no block touches another, none can be rectified")
+        alike = self.order_ == "tile" or self.touching or self.score == "isolated" or self.remainder_ == "rectified"
+        if self.query_block is not None and alike:
+            raise ValueError(
+                "query_block does not go with order 'tile', touching, score 'isolated' or remainder 'rectified', whose "
+                "queries and keys share their blocks: set it to null"
+            )
         if self.touching and len(self.axes) > 1 and self.order_ == "axes":
             raise ValueError("touching needs one order for all heads, got one per head in axes")
         return self
@@ -161,13 +172,24 @@ class Composed(Method):
         if self.order_ == "lsh":
             return lsh_order(q, k, call.layout, self.directions, call.seed)
         if self.order_ == "kmeans":
-            start = call.memory.get("centroids")
-            if start is not None and (start[0].shape[0], start[0].shape[1]) != tuple(q.shape[:2]):
-                start = None
-            drawn = generator_for(q.device, call.seed, call.layer)
-            order, call.memory["centroids"] = kmeans_order(q, k, call.layout, self.clusters, self.rounds, start, drawn)
-            return order
+            return self._cluster_order(q, k, call)
         return self._space_order(call.layout, q.shape[1])
+
+    def _cluster_order(self, q: Tensor, k: Tensor, call: CallContext) -> TokenOrder:
+        """The order by cluster, of this step or of one that is fewer than `renew` steps ago; q, k `[B, H, N, D]`."""
+        kept: KeptOrder | None = call.memory.get("order")
+        if kept is not None and kept.serves(q, call, self.renew):
+            return kept.order
+        start, layout = call.memory.get("centroids"), call.layout
+        clusters = min(self.clusters, -(-layout.video // self.block))
+        if start is not None and start[0].shape[:3] != (*q.shape[:2], clusters):
+            start = None
+        drawn, rounds = generator_for(q.device, call.seed, call.layer), self.rounds if start is None else 1
+        order, centroids = kmeans_order(q, k, layout, clusters, rounds, start, drawn)
+        call.memory["centroids"] = centroids
+        if self.renew > 1:
+            call.memory["order"] = KeptOrder.of(order, call)
+        return order
 
     def _space_order(self, layout: TokenLayout, heads: int) -> TokenOrder | None:
         """The orders that need no tensors."""
@@ -186,8 +208,12 @@ class Composed(Method):
         return None
 
     def blocks(self, layout: TokenLayout) -> Blocking:
-        """The blocks of queries and keys in the chosen order."""
+        """The blocks of the keys in the chosen order, and of the queries unless they have their own."""
         return tile_blocks(layout, self.tile) if self.order_ == "tile" else layout.blocks(self.block)
+
+    def query_blocks(self, layout: TokenLayout) -> Blocking:
+        """The blocks of the queries in the chosen order."""
+        return self.blocks(layout) if self.query_block is None else layout.blocks(self.query_block)
 
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
         """Score, choose, and make the plan. q, k `[B, H, N, D]`."""
@@ -195,42 +221,48 @@ class Composed(Method):
             # The kept rest is that of one plan, which therefore stays until the next refresh.
             kept: BlockPlan = call.memory["history_plan"]
             return kept
-        layout, blocks = call.layout, self.blocks(call.layout)
-        scores = routing_noise(self.scores(q, k, call, blocks), self.noise, call.seed, call.layer, call.step)
+        layout, q_blocks, k_blocks = call.layout, self.query_blocks(call.layout), self.blocks(call.layout)
+        scores = routing_noise(
+            self.scores(q, k, call, q_blocks, k_blocks), self.noise, call.seed, call.layer, call.step
+        )
         if self.scope != "row" and self.score != "error":
             scores = scores.log_softmax(-1).masked_fill(scores.isneginf(), -torch.inf)
-        forced = self.forced(call, blocks, q.shape[1], q.device)
-        plan = select_plan(scores, self._budget(scores, forced), blocks, blocks, layout, forced)
+        forced = self.forced(call, q_blocks, k_blocks, q.shape[1], q.device)
+        plan = select_plan(scores, self._budget(scores, forced), q_blocks, k_blocks, layout, forced)
         if self.remainder_ == "history":
             call.memory["history_plan"] = plan
         return plan
 
-    def scores(self, q: Tensor, k: Tensor, call: CallContext, blocks: Blocking) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor:
         """What blocks are ranked by, `[B, H, nq, nk]`. q, k `[B, H, N, D]`."""
         layout = call.layout
         if self.score in ("covariance", "error"):
             scorer = covariance_scores if self.score == "covariance" else error_scores
-            return scorer(q, k, k if call.values is None else call.values, blocks, layout)
+            return scorer(q, k, k if call.values is None else call.values, q_blocks, layout, k_blocks)
         if self.score == "antidiagonal":
-            return antidiagonal_scores(q, k, blocks, blocks, layout, self.stride)
+            return antidiagonal_scores(q, k, q_blocks, k_blocks, layout, self.stride)
         if self.score == "subblock":
-            parts = -(-blocks.size // self.stride)
-            return subblock_scores(q, k, blocks, blocks, layout, parts, parts)
-        return (isolated_scores if self.score == "isolated" else pooled_scores)(q, k, blocks, layout)
+            q_parts, k_parts = (-(-blocks.size // self.stride) for blocks in (q_blocks, k_blocks))
+            return subblock_scores(q, k, q_blocks, k_blocks, layout, q_parts, k_parts)
+        if self.score == "isolated":
+            return isolated_scores(q, k, k_blocks, layout)
+        return pooled_scores(q, k, q_blocks, layout, k_blocks)
 
-    def forced(self, call: CallContext, blocks: Blocking, heads: int, device: torch.device) -> Tensor:
+    def forced(
+        self, call: CallContext, q_blocks: Blocking, k_blocks: Blocking, heads: int, device: torch.device
+    ) -> Tensor:
         """Blocks that are kept whatever their score, bool that broadcasts against the scores."""
         layout, by_content = call.layout, self.order_ in _BY_CONTENT
         order = None if by_content else self._space_order(layout, heads)
-        mask = torch.zeros(blocks.count, blocks.count, dtype=torch.bool)
+        mask = torch.zeros(q_blocks.count, k_blocks.count, dtype=torch.bool)
         if self.keep_self and not by_content:
-            mask |= own_blocks(blocks, blocks, self.reach)
+            mask |= own_blocks(q_blocks, k_blocks, self.reach)
         if self.touching:
-            mask |= touching_blocks(layout, blocks, order)
+            mask |= touching_blocks(layout, k_blocks, order)
         if self.order_ == "hot_keys" and self.hot_share < 1 and self.segment is None:
             mask[:, : round(self.hot_share * layout.video) // self.block] = True
         if (self.sink_frames or layout.prefix_frames) and not by_content:
-            mask = mask | sink_blocks(layout, blocks, self.sink_frames, order).unsqueeze(-2)
+            mask = mask | sink_blocks(layout, k_blocks, self.sink_frames, order).unsqueeze(-2)
         return mask.to(device)
 
     def _budget(self, scores: Tensor, forced: Tensor) -> Budget:

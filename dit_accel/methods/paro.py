@@ -43,7 +43,7 @@ class PARO(Composed):
         """The plan of the file, or the choice of this call. q, k `[B, H, N, D]`."""
         if self.plan_file is None:
             return super().select(q, k, call)
-        plan, blocks = _load(self.plan_file), self.blocks(call.layout)
+        plan, blocks = _load(self.plan_file), self.query_blocks(call.layout)
         if not plan.q_blocks.same_as(blocks) or plan.indices.shape[1] not in (1, q.shape[1]):
             raise ConfigError(
                 "method.paro.plan_file",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.clustering import chain_order, drawn_centroids, k_means
+from dit_accel.content_orders import video_tokens
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import BlockSize, Count, Size
 from dit_accel.methods.dynamic import BlockSelection, Share
@@ -16,7 +17,6 @@ from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder, video_order
 from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.selection import Budget, TopP, block_means, generator_for, plan_of_mask, real_tokens, select_blocks
-from dit_accel.selection.pooling import working
 from dit_accel.selection.scores import log_mass
 from dit_accel.state import CallContext
 
@@ -82,10 +82,7 @@ class SVG2(BlockSelection):
 
     def _side(self, name: str, x: Tensor, count: int, call: CallContext) -> _Side:
         layout = call.layout
-        real = real_tokens(layout.tokens, layout.valid, x.device)[:, None, layout.video_slice()]
-        video = working(x)[:, :, layout.video_slice()]
-        if layout.is_padded:
-            video = torch.where(real.unsqueeze(-1), video, video[:, :, :1])
+        video, real = video_tokens(x, layout)
         centroids = call.memory.get(name)
         if centroids is None or centroids.shape[:3] != (*x.shape[:2], count):
             generator = generator_for(x.device, call.seed, call.layer, int(name == "keys"))
@@ -96,7 +93,7 @@ class SVG2(BlockSelection):
             clusters = k_means(video, centroids, self.iterations)
         call.memory[name] = clusters.centroids
         # Padding is in no cluster and sorts last, so that it stands last in the sequence as well.
-        labels = clusters.labels.masked_fill(~real, count)
+        labels = clusters.labels if real is None else clusters.labels.masked_fill(~real, count)
         index = labels.argsort(dim=-1, stable=True)
         return _with_text(x, layout, self.block, clusters.centroids, labels.gather(-1, index), index)
 

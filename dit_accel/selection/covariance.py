@@ -59,24 +59,29 @@ def sample_tokens(blocks: Blocking, stride: int) -> tuple[Tensor, Blocking]:
     return (blocks.starts[:-1].unsqueeze(-1) + places)[inside], Blocking.from_lengths(inside.sum(-1), len(places))
 
 
-def covariance_scores(q: Tensor, k: Tensor, v: Tensor, blocks: Blocking, layout: TokenLayout) -> Tensor:
+def covariance_scores(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocking, layout: TokenLayout, k_blocks: Blocking | None = None
+) -> Tensor:
     """Pooled log-mass plus ln(‖H‖ + 1e-5): mass times what the mean key hides (arXiv 2602.01077, as released).
 
     The paper's equation has the spectral norm of H less its mean over the blocks; the released code has this one.
 
     Args:
         q, k, v: `[B, H, N, D]`.
-        blocks: partition of queries and keys.
+        blocks: partition of the queries, and of the keys unless `k_blocks` is given.
         layout: token geometry.
+        k_blocks: partition of the keys. Default: `blocks`.
 
     Returns:
         `[B, H, nq, nk]`, -inf at blocks without real keys.
     """
-    hidden = (covariance_norms(k, v, blocks, layout) + _FLOOR).log()
-    return pooled_scores(q, k, blocks, layout) + hidden.unsqueeze(-2)
+    hidden = (covariance_norms(k, v, k_blocks or blocks, layout) + _FLOOR).log()
+    return pooled_scores(q, k, blocks, layout, k_blocks) + hidden.unsqueeze(-2)
 
 
-def error_scores(q: Tensor, k: Tensor, v: Tensor, blocks: Blocking, layout: TokenLayout) -> Tensor:
+def error_scores(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocking, layout: TokenLayout, k_blocks: Blocking | None = None
+) -> Tensor:
     """Logarithm of what an expansion about the mean query gets wrong when it stands for a block (this project).
 
     To first order the value of a block of n keys errs by (q - q̄)ᵀ H / n at a query q. Its mean square, with the
@@ -87,22 +92,31 @@ def error_scores(q: Tensor, k: Tensor, v: Tensor, blocks: Blocking, layout: Toke
 
     Args:
         q, k, v: `[B, H, N, D]`.
-        blocks: partition of queries and keys.
+        blocks: partition of the queries, and of the keys unless `k_blocks` is given.
         layout: token geometry.
+        k_blocks: partition of the keys. Default: `blocks`.
 
     Returns:
         `[B, H, nq, nk]`, -inf at blocks without real keys.
     """
-    stride, (queries, keys, values) = max(1, blocks.size // _SAMPLES), (q, k, v)
-    parts, valid = blocks, layout.valid
-    if stride > 1:
-        tokens, parts = sample_tokens(blocks, stride)
-        valid = valid and tuple(int((tokens < n).sum()) for n in valid)
-        queries, keys, values = (x.index_select(2, tokens.to(x.device)) for x in (q, k, v))
-    queries, real = gather_blocks(queries, parts, valid)
+    (queries,), q_parts, q_valid, _ = _sampled((q,), blocks, layout.valid)
+    (keys, values), k_parts, k_valid, stride = _sampled((k, v), k_blocks or blocks, layout.valid)
+    queries, real = gather_blocks(queries, q_parts, q_valid)
     counts = real.sum(-1).to(queries.dtype).clamp(min=1)[:, None, :, None]
     variance = queries.square().sum(3) / counts - (queries.sum(3) / counts).square()
     variance = variance.clamp_(min=0) * (1 / q.shape[-1])
-    hidden = stride**2 * (variance @ _squares(keys, values, parts, valid).transpose(-1, -2))
-    shares = pooled_scores(q, k, blocks, layout).log_softmax(-1)
+    hidden = stride**2 * (variance @ _squares(keys, values, k_parts, k_valid).transpose(-1, -2))
+    shares = pooled_scores(q, k, blocks, layout, k_blocks).log_softmax(-1)
     return _SHARPNESS * shares + 0.5 * (hidden + _FLOOR**2).log()
+
+
+def _sampled(
+    tensors: tuple[Tensor, ...], blocks: Blocking, valid: Valid
+) -> tuple[tuple[Tensor, ...], Blocking, Valid, int]:
+    """Some tokens of every block of `[B, H, N, D]`, the blocks that they form, how many count, and one of how many."""
+    stride = max(1, blocks.size // _SAMPLES)
+    if stride == 1:
+        return tensors, blocks, valid, stride
+    tokens, parts = sample_tokens(blocks, stride)
+    valid = valid and tuple(int((tokens < n).sum()) for n in valid)
+    return tuple(x.index_select(2, tokens.to(x.device)) for x in tensors), parts, valid, stride

@@ -53,13 +53,13 @@ def test_windows_and_dense_layers_are_those_of_an_order_per_layer(name):
 
 
 CHOOSING = [
-    {"method": "aurora", "tile": [1, 2, 2], "block": 4, "density": 0.5},
+    {"method": "composed", "order": "bisect", "tile": [1, 2, 2], "block": 4, "density": 0.5, "about": "query"},
     {"method": "composed", "tile": [1, 2, 2], "density": 0.4, "remainder": "drop", "refresh": 2},
     {"method": "psa", "order": "tile", "tile": [1, 2, 2], "dense_steps": 1, "search_steps": [0]},
 ]
 
 
-@pytest.mark.parametrize("settings", CHOOSING, ids=lambda settings: settings["method"])
+@pytest.mark.parametrize("settings", CHOOSING, ids=lambda settings: settings.get("order", settings["method"]))
 def test_methods_that_choose_by_content_in_a_fixed_order_are_those_of_an_order_per_layer(settings):
     model, values = captured("wan2.1-t2v")
     found = []

@@ -87,6 +87,24 @@ def test_fast_and_reference_agree_at_any_density(order, rest):
     torch.testing.assert_close(fast, exact, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("score", ["pooled", "covariance", "error", "antidiagonal", "subblock"])
+def test_query_blocks_may_have_a_size_of_their_own(score):
+    layout = TokenLayout((3, 5, 7), 11, "after", valid=(116, 109))
+    q, k, v = tensors(layout, batch=2)
+    method = get_method("composed", order="raster", density=0.4, block=8, query_block=20, score=score, stride=4)
+    _, plan = method.plan(layout, q, k, v)
+    assert plan.q_blocks.same_as(layout.blocks(20))
+    assert plan.k_blocks.same_as(layout.blocks(8))
+    fast, exact = (attend(method, layout, q, k, v, backend) for backend in ("torch", "reference"))
+    torch.testing.assert_close(fast, exact, atol=2e-6, rtol=1e-5)
+    # Blocks of both sizes that hold the same four queries again and again get the same keys.
+    q = q[:, :, torch.arange(layout.tokens) % 4]
+    small = get_method("composed", **{**method.model_dump(), "query_block": None, "keep_self": False})
+    large = get_method("composed", **{**method.model_dump(), "keep_self": False})
+    rows = [m.plan(layout, q, k, v)[1].to_mask()[:, :, 0] for m in (small, large)]
+    assert torch.equal(*rows)
+
+
 def test_selection_is_top_k_of_the_pooled_mass():
     layout = TokenLayout((4, 4, 4))
     q, k, _ = tensors(layout)
@@ -158,6 +176,8 @@ def test_parameters_are_called_by_their_public_names():
         ({"order": "lsh", "remainder": "history"}, "needs an order that stays"),
         ({"order": "kmeans", "touching": True}, "scatters tokens"),
         ({"order": "axes", "axes": ["fhw", "whf"], "touching": True}, "one order for all heads"),
+        ({"order": "tile", "query_block": 128}, "share their blocks"),
+        ({"order": "raster", "remainder": "rectified", "query_block": 128}, "share their blocks"),
         ({"axes": ["fhh"]}, "expected 'fhw'"),
     ],
 )

@@ -10,8 +10,10 @@ from method_cases import tensors
 
 from dit_accel.content_orders import gray_rank, hot_key_order, hotness, kmeans_order, lsh_order
 from dit_accel.layout import TokenLayout
+from dit_accel.methods.registry import get_method
 from dit_accel.plan import Blocking
 from dit_accel.space_orders import axes_order, bisection_order, hilbert_order, morton_order
+from dit_accel.state import CallContext
 
 grids = st.tuples(st.integers(1, 6), st.integers(1, 7), st.integers(1, 9))
 
@@ -157,6 +159,60 @@ def test_clusters_are_found_and_their_centroids_carried_over():
     again, same = kmeans_order(x, x, layout, 4, 1, centroids, torch.Generator())
     assert torch.equal(again.query, order.query)
     torch.testing.assert_close(same, centroids)
+
+
+def test_clusters_stand_in_the_order_of_the_centroids_that_a_call_gives_back():
+    layout = TokenLayout((2, 8, 8))
+    q, k, _ = tensors(layout)
+    _, centroids = kmeans_order(q, k, layout, 9, 2, None, torch.Generator())
+    order, _ = kmeans_order(q, k, layout, 9, 1, centroids, torch.Generator())
+    for x, index, places in zip((q, k), (order.query, order.key_index), centroids, strict=True):
+        nearest = torch.cdist(x, places).argmin(-1).gather(-1, index)
+        assert (nearest.diff(dim=-1) >= 0).all()
+
+
+def test_tokens_of_a_cluster_stand_by_how_near_they_are_to_the_clusters_beside_theirs():
+    layout = TokenLayout((2, 8, 8), 5, "before")
+    q, k, _ = tensors(layout)
+    _, start = kmeans_order(q, k, layout, 6, 2, None, torch.Generator())
+    order, centroids = kmeans_order(q, k, layout, 6, 1, start, torch.Generator())
+    for x, index, old, new in zip((q, k), (order.query, order.key_index), start, centroids, strict=True):
+        for head in range(2):
+            tokens = x[0, head, index[0, head, 5:]]
+            owner = torch.cdist(tokens, old[0, head]).argmin(-1)
+            for cluster in range(6):
+                before, after = (new[0, head, min(max(cluster + step, 0), 5)] for step in (-1, 1))
+                assert ((tokens[owner == cluster] @ (after - before)).diff() >= -1e-5).all()
+
+
+def test_an_order_is_kept_for_as_many_steps_as_asked():
+    layout = TokenLayout((2, 8, 8))
+    method, memory = get_method("composed", order="kmeans", clusters=5, renew=3), {}
+
+    def order(step, of=layout, batch=1):
+        x = tensors(of, batch=batch, seed=step)
+        return method.order(*x, CallContext(of, step=step, memory=memory)).validate()
+
+    first, second, third, fourth = (order(step) for step in (4, 5, 6, 7))
+    assert torch.equal(first.query, second.query)
+    assert torch.equal(first.key_index, third.key_index)
+    assert not torch.equal(first.query, fourth.query)
+    assert torch.equal(order(9).query, fourth.query)
+    assert order(9, batch=2).query.shape[0] == 2
+    assert order(9, TokenLayout((1, 3, 5))).query.shape[-1] == 15
+
+
+def test_padded_video_tokens_are_in_no_cluster_and_stay_last():
+    layout = TokenLayout((2, 6, 4), valid=(41, 48))
+    q, k, _ = tensors(layout, batch=2)
+    orders = []
+    for filling in (0.0, torch.nan):
+        q[0, :, 41:], k[0, :, 41:] = filling, filling
+        orders.append(kmeans_order(q, k, layout, 4, 2, None, torch.Generator().manual_seed(0))[0].validate())
+    assert torch.equal(orders[0].query, orders[1].query)
+    assert torch.equal(orders[0].key_index, orders[1].key_index)
+    assert (orders[0].key_index[0, :, 41:] >= 41).all()
+    assert (orders[0].query[0, :, 41:] >= 41).all()
 
 
 def test_more_clusters_than_tokens():

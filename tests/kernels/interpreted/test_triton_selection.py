@@ -188,7 +188,7 @@ def test_a_method_runs_in_triton_from_order_to_output_and_gives_what_torch_gives
 
     monkeypatch.setattr(operations, "why_not", watched)
     layout = TokenLayout((2, 8, 12))
-    method = get_method("aurora", density=0.25, block=32, tile=(2, 4, 4), score="covariance")
+    method = get_method("aurora", density=0.25, block=16, query_block=32, score="covariance")
     q, k, v = (x.float() for x in tensors(heads=2, queries=layout.tokens, dim=16))
 
     def attend(backend):
