@@ -6,6 +6,7 @@ Axis legend: B batch, H heads, N tokens, D head size, V video tokens, C clusters
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,32 +153,39 @@ def video_tokens(x: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True, eq=False)
 class KeptOrder:
-    """An order that the steps after the one it was made at use too.
+    """An order that calls after the one it was made at use too.
 
     Args:
-        step, layout: what it was made at and for.
-        query, key: int32 `[B, H, N]`: what is kept for every layer and guidance branch should be small.
+        step, places: what it was made at, and of which tokens.
+        query, key: int32 `[B, H, N]`: what is kept for every layer should be small.
     """
 
     step: int
-    layout: TokenLayout
+    places: tuple[Any, ...]
     query: Tensor
     key: Tensor
 
     @classmethod
     def of(cls, order: TokenOrder, call: CallContext) -> KeptOrder:
         """The order made at a call."""
-        return cls(call.step, call.layout, order.query.int(), order.key_index.int())
+        return cls(call.step, _places(call.layout), order.query.int(), order.key_index.int())
 
     def serves(self, q: Tensor, call: CallContext, steps: int) -> bool:
         """Whether it is for such queries `[B, H, N, D]`, and fewer than `steps` steps old."""
-        fits = self.layout == call.layout and self.query.shape == q.shape[:3] and self.query.device == q.device
+        fits = self.places == _places(call.layout) and self.query.shape == q.shape[:3] and self.query.device == q.device
         return fits and 0 <= call.step - self.step < steps
 
     @property
     def order(self) -> TokenOrder:
         """The order itself."""
         return TokenOrder(self.query.long(), self.key.long())
+
+
+def _places(layout: TokenLayout) -> tuple[Any, ...]:
+    """What of a layout an order of its video tokens depends on: guidance branches may differ in their text."""
+    end = layout.video_slice().stop
+    padded = layout.is_padded and layout.valid is not None and min(layout.valid) < end
+    return (layout.grid, layout.text, layout.text_position, layout.valid if padded else None)
 
 
 def _whole(layout: TokenLayout, video_index: Tensor) -> Tensor:

@@ -216,10 +216,14 @@ class Planner:
 
         (A step cache may run one of two batched guidance branches; what was kept for both does not fit it.)
         """
-        key = (state.branch, self._head_group(method), rows)
+        common = (self._head_group(method), rows)
+        key = (state.branch, *common)
         memory = self._memory.setdefault((layer, *key), {})
         shared = self._memory.setdefault(("shared", *key), {})
-        return CallContext(layout, layer, state.step, state.noise, state.branch, memory, shared, self.seed)
+        branches = self._memory.setdefault(("branches", layer, *common), {})
+        return CallContext(
+            layout, layer, state.step, state.noise, state.branch, memory, shared, self.seed, branches=branches
+        )
 
 
 def _density(plan: BlockPlan, device: torch.device, static: bool) -> float | Tensor:

@@ -49,6 +49,7 @@ class CallContext:
         branch: guidance branch.
         memory: what this method kept for this (layer, branch); emptied when a generation starts.
         shared: the same for all layers of this branch; emptied when a generation starts.
+        branches: the same for all guidance branches of this layer; emptied when a generation starts.
         seed: seed for methods that draw random numbers (routing noise, sampled rows).
         measures: what the method wants in the report of this call: numbers, or 0-d tensors that are read later.
     """
@@ -64,3 +65,4 @@ class CallContext:
     values: Tensor | None = None
     extra_density: float = 0.0
     measures: dict[str, Any] = field(default_factory=dict)
+    branches: dict[str, Any] = field(default_factory=dict)

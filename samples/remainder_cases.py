@@ -23,7 +23,7 @@ from dit_accel.state import CallContext
 DENSITIES = (0.0625, 0.125, 0.25, 0.5)
 BAR_DENSITY = 0.125
 DROP = "aurora, rest dropped"
-EVERY_STEP = "aurora, sorted at every step"
+EVERY_CALL = "aurora, sorted at every call"
 _BLOCK = 64
 
 
@@ -57,7 +57,7 @@ CASES = (
     Case("LSH order, dropped", "pbs", {"mass": None, "order": "lsh", "block": 64, "rounding": "floor"}, "variant"),
     Case("aurora", "aurora", {}, "ours"),
     Case(DROP, "aurora", {"remainder": "drop"}, "ours"),
-    Case(EVERY_STEP, "aurora", {"renew": 1}, "ours"),
+    Case(EVERY_CALL, "aurora", {"renew": 1, "across_branches": False}, "ours"),
     Case("aurora, 32 clusters", "aurora", {"clusters": 32}, "ours"),
     Case("aurora, query blocks of 64", "aurora", {"query_block": 64}, "ours"),
     Case("aurora, query blocks of 256", "aurora", {"query_block": 256}, "ours"),
@@ -142,7 +142,8 @@ def measure(
 
     All run on a call before the next one, so that figures of the same call were taken within seconds. A method that
     keeps its order for some steps is judged at the last of them: it makes the order at the call of as many steps
-    before, among `earlier` (where there is none, at the call itself), and the time for that is shared by the steps.
+    before, among `earlier` (where there is none, at the call itself), and the time for that is shared by the steps,
+    and by the two branches of guidance where they use the same.
     """
     figures, memories = [], [dict[int, dict[str, Any]]() for _ in runs]
     found = {(call.layer, call.step): call for call in earlier}
@@ -151,10 +152,11 @@ def measure(
             asked = whole_blocks(density, call.layout.tokens)
             method = get_method(case.method, density=asked, **case.parameters)
             kept, steps = memory.setdefault(call.layer, {}), steps_of_order(method)
+            has_share = calls_of_order(method) > 1
             first = found.get((call.layer, call.step - steps + 1), call)
-            ordering = clocked(partial(method.order, *first.qkv, _context(first, kept)))[0] if steps > 1 else 0.0
+            ordering = clocked(partial(method.order, *first.qkv, _context(first, kept)))[0] if has_share else 0.0
             out, computed, spent, moving = _attend(method, call, _context(call, kept))
-            error, spent = float((out - reference).norm() / reference.norm()), spent + ordering / steps
+            error, spent = float((out - reference).norm() / reference.norm()), spent + ordering / calls_of_order(method)
             name = f"{prompt}, {call.name}" if prompt else call.name
             shape = "x".join(map(str, reference.shape[1:]))
             figures.append(Figure(case.label, case.kind, name, shape, density, computed, error, spent, moving))
@@ -166,8 +168,13 @@ def steps_of_order(method: Method) -> int:
     return method.renew if isinstance(method, Composed) and method.order_ == "kmeans" else 1
 
 
+def calls_of_order(method: Method) -> int:
+    """For how many calls of a layer an order by content is used, in a run with guidance."""
+    return steps_of_order(method) * (2 if isinstance(method, Composed) and method.across_branches else 1)
+
+
 def _context(call: Call, memory: dict[str, Any]) -> CallContext:
-    return CallContext(call.layout, call.layer, call.step, memory=memory)
+    return CallContext(call.layout, call.layer, call.step, memory=memory, branches=memory)
 
 
 def _attend(method: Method, call: Call, context: CallContext) -> tuple[Tensor, float, float, float]:

@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny-wan")
     parser.add_argument("--prompts", nargs="+", default=["a red ball moving right", "a blue square moving down"])
-    parser.add_argument("--steps", type=int, nargs="+", default=[9, 13, 17], help="steps to judge methods at")
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 11, 17], help="steps to judge methods at")
     parser.add_argument("--size", type=int, default=None, help="height and width in pixels; default: the preset's")
     parser.add_argument("--frames", type=int, default=None, help="default: the preset's")
     parser.add_argument("--inference-steps", type=int, default=None, help="default: the preset's")

@@ -13,7 +13,7 @@ from dit_accel.samples import remainder_cases, study_remainder
 from dit_accel.samples.captured_attention import captured, synthetic
 from dit_accel.samples.rank_methods import PAIRS
 from dit_accel.samples.recall_table import ranking
-from dit_accel.samples.remainder_cases import BAR_DENSITY, DROP, EVERY_STEP, Case, whole_blocks
+from dit_accel.samples.remainder_cases import BAR_DENSITY, DROP, EVERY_CALL, Case, whole_blocks
 from dit_accel.samples.remainder_report import read_figures, write_all
 from dit_accel.samples.tiny_random import random_wan_pipeline
 from dit_accel.state import CallContext
@@ -31,7 +31,7 @@ def test_captured_calls_are_those_of_all_layers_at_the_steps_asked_for():
 
 
 def test_the_page_holds_the_bar_and_every_method(tmp_path, monkeypatch):
-    chosen = tuple(case for case in remainder_cases.CASES if case.label in ("PISA", "aurora", DROP, EVERY_STEP))
+    chosen = tuple(case for case in remainder_cases.CASES if case.label in ("PISA", "aurora", DROP, EVERY_CALL))
     monkeypatch.setattr(remainder_cases, "CASES", chosen)
     monkeypatch.setattr(remainder_cases, "DENSITIES", (0.125, 0.25))
     calls = synthetic()[:1]

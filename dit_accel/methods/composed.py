@@ -68,6 +68,9 @@ class Composed(Method):
         clusters: of "kmeans", for the queries and for the keys of a head; at most one per block of keys.
         rounds: of "kmeans", at first; later on it goes on from its centroids, with one round.
         renew: "kmeans" sorts anew after so many steps; in between tokens stand as they did.
+        across_branches: the first guidance branch of a step decides for the others how "kmeans" sorts and which blocks
+            are kept. Guidance multiplies what differs between branches, and so does it with errors unless they are
+            alike. No effect where the branches are rows of one batch.
         score: what blocks are ranked by. "pooled": product of the mean query and the mean key; "isolated": the same,
             but text keys one by one; "covariance": pooled, plus the logarithm of what the mean key hides; "error": what
             an expansion about the mean query gets wrong, which compares rows and heads too;
@@ -111,6 +114,7 @@ class Composed(Method):
     clusters: Size = 64
     rounds: Size = 2
     renew: Size = 1
+    across_branches: bool = False
     score: Score = "pooled"
     stride: Size = 16
     density: Density | None = 0.25
@@ -150,6 +154,10 @@ class Composed(Method):
             raise ValueError(f"remainder 'history' needs an order that stays; order {self.order_!r} changes every step")
         if self.order_ in _BY_CONTENT and (self.touching or self.remainder_ == "rectified"):
             raise ValueError(f"order {self.order_!r} scatters tokens: no block touches another, none can be rectified")
+        if self.across_branches and self.order_ in ("hot_keys", "lsh"):
+            raise ValueError(
+                f"across_branches needs an order that branches share: {self.order_!r} is made at every call"
+            )
         alike = self.order_ == "tile" or self.touching or self.score == "isolated" or self.remainder_ == "rectified"
         if self.query_block is not None and alike:
             raise ValueError(
@@ -177,18 +185,18 @@ class Composed(Method):
 
     def _cluster_order(self, q: Tensor, k: Tensor, call: CallContext) -> TokenOrder:
         """The order by cluster, of this step or of one that is fewer than `renew` steps ago; q, k `[B, H, N, D]`."""
-        kept: KeptOrder | None = call.memory.get("order")
+        memory = call.branches if self.across_branches else call.memory
+        kept: KeptOrder | None = memory.get("order")
         if kept is not None and kept.serves(q, call, self.renew):
             return kept.order
-        start, layout = call.memory.get("centroids"), call.layout
+        start, layout = memory.get("centroids"), call.layout
         clusters = min(self.clusters, -(-layout.video // self.block))
         if start is not None and start[0].shape[:3] != (*q.shape[:2], clusters):
             start = None
         drawn, rounds = generator_for(q.device, call.seed, call.layer), self.rounds if start is None else 1
-        order, centroids = kmeans_order(q, k, layout, clusters, rounds, start, drawn)
-        call.memory["centroids"] = centroids
-        if self.renew > 1:
-            call.memory["order"] = KeptOrder.of(order, call)
+        order, memory["centroids"] = kmeans_order(q, k, layout, clusters, rounds, start, drawn)
+        if self.renew > 1 or self.across_branches:
+            memory["order"] = KeptOrder.of(order, call)
         return order
 
     def _space_order(self, layout: TokenLayout, heads: int) -> TokenOrder | None:
@@ -221,6 +229,8 @@ class Composed(Method):
             # The kept rest is that of one plan, which therefore stays until the next refresh.
             kept: BlockPlan = call.memory["history_plan"]
             return kept
+        if self.across_branches and (plan := self._plan_of_other_branch(q, call)) is not None:
+            return plan
         layout, q_blocks, k_blocks = call.layout, self.query_blocks(call.layout), self.blocks(call.layout)
         scores = routing_noise(
             self.scores(q, k, call, q_blocks, k_blocks), self.noise, call.seed, call.layer, call.step
@@ -231,7 +241,17 @@ class Composed(Method):
         plan = select_plan(scores, self._budget(scores, forced), q_blocks, k_blocks, layout, forced)
         if self.remainder_ == "history":
             call.memory["history_plan"] = plan
+        if self.across_branches:
+            call.branches["plan"] = (call.branch, self._plan_key(q, call), plan)
         return plan
+
+    def _plan_of_other_branch(self, q: Tensor, call: CallContext) -> BlockPlan | None:
+        """What another guidance branch has chosen in this step for the same geometry; q `[B, H, N, D]`."""
+        branch, key, plan = call.branches.get("plan", (call.branch, None, None))
+        return plan if branch != call.branch and key == self._plan_key(q, call) else None
+
+    def _plan_key(self, q: Tensor, call: CallContext) -> tuple[Any, ...]:
+        return (self, call.step, call.layout, q.shape, q.device)
 
     def scores(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor:
         """What blocks are ranked by, `[B, H, nq, nk]`. q, k `[B, H, N, D]`."""
