@@ -52,7 +52,7 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("proxyattn", {}),
     ("pisa", {}),
     ("draft", {}),
-    ("aurora", {}),
+    ("aurora", {"renew": 1}),
 )
 
 
@@ -69,7 +69,7 @@ class Cost:
 
     def run(self, call: Call, memory: dict[str, Any]) -> None:
         """One call, as the engine makes it."""
-        context = CallContext(call.layout, call.layer, call.step, memory=memory)
+        context = CallContext(call.layout, call.layer, call.step, memory=memory, branches=memory)
         choices = self.later if memory.get("known") else self.first
         memory["known"] = True
         ordering, order = clocked(lambda: self.method.order(*call.qkv, context))

@@ -71,7 +71,8 @@ def steps_before(steps: Sequence[int]) -> set[int]:
     Raises:
         SystemExit: there is no such step.
     """
-    lives = {study.steps_of_order(get_method(case.method, **case.parameters)) for case in study.CASES}
+    methods = [get_method(case.method, density=BAR_DENSITY, **case.parameters) for case in study.CASES]
+    lives = {study.steps_of_order(method) for method in methods}
     if min(steps) < max(lives) - 1:
         raise SystemExit(f"an order is kept for {max(lives)} steps: capture step {max(lives) - 1} or later ones")
     return {step - life + 1 for step in steps for life in lives}

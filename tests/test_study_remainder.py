@@ -75,6 +75,7 @@ def test_a_kept_order_is_that_of_the_first_of_its_steps_and_its_cost_is_shared()
 
 
 def test_steps_at_which_kept_orders_are_made(monkeypatch):
+    assert study_remainder.steps_before([5, 11]) == {2, 5, 8, 11}
     monkeypatch.setattr(remainder_cases, "CASES", (Case("kept", "aurora", {"renew": 3}), Case("PISA", "pisa")))
     assert study_remainder.steps_before([4, 9]) == {2, 4, 7, 9}
     with pytest.raises(SystemExit, match="capture step 2 or later"):
