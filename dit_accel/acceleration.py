@@ -109,10 +109,10 @@ def accelerate(
         Acceleration(settings, installed, lambda: None).remove()
         undo_extras()
         raise
-    for part in installed.values():
-        others = [other for other in installed.values() if other is not part]
-        part.hook.siblings = [other.hook for other in others]
-        part.engine.siblings = [other.engine for other in others]
+    first, *others = installed.values()
+    for part in others:
+        first.hook.siblings.join(part.hook)
+        first.engine.siblings.join(part.engine)
     return Acceleration(settings, installed, undo_extras)
 
 

@@ -25,6 +25,7 @@ from dit_accel.planner import QKV, Planner
 from dit_accel.report import CallRecord
 from dit_accel.schedule import Schedule
 from dit_accel.shard import HeadShard, TokenShard
+from dit_accel.siblings import Siblings
 from dit_accel.state import RunState
 
 
@@ -56,7 +57,7 @@ class Engine:
         seed: seed for methods that draw random numbers.
         hoist: offer an order that all layers share to whoever can put the tokens into it once per pass (`standing`).
 
-    `siblings` are the engines of the pipeline's other transformers, which take turns in one run.
+    `siblings` holds the engines of all transformers of the pipeline, which take turns in one run.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Engine:
         self.guard = None if schedule.max_error is None else Guard(schedule.max_error, seed)
         self.observer: Callable[[DenseCall], None] | None = None
         self.state: RunState | None = None
-        self.siblings: list[Engine] = []
+        self.siblings: Siblings[Engine] = Siblings(self)
         self._layer_of = {module: index for index, module in enumerate(layers)}
         self.methods = LayerMethods(method, schedule, len(layers))
         self._planner = Planner(schedule, seed)
@@ -98,7 +99,7 @@ class Engine:
         if self.state is None or state.generation != self.state.generation:
             self.reset()
             # What the other expert of a run before has reported is no part of a run that begins.
-            for engine in (self, *(self.siblings if state.step == 0 else ())):
+            for engine in self.siblings if state.step == 0 else (self,):
                 engine.calls, engine.pictures = [], {}
         self.state = state
         self.standing.begin()
@@ -116,7 +117,7 @@ class Engine:
         copied = memo[id(self)] = Engine.__new__(Engine)
         settings = (self.component, self.backend, self.break_even, self.seed, self.standing.is_allowed)
         copied.__init__(self.method, self.schedule, copy.deepcopy([*self._layer_of], memo), *settings)  # type: ignore[misc]
-        copied.siblings = copy.deepcopy(self.siblings, memo)
+        copy.deepcopy(self.siblings, memo).join(copied)
         return copied
 
     def reset(self) -> None:
@@ -168,7 +169,7 @@ class Engine:
             qkv = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
             heads = shard if isinstance(shard, HeadShard) else HeadShard(0, q.shape[2], q.shape[2])
             tokens = shard if isinstance(shard, TokenShard) else None
-            groups = self.methods.groups(layer, heads, q.device)
+            groups = self.methods.groups(layer, heads, q.device, state.step)
             if searches:
                 self._search(groups, layer, layout, qkv, record)
             elif (out := self._attend(groups, layer, layout, qkv, tokens, record)) is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import torch
 
@@ -135,18 +137,26 @@ def estimate(preset: Preset, machine: Machine = GPU) -> Estimate:
     if preset.method.name == "dense" and table is None:
         return Estimate(layout.grid, layout.text, share, 1.0, 1.0, 1.0, machine)
     method = get_method(preset.method.name, **preset.method.parameters)
-    density, kept = _density(method, table, layout), dense_share(preset, layout.tokens)
+    density = _density(method, table, layout, _sparse_steps(preset))
+    kept = dense_share(preset, layout.tokens)
     gain = None if density is None else speed_up(share, density, kept, machine)
     return Estimate(layout.grid, layout.text, share, density, kept, gain, machine)
 
 
-def _density(method: Method, table: HeadTable | None, layout: TokenLayout) -> float | None:
-    """Density of the sparse calls, over all heads; None where it depends on queries and keys."""
+def _sparse_steps(preset: Preset) -> list[int]:
+    """The steps that are not dense in all layers; all of them where none is left."""
+    steps = range(preset.generation.num_inference_steps)
+    dense = preset.schedule.dense_steps
+    return [step for step in steps if not any(start <= step < end for start, end in dense)] or list(steps)
+
+
+def _density(method: Method, table: HeadTable | None, layout: TokenLayout, steps: Sequence[int] = (0,)) -> float | None:
+    """Density of the sparse calls, over all heads and `steps`; None where it depends on queries and keys."""
     if table is None:
         return _static_density(method, layout) if method.is_static else method.requested_density
     total, known = 0.0, dict[Method, float | None]()
-    for layer in range(table.layer_count):
-        for group in table.groups(layer, method):
+    for step, layer in product(steps, range(table.layer_count)):
+        for group in table.groups(layer, method, step):
             if group.method is None:
                 continue
             if group.method not in known:
@@ -155,7 +165,7 @@ def _density(method: Method, table: HeadTable | None, layout: TokenLayout) -> fl
             if density is None:
                 return None
             total += density * len(group.heads)
-    return total / (table.layer_count * table.head_count)
+    return total / (len(steps) * table.layer_count * table.head_count)
 
 
 @lru_cache(maxsize=256)

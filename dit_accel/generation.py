@@ -37,6 +37,7 @@ def call_pipeline(
     inputs: dict[str, Any] | None = None,
     on_step: Callable[[int, torch.Tensor], None] | None = None,
     show: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Generate once.
 
@@ -48,6 +49,7 @@ def call_pipeline(
         inputs: further arguments of the call, such as images. Default: none.
         on_step: called after each step with its number, from 0, and the latents; an exception it raises ends the run.
         show: draw a progress bar on standard error. Default True.
+        clock: what the times are read from. Default: the wall clock.
 
     Returns:
         Frames (one, for an image), float `[T, H, W, 3]` in [0, 1], and the times in seconds: "steps" (each), "denoise",
@@ -60,7 +62,7 @@ def call_pipeline(
     arguments = {**call_arguments(pipe, generation), **(inputs or {}), "prompt": prompt, "output_type": "np"}
     if on_step is not None:
         arguments["callback_on_step_end"] = _step_callback(pipe, on_step)
-    begun = time.perf_counter()
+    begun = clock()
     marks: list[float] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
@@ -69,12 +71,12 @@ def call_pipeline(
         def tick() -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # kernels run on after their launch: a step would seem to take no time
-            marks.append(time.perf_counter())
+            marks.append(clock())
             bar.update(task, advance=1, description=f"denoising {marks[-1] - marks[-2]:.2f} s/step")
 
         @contextmanager
         def progress_bar(*args: Any, **kwargs: Any) -> Iterator[_Ticks]:
-            marks.append(time.perf_counter())
+            marks.append(clock())
             yield _Ticks(tick)
 
         # Not every pipeline has a step callback, but all open a progress bar around their loop.
@@ -84,7 +86,7 @@ def call_pipeline(
         finally:
             del pipe.progress_bar
     steps = [later - earlier for earlier, later in pairwise(marks)]
-    times = {"steps": steps, "denoise": sum(steps), "total": time.perf_counter() - begun}
+    times = {"steps": steps, "denoise": sum(steps), "total": clock() - begun}
     return np.asarray(result.frames[0] if hasattr(result, "frames") else result.images), times
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,7 +23,8 @@ _PROCESSOR_SETTINGS = ("_attention_backend", "_parallel_config")
 
 def handle_of(model: nn.Module) -> Acceleration | None:
     """The handle that holds `model`, so that a second `accelerate()` replaces the first; None: it is as it was."""
-    return getattr(model, _HANDLE, None)
+    held = getattr(model, _HANDLE, None)
+    return None if held is None else held.acceleration
 
 
 def carry_settings(old: Any, new: Any) -> None:
@@ -65,6 +67,21 @@ class Installed:
     hoist: Hoist
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What a transformer keeps of its handle: that of a copied transformer holds no others than copies."""
+
+    acceleration: Acceleration
+    name: str
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Held:
+        copied = _Held(self.acceleration._copy_without_models(memo), self.name)
+        memo[id(self)] = copied
+        part = copy.deepcopy(self.acceleration._installed[self.name], memo)
+        copied.acceleration._installed[self.name] = part
+        return copied
+
+
 class Acceleration:
     """What `accelerate()` returns: a handle, and a context manager that removes itself at the end of its block.
 
@@ -81,8 +98,23 @@ class Acceleration:
         self._installed = installed
         self._undo_extras = undo_extras
         self._last = Report([], settings)
-        for part in installed.values():
-            setattr(part.model, _HANDLE, self)
+        for name, part in installed.items():
+            setattr(part.model, _HANDLE, _Held(self, name))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Acceleration:
+        """The handle of copies of all its transformers."""
+        copied = self._copy_without_models(memo)
+        for part in self._installed.values():
+            copy.deepcopy(part.model, memo)  # it enters itself; see `_Held`
+        return copied
+
+    def _copy_without_models(self, memo: dict[int, Any]) -> Acceleration:
+        copied = memo.get(id(self))
+        if copied is None:
+            # The extras of the original are its own: what switches them off would do so there.
+            copied = memo[id(self)] = Acceleration(copy.deepcopy(self.settings, memo), {}, lambda: None)
+            copied._last = copy.deepcopy(self._last, memo)
+        return copied
 
     @property
     def is_active(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import string
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,12 +72,27 @@ class HeadGroup:
     heads: tuple[int, ...]
 
 
+class LaterHeads(BaseModel):
+    """Rows of a table that replace those before from a step on.
+
+    Args:
+        step: the first denoising step they hold for, at least 1.
+        heads: as in `HeadTable`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    step: Annotated[int, Field(ge=1)]
+    heads: _Rows
+
+
 class HeadTable(BaseModel):
     """A table layer x head -> mode (arXiv 2502.04507 and 2506.03065 search such tables offline).
 
     Args:
         modes: the palette, by name.
         heads: one row per attention layer in execution order, one name of the palette per head.
+        later: rows for later steps, each until the next ones begin. Default: `heads` holds throughout.
 
     Raises:
         ConfigError: through `make` and `load`, by dotted path: ragged rows, an unknown mode, method or parameter.
@@ -86,6 +102,7 @@ class HeadTable(BaseModel):
 
     modes: dict[str, HeadMode]
     heads: _Rows
+    later: Annotated[tuple[LaterHeads, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = ()
 
     @classmethod
     def make(cls, values: Any, path: str = "head_table") -> HeadTable:
@@ -106,17 +123,41 @@ class HeadTable(BaseModel):
     def _check(self, path: str) -> None:
         if not self.heads or not self.heads[0]:
             raise ConfigError(f"{path}.heads", "expected at least one layer and one head")
-        for layer, row in enumerate(self.heads):
-            if len(row) != self.head_count:
-                raise ConfigError(f"{path}.heads.{layer}", f"expected {self.head_count} heads, got {len(row)}")
-            for head, name in enumerate(row):
-                if name not in self.modes:
-                    raise ConfigError(
-                        f"{path}.heads.{layer}.{head}", f"unknown mode {name!r}{near_matches(name, self.modes)}"
-                    )
+        self._check_rows(self.heads, f"{path}.heads")
+        for number, (before, part) in enumerate(zip((0, *self.starts), self.later, strict=False)):
+            where = f"{path}.later.{number}"
+            if number and part.step <= before:
+                raise ConfigError(f"{where}.step", f"expected a step after {before}, got {part.step}")
+            if len(part.heads) != self.layer_count:
+                raise ConfigError(f"{where}.heads", f"expected {self.layer_count} layers, got {len(part.heads)}")
+            self._check_rows(part.heads, f"{where}.heads")
         for name, mode in self.modes.items():
             if mode.method is not None:
                 mode.resolve(get_method("dense"), f"{path}.modes.{name}")
+
+    def _check_rows(self, rows: _Rows, path: str) -> None:
+        for layer, row in enumerate(rows):
+            if len(row) != self.head_count:
+                raise ConfigError(f"{path}.{layer}", f"expected {self.head_count} heads, got {len(row)}")
+            for head, name in enumerate(row):
+                if name not in self.modes:
+                    raise ConfigError(
+                        f"{path}.{layer}.{head}", f"unknown mode {name!r}{near_matches(name, self.modes)}"
+                    )
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The steps from which `later` rows hold."""
+        return tuple(part.step for part in self.later)
+
+    @property
+    def all_rows(self) -> tuple[_Rows, ...]:
+        """The rows of the first steps, and those of each later range of steps."""
+        return (self.heads, *(part.heads for part in self.later))
+
+    def phase(self, step: int) -> int:
+        """Which of `all_rows` holds at a step."""
+        return bisect_right(self.starts, step)
 
     @property
     def layer_count(self) -> int:
@@ -138,41 +179,49 @@ class HeadTable(BaseModel):
             if theirs is not None and ours != theirs:
                 raise ConfigError("head_table.heads", f"the table is for {ours} {what}, the model has {theirs}")
 
-    def groups(self, layer: int, base: Method) -> tuple[HeadGroup, ...]:
+    def groups(self, layer: int, base: Method, step: int = 0) -> tuple[HeadGroup, ...]:
         """The heads of `layer` by method, in the order of their first head; each group runs once.
 
         Args:
             layer: index of the attention layer.
             base: the method that entries without a name change.
+            step: denoising step, for tables that change over the steps.
 
         Raises:
             ConfigError: a parameter of an entry that `base` does not take.
         """
         members: dict[Method | None, list[int]] = {}
-        for head, name in enumerate(self.heads[layer]):
+        for head, name in enumerate(self.all_rows[self.phase(step)][layer]):
             members.setdefault(self.modes[name].resolve(base, f"head_table.modes.{name}"), []).append(head)
         return tuple(HeadGroup(method, tuple(heads)) for method, heads in members.items())
 
     def methods(self, bases: Sequence[Method]) -> list[Method]:
         """Every method that some head runs under, given the method of each layer; skipped heads have none."""
-        groups = (group for layer, base in enumerate(bases[: self.layer_count]) for group in self.groups(layer, base))
+        of_layers = list(enumerate(bases[: self.layer_count]))
+        groups = (g for step in (0, *self.starts) for layer, base in of_layers for g in self.groups(layer, base, step))
         return [group.method for group in groups if group.method is not None]
 
     def slice(self, layers: slice = slice(None), heads: slice = slice(None)) -> HeadTable:
         """The table of some layers and heads, with the modes that they use."""
-        rows = tuple(row[heads] for row in self.heads[layers])
-        used = {name for row in rows for name in row}
-        return HeadTable.make({"modes": {n: m for n, m in self.modes.items() if n in used}, "heads": rows})
+        first, *others = (tuple(row[heads] for row in rows[layers]) for rows in self.all_rows)
+        used = {name for rows in (first, *others) for row in rows for name in row}
+        later = tuple(LaterHeads(step=step, heads=rows) for step, rows in zip(self.starts, others, strict=True))
+        return HeadTable.make(
+            {"modes": {n: m for n, m in self.modes.items() if n in used}, "heads": first, "later": later}
+        )
 
     def shares(self) -> dict[str, float]:
-        """Share of the heads of each mode, most frequent first."""
-        count = Counter(name for row in self.heads for name in row)
-        return {name: n / (self.layer_count * self.head_count) for name, n in count.most_common()}
+        """Share of the heads of each mode, most frequent first; ranges of steps count alike."""
+        count = Counter(name for rows in self.all_rows for row in rows for name in row)
+        return {name: n / count.total() for name, n in count.most_common()}
 
     def render(self) -> str:
-        """The table as text: one line per layer, one sign per head, and a legend."""
+        """The table as text: one line per layer, one sign per head, and a legend; blocks for ranges of steps."""
         signs = dict(zip(self.shares(), string.digits + string.ascii_letters, strict=False))
-        lines = [f"{layer:3d} " + "".join(signs.get(n, "?") for n in row) for layer, row in enumerate(self.heads)]
+        lines = []
+        for start, rows in zip((0, *self.starts), self.all_rows, strict=True):
+            lines += [f"from step {start}"] if self.later else []
+            lines += [f"{layer:3d} " + "".join(signs.get(n, "?") for n in row) for layer, row in enumerate(rows)]
         for name, share in self.shares().items():
             mode = self.modes[name]
             what = " ".join(str(part) for part in (mode.method or "", mode.parameters or "") if part)
@@ -190,12 +239,15 @@ class HeadTable(BaseModel):
         modes = {name: mode.model_dump(mode="json", exclude_defaults=True) for name, mode in self.modes.items()}
         if _suffix(path) == "safetensors":
             names = list(self.modes)
-            index = torch.tensor([[names.index(name) for name in row] for row in self.heads], dtype=torch.int32)
-            meta = {"format": FORMAT, "modes": json.dumps(modes)}
-            save_file({"heads": index}, temporary, metadata=meta)
+            index = [
+                torch.tensor([[names.index(n) for n in row] for row in rows], dtype=torch.int32)
+                for rows in self.all_rows
+            ]
+            meta = {"format": FORMAT, "modes": json.dumps(modes), "starts": json.dumps(self.starts)}
+            save_file({"heads": torch.stack(index)}, temporary, metadata=meta)
         else:
-            rows = [list(row) for row in self.heads]
-            values = {"format": FORMAT, "modes": modes, "heads": rows}
+            values = {"format": FORMAT, "modes": modes, **self.model_dump(mode="json", include={"heads"})}
+            values |= self.model_dump(mode="json", include={"later"}) if self.later else {}
             text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=10**6)
             temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
@@ -230,6 +282,11 @@ def _read_tensors(path: Path) -> dict[str, Any]:
     with safe_open(str(path), framework="pt") as file:
         meta = file.metadata() or {}
         modes = json.loads(meta.get("modes", "{}"))
-        names, index = list(modes), file.get_tensor("heads")
-    rows = [[names[i] if 0 <= i < len(names) else f"number {i}" for i in row] for row in index.tolist()]
-    return {"format": meta.get("format"), "modes": modes, "heads": rows}
+        names, index, starts = list(modes), file.get_tensor("heads"), json.loads(meta.get("starts", "[]"))
+    # A table that holds throughout may stand without the axis of step ranges.
+    first, *others = [
+        [[names[i] if 0 <= i < len(names) else f"number {i}" for i in row] for row in rows]
+        for rows in index.reshape(-1, *index.shape[-2:]).tolist()
+    ]
+    later = [{"step": step, "heads": rows} for step, rows in zip(starts, others, strict=True)]
+    return {"format": meta.get("format"), "modes": modes, "heads": first, "later": later}

@@ -32,7 +32,7 @@ class LayerMethods:
         self._schedule = schedule
         self._methods = [method_of_layer(method, schedule, layer) for layer in range(layers)]
         self.are_dense = schedule.head_table is None and all(method.name == "dense" for method in self._methods)
-        self._heads: dict[tuple[int, HeadShard, torch.device], list[tuple[Method, Tensor]]] = {}
+        self._heads: dict[tuple[int, int, HeadShard, torch.device], list[tuple[Method, Tensor]]] = {}
 
     def of_layer(self, layer: int) -> Method:
         """The method of a layer; heads of a table that name none run under it."""
@@ -43,8 +43,8 @@ class LayerMethods:
         table = self._schedule.head_table
         return {*self._methods} if table is None else set(table.methods(self._methods))
 
-    def groups(self, layer: int, shard: HeadShard, device: torch.device) -> Groups:
-        """The methods of a layer and which heads of the shard run under each, on `device`.
+    def groups(self, layer: int, shard: HeadShard, device: torch.device, step: int = 0) -> Groups:
+        """The methods of a layer at a step and which heads of the shard run under each, on `device`.
 
         Raises:
             ConfigError: the head table is for a model of another size.
@@ -52,11 +52,11 @@ class LayerMethods:
         table, method = self._schedule.head_table, self._methods[layer]
         if table is None:
             return [(method, None)]
-        key = (layer, shard, device)
+        key = (table.phase(step), layer, shard, device)
         if key not in self._heads:
             table.check_size(len(self._methods), shard.total)
             mine = slice(shard.first, shard.first + shard.count)
-            groups = table.slice(heads=mine).groups(layer, method) if shard.first < shard.total else ()
+            groups = table.slice(heads=mine).groups(layer, method, step) if shard.first < shard.total else ()
             self._heads[key] = [
                 (group.method, torch.tensor(group.heads, device=device)) for group in groups if group.method is not None
             ]

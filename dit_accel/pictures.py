@@ -194,19 +194,22 @@ def draw(picture: MethodPicture, path: str | Path | BinaryIO) -> None:
 def draw_table(table: HeadTable, path: str | Path) -> None:
     """Write a head table as an image, layers down and heads to the right, one colour per mode.
 
+    Ranges of steps with rows of their own stand side by side.
+
     Raises:
         UnsupportedError: matplotlib is not installed.
     """
-    names = list(table.shares())
-    figure = _figure((4 + table.head_count / 4, 2 + table.layer_count / 4))
-    axes = figure.add_subplot()
-    image = axes.imshow(
-        torch.tensor([[names.index(name) for name in row] for row in table.heads]), cmap="tab20", vmin=-0.5, vmax=19.5
-    )
-    axes.set(xlabel="head", ylabel="layer")
+    names, phases = list(table.shares()), table.all_rows
+    figure = _figure((4 + len(phases) * table.head_count / 4, 2 + table.layer_count / 4))
+    panels = figure.subplots(1, len(phases), squeeze=False)[0]
+    for axes, start, rows in zip(panels, (0, *table.starts), phases, strict=True):
+        index = torch.tensor([[names.index(name) for name in row] for row in rows])
+        image = axes.imshow(index, cmap="tab20", vmin=-0.5, vmax=19.5)
+        axes.set(xlabel="head", ylabel="layer", title=f"from step {start}" if table.later else "")
     shares = table.shares()
     if len(names) <= 20:
-        bar = figure.colorbar(image, ticks=range(len(names)), boundaries=[i - 0.5 for i in range(len(names) + 1)])
+        ticks, edges = range(len(names)), [i - 0.5 for i in range(len(names) + 1)]
+        bar = figure.colorbar(image, ax=list(panels), ticks=ticks, boundaries=edges)
         bar.set_ticklabels([f"{name} {shares[name]:.0%}" for name in names])
     figure.savefig(path)
 

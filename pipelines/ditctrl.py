@@ -149,13 +149,15 @@ class MultiPromptCogVideoXPipeline(CogVideoXPipeline):
             x = torch.cat([latents[:, layout.clip(clip)] for clip in pair] * 2)
             words = torch.cat([texts[clip][kind] for kind in (0, 1) for clip in pair])
             control.begin(control.step, control.text, control.frame_tokens)
-            out = self.transformer(
-                hidden_states=self.scheduler.scale_model_input(x, t),
-                encoder_hidden_states=words,
-                timestep=t.expand(len(x)),
-                image_rotary_emb=rotary,
-                return_dict=False,
-            )[0].float()
+            # Every pair has a context of its own, so that step caches keep apart what they remember of each.
+            with self.transformer.cache_context(f"clips {first}", step_index=control.step):
+                out = self.transformer(
+                    hidden_states=self.scheduler.scale_model_input(x, t),
+                    encoder_hidden_states=words,
+                    timestep=t.expand(len(x)),
+                    image_rotary_emb=rotary,
+                    return_dict=False,
+                )[0].float()
             without, with_prompt = out.chunk(2)
             guided = without + self.guidance_scale * (with_prompt - without)
             for place, clip in enumerate(pair):

@@ -6,8 +6,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from torch.nn import functional as F
 
+import dit_accel
 from dit_accel.errors import ConfigError, UnsupportedError
 from dit_accel.pipelines.clip_layout import ClipLayout
 from dit_accel.pipelines.ditctrl import MultiPromptCogVideoXPipeline
@@ -232,3 +234,29 @@ def test_transitions_mix_the_embeddings_of_both_prompts(pipe):
         torch.testing.assert_close(words, torch.lerp(texts[0], texts[-1], index / 4))
     same = [words for _, words in pipe._texts(["a", "a"], "", layout)]
     assert all(torch.equal(words, same[0]) for words in same)
+
+
+def test_every_pair_of_clips_has_a_context_of_its_own(pipe):
+    """So that what step caches and methods remember of one pair is not used for another."""
+    seen = []
+    with dit_accel.accelerate(pipe) as acceleration:
+        engine = acceleration.engines["transformer"]
+        watch = pipe.transformer.register_forward_hook(lambda *_: seen.append(engine.state))
+        for _ in range(2):
+            generate(pipe, ["a", "b", "c", "d"])
+        watch.remove()
+    pairs = [(step, f"clips {pair}") for step in range(2) for pair in range(3)]
+    assert [(state.step, state.branch) for state in seen] == pairs * 2
+    assert [state.generation for state in seen] == [0] * 6 + [1] * 6
+
+
+def test_a_step_cache_computes_the_first_step_of_every_pair(pipe):
+    computed, last = [], pipe.transformer.transformer_blocks[-1]
+    watch = last.ff.register_forward_pre_hook(lambda *_: computed.append(1))
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    try:
+        generate(pipe, ["a", "b", "c", "d"])
+    finally:
+        pipe.transformer.disable_cache()
+        watch.remove()
+    assert len(computed) == 3

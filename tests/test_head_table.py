@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -166,6 +167,76 @@ def test_slices_and_views():
     lines = table.render().splitlines()
     assert lines[0].split() == ["0", "1203"]
     assert any("sliding_tile" in line and "50.0%" in line for line in lines)
+
+
+STEPS = TABLE | {"later": [{"step": 3, "heads": [["near"] * 4, ["full"] * 4]}, {"step": 5, "heads": [["own"] * 4] * 2}]}
+
+
+def test_rows_for_later_steps_replace_those_before():
+    layers = [nn.Identity() for _ in TABLE["heads"]]
+    method = get_method("composed", tile=[1, 2, 2], density=0.25, remainder="drop")
+    engine = Engine(method, Schedule.make(head_table=STEPS), layers, break_even=1.0)
+    made = {}
+    for step in (0, 2, 3, 4, 5, 9):
+        engine.begin(RunState(GRID, step, 1 - step / 10))
+        made[step] = engine.attend(layers[0], *tensors(), dense=lambda: torch.full((1,), torch.nan))
+    first, _ = run()
+    assert torch.equal(made[0], first)
+    assert torch.equal(made[2], first)
+    near, _ = run(table=TABLE | {"heads": [["near"] * 4] * 2})
+    assert torch.equal(made[3], near)
+    assert torch.equal(made[4], near)
+    own, _ = run(table=TABLE | {"heads": [["own"] * 4] * 2})
+    assert torch.equal(made[5], own)
+    assert torch.equal(made[9], own)
+    assert len(engine.methods.all()) == 3
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "safetensors"])
+def test_later_rows_survive_file_and_slice(tmp_path, suffix):
+    table, path = HeadTable.make(STEPS), tmp_path / f"table.{suffix}"
+    table.save(path)
+    assert HeadTable.load(path) == table
+    assert Schedule.make(**Schedule.make(head_table=STEPS).model_dump(exclude_unset=True)).head_table == table
+    part = table.slice(slice(1, 2), slice(0, 2))
+    assert part.all_rows == ((("near", "near"),), (("full", "full"),), (("own", "own"),))
+    assert part.starts == (3, 5)
+    assert set(part.modes) == {"near", "full", "own"}
+    assert table.shares()["near"] == pytest.approx((4 + 4) / 24)
+    assert [line for line in table.render().splitlines() if line.startswith("from")] == [
+        f"from step {step}" for step in (0, 3, 5)
+    ]
+
+
+def test_a_table_file_of_rows_alone_holds_throughout(tmp_path):
+    index = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32)
+    path, modes = tmp_path / "table.safetensors", '{"a": {"method": "dense"}, "b": {"method": "skip"}}'
+    save_file({"heads": index}, path, metadata={"format": "dit_accel.head_table/1", "modes": modes})
+    assert HeadTable.load(path).all_rows == ((("a", "b"), ("b", "a")),)
+
+
+@pytest.mark.parametrize(
+    ("later", "message"),
+    [
+        ([{"step": 0, "heads": TABLE["heads"]}], r"later\.0\.step"),
+        ([{"step": 2, "heads": TABLE["heads"]}, {"step": 2, "heads": TABLE["heads"]}], "a step after 2, got 2"),
+        ([{"step": 2, "heads": TABLE["heads"][:1]}], r"later\.0\.heads: expected 2 layers, got 1"),
+        ([{"step": 2, "heads": [["full"] * 4, ["ful"] * 4]}], r"later\.0\.heads\.1\.0: unknown mode 'ful'; did you"),
+        ([{"step": 2, "heads": [["full"] * 4, ["full"] * 3]}], r"later\.0\.heads\.1: expected 4 heads, got 3"),
+    ],
+)
+def test_later_rows_that_do_not_fit_are_refused(later, message):
+    with pytest.raises(ConfigError, match=message):
+        HeadTable.make(TABLE | {"later": later})
+
+
+def test_the_estimate_counts_steps():
+    from dit_accel.estimate import _density
+    from dit_accel.layout import TokenLayout
+
+    layout, base = TokenLayout(GRID), get_method("composed", density=0.25)
+    table = HeadTable.make({"modes": MODES, "heads": [["full"]], "later": [{"step": 2, "heads": [["none"]]}]})
+    assert _density(base, table, layout, [1, 2, 3, 4]) == 0.25
 
 
 def test_the_estimate_counts_heads():

@@ -16,6 +16,7 @@ from test_accelerate import GRID, inputs, run, tiny_transformer
 import dit_accel
 from dit_accel.engine import Engine
 from dit_accel.errors import ConfigError, UnsupportedError
+from dit_accel.handle import handle_of
 from dit_accel.samples.tiny_random import tiny_arguments, tiny_pipeline
 from dit_accel.schedule import Schedule
 from dit_accel.state import RunState
@@ -89,6 +90,47 @@ def test_a_copy_is_accelerated_by_itself(settings):
     assert acceleration.is_active
     again.remove()
     assert torch.equal(generate(copied), generate(tiny_transformer()))
+
+
+def two_experts(**settings):
+    pipe = SimpleNamespace(transformer=tiny_transformer(), transformer_2=tiny_transformer())
+    return pipe, dit_accel.accelerate(pipe, **settings)
+
+
+@pytest.mark.parametrize("settings", [SPARSE, TILES])
+def test_a_copy_of_one_of_two_transformers_leaves_the_other_alone(settings):
+    pipe, acceleration = two_experts(**settings)
+    expected, memo = generate(pipe.transformer_2), {}
+    copied = copy.deepcopy(pipe.transformer_2, memo)
+    assert id(pipe.transformer) not in memo
+    own = handle_of(copied)
+    assert [*own.engines] == ["transformer_2"]
+    assert [*own.engines["transformer_2"].siblings] == [own.engines["transformer_2"]]
+    assert torch.equal(generate(copied), expected)
+    own.remove()
+    assert acceleration.is_active
+    assert torch.equal(generate(copied), generate(tiny_transformer()))
+    assert torch.equal(generate(pipe.transformer_2), expected)
+
+
+@pytest.mark.parametrize("what", ["pipeline", "handle"])
+def test_a_copy_of_both_transformers_is_one_run_of_its_own(what):
+    pipe, acceleration = two_experts(**SPARSE)
+    if what == "handle":
+        own = copy.deepcopy(acceleration)
+        models = [part.model for part in own._installed.values()]
+    else:
+        copied = copy.deepcopy(pipe)
+        models, own = [copied.transformer, copied.transformer_2], handle_of(copied.transformer)
+    assert own is handle_of(models[0]) is handle_of(models[1])
+    assert own is not acceleration
+    high, low = own.engines.values()
+    assert [*high.siblings] == [*low.siblings] == [high, low]
+    for model, name in zip(models, ("transformer", "transformer_2"), strict=True):
+        assert model is not getattr(pipe, name)
+        run(model, **(inputs() | {"timestep": torch.tensor([900.0 if name == "transformer" else 100.0])}))
+    assert {(call.component, call.step) for call in own.report().calls} == {("transformer", 0), ("transformer_2", 1)}
+    assert not acceleration.report().calls
 
 
 @pytest.mark.parametrize("wrap", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dit_accel.calibrate.clock import dense_seconds, method_seconds
+from dit_accel.calibrate.clock import layer_times
 from dit_accel.calibrate.statistics import Statistics
 from dit_accel.engine import DenseCall
 from dit_accel.layout import TokenLayout
@@ -35,6 +36,7 @@ class Observer:
         share: share of the query blocks that is computed per candidate and call, drawn anew each time. 1: all.
         every: only every n-th step.
         seed: of the draw.
+        starts: first steps of the later ranges of steps that are kept apart.
     """
 
     takes_time: ClassVar[bool] = True
@@ -48,9 +50,10 @@ class Observer:
         share: float = 1.0,
         every: int = 1,
         seed: int = 0,
+        starts: Sequence[int] = (),
     ) -> None:
         self.candidates, self.schedule, self.statistics = candidates, schedule, statistics
-        self.share, self.every = share, every
+        self.share, self.every, self.starts = share, every, starts
         self._generator = torch.Generator().manual_seed(seed)
         self._memory: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._generation = -1
@@ -72,15 +75,13 @@ class Observer:
         real = real.to(seen.out.device)[:, None, :]
         whole = seen.out.float().square().sum(-1).masked_fill(~real, 0).sum().clamp(min=1e-30)
         wrong, density = self._measure(seen, real)
-        sums, layer = self.statistics, seen.layer
-        sums.error[layer] += (wrong / whole).double().cpu()
-        sums.density[layer] += density.double().cpu()
-        sums.calls[layer] += 1
+        sums, layer, at = self.statistics, seen.layer, bisect_right(self.starts, state.step)
+        sums.error[at, layer] += (wrong / whole).double().cpu()
+        sums.density[at, layer] += density.double().cpu()
+        sums.calls[at, layer] += 1
         if self.takes_time and (seen.component, layer) not in self._timed:
             self._timed.add((seen.component, layer))
-            dense = dense_seconds(seen)
-            times = [method_seconds(method, seen, dense) / dense for method in self.candidates]
-            sums.time[layer] += torch.tensor(times, dtype=torch.float64)
+            sums.time[layer] += layer_times(self.candidates, seen)
             sums.timings[layer] += 1
 
     def _measure(self, seen: DenseCall, real: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from dit_accel.acceleration import accelerate
 from dit_accel.calibrate.layers import LayerGroups, LayerObserver, solve_groups
 from dit_accel.calibrate.observer import Observer
-from dit_accel.calibrate.solve import Assignment, solve
-from dit_accel.calibrate.statistics import Statistics
+from dit_accel.calibrate.probe import probe
+from dit_accel.calibrate.statistics import Statistics, layer_parts
 from dit_accel.errors import ConfigError
 from dit_accel.families.registry import family_of
 from dit_accel.generation import call_pipeline
@@ -26,10 +26,11 @@ from dit_accel.schedule import Schedule
 DEFAULT_CANDIDATES = (
     "composed:density=0.1",
     "composed:density=0.2",
-    "composed:density=0.35",
     "composed:density=0.5",
+    "aurora:density=0.1",
+    "aurora:density=0.2",
+    "aurora:density=0.35",
     "radial:decay=0.2,neighbor=0.5",
-    "radial",
     "sliding_tile",
     "neighborhood:density=0.2",
     "dense",
@@ -51,6 +52,9 @@ class Plan:
         layer_reuse: instead of candidates per head, how many layers back the plan of the one candidate is tried.
             Default 0: candidates per head.
         weights: which weights were measured; see `fingerprint`. Default "": not said.
+        ranges: ranges of steps that are measured and solved apart; those that are dense in all layers belong to none.
+        parts: consecutive parts of the layers whose effect on the picture is probed, one generation for each part and
+            range of steps of every prompt. Default 0: errors of all layers and steps count alike.
     """
 
     preset: Preset
@@ -62,6 +66,36 @@ class Plan:
     every: int = 1
     layer_reuse: int = 0
     weights: str = ""
+    ranges: int = 1
+    parts: int = 0
+
+    def steps_of(self, at: int) -> range:
+        """The steps of one of the ranges, of those that some schedule does not keep dense as equal as can be."""
+        schedules = [s for s in (self.preset.schedule, self.preset.schedule_2) if s is not None]
+        steps = [
+            step
+            for step in range(self.generation.num_inference_steps)
+            if not all(any(start <= step < end for start, end in s.dense_steps) for s in schedules)
+        ]
+        first, last = (round(n * len(steps) / self.ranges) for n in (at, at + 1))
+        return range(steps[first], steps[last - 1] + 1) if first < last else range(0)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first steps of the later ranges.
+
+        Raises:
+            ConfigError: there are more ranges than steps.
+        """
+        found = [self.steps_of(at) for at in range(self.ranges)]
+        if self.ranges > 1 and not all(found):
+            raise ConfigError("--step-ranges", f"expected no more than the steps that are not dense, got {self.ranges}")
+        return tuple(steps.start for steps in found[1:])
+
+    def plain_settings(self) -> dict[str, Any]:
+        """Plain values that say whether statistics belong to this plan, as JSON gives them back."""
+        settings: dict[str, Any] = json.loads(json.dumps(self.settings()))
+        return settings
 
     def settings(self) -> dict[str, Any]:
         """Plain values that say whether statistics belong to this plan."""
@@ -76,6 +110,8 @@ class Plan:
             "every": self.every,
             "layer_reuse": self.layer_reuse,
             "weights": self.weights,
+            "ranges": self.ranges,
+            "parts": self.parts,
         }
 
     def observer(self, schedule: Schedule, sums: Statistics, number: int) -> Observer:
@@ -83,7 +119,7 @@ class Plan:
         methods = list(self.candidates.values())
         common = (schedule, sums, self.share, self.every, self.seed + number)
         if not self.layer_reuse:
-            return Observer(methods, *common)
+            return Observer(methods, *common, self.starts)
         return LayerObserver(methods[0], self.layer_reuse, schedule.layer_heads, *common)
 
 
@@ -92,8 +128,8 @@ def measure(
 ) -> Statistics:
     """Generate every prompt dense and measure the candidates meanwhile; prompts that `path` holds are not run again.
 
-    The file is written after each prompt; a run that is killed loses the prompt under way and nothing else. Two
-    transformers of one pipeline are pooled: a head table serves both.
+    The file is written after each prompt and each probe; a run that is killed loses what is under way and nothing else.
+    Two transformers of one pipeline are pooled: a head table serves both.
 
     Args:
         pipe: the pipeline, unaccelerated.
@@ -105,7 +141,7 @@ def measure(
     Raises:
         ConfigError: `path` holds statistics of another plan.
     """
-    settings = json.loads(json.dumps(plan.settings()))
+    settings, clips = plan.plain_settings(), dict[int, np.ndarray]()
     held = Statistics.load(path, settings) if path.exists() else None
     for number, prompt in enumerate(plan.prompts):
         if held is not None and number in held.done:
@@ -117,13 +153,14 @@ def measure(
             for name, engine in acceleration.engines.items():
                 second = plan.preset.schedule_2 if name == "transformer_2" else None
                 engine.observer = plan.observer(second or plan.preset.schedule, sums, number)
-            call_pipeline(pipe, plan.generation, prompt, plan.seed + number, inputs)
+            clips[number], _ = call_pipeline(pipe, plan.generation, prompt, plan.seed + number, inputs)
         sums.done.append(number)
         sums.seconds += time.perf_counter() - begun
         sums.save(path, settings)
         held = sums
     if held is None:
         raise ValueError("calibration needs at least one prompt")
+    held = probe(pipe, plan, held, path, tell, inputs, clips)
     tell(f"measured {len(held.done)} prompts in {held.seconds:.0f} s; statistics: {path}")
     return held
 
@@ -133,7 +170,8 @@ def _empty(pipe: Any, plan: Plan) -> Statistics:
     layers = family_of(pipe.transformer).layers(pipe.transformer)
     if plan.layer_reuse:
         return Statistics.empty(len(layers), 1, plan.layer_reuse + 1)
-    return Statistics.empty(len(layers), layers[0].module.heads, len(plan.candidates))
+    parts = len(layer_parts(len(layers), plan.parts))
+    return Statistics.empty(len(layers), layers[0].module.heads, len(plan.candidates), plan.ranges, parts)
 
 
 def _progress(number: int, prompt: str, plan: Plan, held: Statistics | None) -> str:
@@ -155,39 +193,15 @@ def group_layers(held: Statistics, max_error: float) -> LayerGroups:
     Raises:
         ConfigError: nothing was measured; or see `solve_groups`.
     """
-    _check_seen(held)
-    return solve_groups(held.mean_error()[:, 0], (held.calls > 0).tolist(), max_error)
+    check_seen(held)
+    return solve_groups(held.mean_error()[0, :, 0], (held.calls[0] > 0).tolist(), max_error)
 
 
-def _check_seen(held: Statistics) -> None:
-    if not bool((held.calls > 0).any()):
-        raise ConfigError("schedule", "nothing was measured: it keeps every layer or step dense; ask for more steps")
-
-
-def assign(
-    held: Statistics, max_error: float | None = None, max_density: float | None = None, max_time: float | None = None
-) -> Assignment:
-    """Solve for the layers that were seen; layers that always run dense take the first candidate, which never runs.
-
-    Args:
-        held: what was measured.
-        max_error, max_density, max_time: the budget, one of them; see `solve`. Time is that of attention as a share of
-            dense attention's.
+def check_seen(held: Statistics) -> None:
+    """Refuse statistics of no call.
 
     Raises:
-        ConfigError: nothing was measured, because the schedule keeps every call dense; or see `solve`.
+        ConfigError: the schedule kept every call dense.
     """
-    _check_seen(held)
-    seen = held.calls > 0
-    error, density, time = held.mean_error()[seen], held.mean_density()[seen], held.mean_time()[seen]
-    if max_time is None:
-        found = solve(error, density, max_error=max_error, max_cost=max_density)
-    elif max_error is None and max_density is None:
-        found = solve(error, time, max_cost=max_time, option="--max-time")
-    else:
-        raise ConfigError("budget", "expected one of error, density and time, got several")
-    taken = found.choice.unsqueeze(-1)
-    predicted = float(time.gather(-1, taken).mean()) if bool((held.timings[seen] > 0).all()) else None
-    choice = torch.zeros(held.error.shape[:2], dtype=torch.int64)
-    choice[seen] = found.choice
-    return replace(found, choice=choice, cost=float(density.gather(-1, taken).mean()), time=predicted)
+    if not bool((held.calls > 0).any()):
+        raise ConfigError("schedule", "nothing was measured: it keeps every layer or step dense; ask for more steps")

@@ -1,14 +1,17 @@
 """The cheapest assignment of candidates to heads under a budget of error, or the most faithful one under one of cost.
 
-A multiple-choice knapsack: every head takes one candidate, errors and costs add up. Per head only the candidates on
-the lower convex hull of (cost, error) matter; walking the hulls of all heads in the order of error saved per cost is
-optimal for the relaxed problem at every step, and at most one step away from the best whole assignment.
+An item is a layer in a range of steps. What its heads may take together are its options: one candidate for all, or two
+that share the heads, or any candidate per head; each option has an error and a cost, which includes what every further
+group of heads costs. Items and options are a multiple-choice knapsack: the options on the lower convex hull of (cost,
+error) are walked over all items in the order of error saved per cost, which is at most one step of one item away from
+the optimum. Then single items change as long as that helps. Every uniform assignment is a start of its own, so none
+of them is better by the same figures.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import torch
 from torch import Tensor
@@ -23,25 +26,33 @@ class Assignment:
     """Which candidate every head takes.
 
     Args:
-        choice: int64 `[layers, heads]`.
-        error: root of the mean over layers of the squared relative error, predicted.
+        choice: int64 `[layers, heads]`, or `[ranges, layers, heads]` where ranges of steps differ.
+        error: root of the mean over calls of the squared relative error of a layer, predicted.
         cost: mean over all heads, predicted.
         time: share of dense attention's time, predicted; None where it was not measured.
+        change: mean squared change of the picture, predicted from probes; None where none were made.
+        starts: the first steps of the later ranges.
     """
 
     choice: Tensor
     error: float
     cost: float
     time: float | None = None
+    change: float | None = None
+    starts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
-class _Edge:
-    gain: float
-    head: int
-    to: int
-    saved: float
-    paid: float
+class _Options:
+    """What items may take: the item of each option `[K]`, its heads' candidates `[K, H]`, error and cost `[K]`.
+
+    Sorted by item, and within an item by rising cost and falling error.
+    """
+
+    item: Tensor
+    choice: Tensor
+    error: Tensor
+    cost: Tensor
 
 
 def solve(
@@ -50,16 +61,23 @@ def solve(
     *,
     max_error: float | None = None,
     max_cost: float | None = None,
+    fixed: Tensor | None = None,
+    share: Tensor | None = None,
+    weight: Tensor | None = None,
     option: str = "--density",
 ) -> Assignment:
-    """Choose a candidate for every head.
+    """Choose a candidate for every head of every item.
 
     Args:
-        error: squared relative error, `[layers, heads, candidates]`; sums over heads give that of the layer.
+        error: squared relative error, `[items, heads, candidates]`; sums over heads give that of the layer.
         cost: the same shape, for example densities.
-        max_error: budget for the root of the mean over layers of the squared relative error. The cheapest assignment
+        max_error: budget for the root of the mean over items of the squared relative error. The cheapest assignment
             within it is taken.
         max_cost: budget for the mean cost over all heads. The most faithful assignment within it is taken.
+        fixed: what an item pays for every candidate that some of its heads take, `[items, candidates]`, beside the mean
+            over its heads. Default: nothing; every head then takes what is best for it.
+        share: share of each item in the means, `[items]`, sums to 1. Default: the same for all.
+        weight: what the squared error of an item counts for under `max_cost`, `[items]`. Default: its share.
         option: how the user gives the budget of cost, for messages.
 
     Raises:
@@ -67,29 +85,23 @@ def solve(
     """
     if (max_error is None) == (max_cost is None):
         raise ConfigError("budget", "expected either a largest error or a largest density, got both or neither")
-    layers, heads, _ = error.shape
-    flat_error, flat_cost = error.double().flatten(0, 1), cost.double().flatten(0, 1)
-    hulls = [_hull(e, c) for e, c in zip(flat_error.tolist(), flat_cost.tolist(), strict=True)]
-    choice = [hull[0] for hull in hulls]
-    edges = sorted(_edges(hulls, flat_error, flat_cost), key=lambda edge: -edge.gain)
-    total_error, total_cost = _totals(flat_error, flat_cost, choice)
-    stuck: set[int] = set()
-    for edge in edges:
-        if max_error is not None and total_error <= max_error**2 * layers * (1 + _SLACK):
-            break
-        # A head whose next step is too dear stays; cheaper steps of others may still fit.
-        over = max_cost is not None and total_cost + edge.paid > max_cost * layers * heads * (1 + _SLACK)
-        if over or edge.head in stuck:
-            stuck.add(edge.head)
-            continue
-        choice[edge.head] = edge.to
-        total_error, total_cost = total_error - edge.saved, total_cost + edge.paid
-    total_error, total_cost = _totals(flat_error, flat_cost, choice)
-    reached = Assignment(
-        torch.tensor(choice).view(layers, heads), (total_error / layers) ** 0.5, total_cost / (layers * heads)
-    )
-    _check(reached, max_error, max_cost, option)
-    return reached
+    items, _, candidates = error.shape
+    error, cost = error.double(), cost.double()
+    share = torch.full((items,), 1 / items, dtype=torch.float64) if share is None else share.double()
+    weight = share if weight is None or max_cost is None else weight.double()
+    paid = None if fixed is None else fixed.double() * share[:, None]
+    options = _options(error * weight[:, None, None], cost.mul(share[:, None, None]) / cost.shape[1], paid)
+    limit = max_cost if max_cost is not None else (max_error or 0.0) ** 2
+    value, spent = (options.error, options.cost) if max_cost is not None else (options.cost, options.error)
+    starts = [_walk(options, items, max_error, max_cost), *_uniform(options, items, candidates)]
+    within = [start for start in starts if float(spent[start].sum()) <= limit * (1 + _SLACK)]
+    improved = [_improve(value, spent, options.item, start, limit * (1 + _SLACK)) for start in within]
+    chosen = min(improved, key=lambda start: float(value[start].sum()), default=starts[0])
+    choice = options.choice[chosen]
+    taken = error.gather(-1, choice.unsqueeze(-1)).sum((1, 2))
+    found = Assignment(choice, float((taken * share).sum()) ** 0.5, float(options.cost[chosen].sum()))
+    _check(found, max_error, max_cost, option)
+    return found
 
 
 def _check(reached: Assignment, max_error: float | None, max_cost: float | None, option: str) -> None:
@@ -103,9 +115,113 @@ def _check(reached: Assignment, max_error: float | None, max_cost: float | None,
         )
 
 
-def _totals(error: Tensor, cost: Tensor, choice: list[int]) -> tuple[float, float]:
-    index = torch.tensor(choice).unsqueeze(-1)
-    return float(error.gather(-1, index).sum()), float(cost.gather(-1, index).sum())
+def _options(error: Tensor, cost: Tensor, fixed: Tensor | None) -> _Options:
+    """The options of all items that no other option of the item beats, from errors and costs `[I, H, C]`."""
+    items, heads, candidates = error.shape
+    rows = torch.arange(items)
+    uniform = torch.arange(candidates).repeat_interleave(heads).view(candidates, heads)
+    found = [(rows.repeat_interleave(candidates), uniform.repeat(items, 1))]
+    if fixed is not None and heads > 1:
+        for first, second in combinations(range(candidates), 2):
+            shared = _shared(error[..., [first, second]], cost[..., [first, second]])
+            choice = torch.where(shared, second, first).flatten(0, 1)
+            found.append((rows.repeat_interleave(heads - 1), choice))
+    each = [_per_head(error[i], cost[i]) for i in range(items)]
+    found.append((torch.repeat_interleave(rows, torch.tensor([len(c) for c in each])), torch.cat(each)))
+    item, choice = torch.cat([i for i, _ in found]), torch.cat([c for _, c in found])
+    chosen = choice.unsqueeze(-1)
+    wrong = error[item].gather(-1, chosen).sum((1, 2))
+    paid = cost[item].gather(-1, chosen).sum((1, 2))
+    if fixed is not None:
+        used = torch.zeros(len(item), candidates, dtype=torch.bool).scatter_(1, choice, True)
+        paid = paid + (fixed[item] * used).sum(-1)
+    return _undominated(_Options(item, choice, wrong, paid), items)
+
+
+def _shared(error: Tensor, cost: Tensor) -> Tensor:
+    """Which heads take the second of two candidates, bool `[I, H - 1, H]`: one head, two, and so on, best first."""
+    heads = error.shape[1]
+    saved, paid = error[..., 0] - error[..., 1], cost[..., 1] - cost[..., 0]
+    rank = (saved / paid.clamp(min=1e-12)).argsort(-1, descending=True).argsort(-1)
+    return rank[:, None, :] < torch.arange(1, heads)[None, :, None]
+
+
+def _per_head(error: Tensor, cost: Tensor) -> Tensor:
+    """Options of one item whose heads choose alone, int64 `[n, H]`, from `[H, C]`: the walk along the heads' hulls."""
+    hulls = [_hull(e, c) for e, c in zip(error.tolist(), cost.tolist(), strict=True)]
+    edges = []
+    for head, hull in enumerate(hulls):
+        for here, there in pairwise(hull):
+            saved, paid = float(error[head, here] - error[head, there]), float(cost[head, there] - cost[head, here])
+            edges.append((saved / max(paid, 1e-12), head, there))
+    choice = [hull[0] for hull in hulls]
+    found = [choice.copy()]
+    for _, head, there in sorted(edges, key=lambda edge: -edge[0]):
+        choice[head] = there
+        found.append(choice.copy())
+    return torch.tensor(found)
+
+
+def _undominated(options: _Options, items: int) -> _Options:
+    """Options such that no other of the item is both cheaper and more faithful; uniform ones all stay."""
+    kept = []
+    for item in range(items):
+        mine = (options.item == item).nonzero().flatten()
+        order = mine[torch.argsort(options.error[mine], stable=True)]
+        order = order[torch.argsort(options.cost[order], stable=True)]
+        least = options.error[order].cummin(0).values
+        better = torch.cat([torch.ones(1, dtype=torch.bool), options.error[order][1:] < least[:-1]])
+        alone = (options.choice[order] == options.choice[order][:, :1]).all(-1)
+        kept.append(order[better | alone])
+    index = torch.cat(kept)
+    return _Options(options.item[index], options.choice[index], options.error[index], options.cost[index])
+
+
+def _walk(options: _Options, items: int, max_error: float | None, max_cost: float | None) -> Tensor:
+    """The options chosen by the walk along the hulls of all items, int64 `[items]`."""
+    error, cost = options.error.tolist(), options.cost.tolist()
+    members: list[list[int]] = [[] for _ in range(items)]
+    for index, item in enumerate(options.item.tolist()):
+        members[item].append(index)
+    hulls = [[m[i] for i in _hull([error[n] for n in m], [cost[n] for n in m])] for m in members]
+    edges = [(item, here, there) for item, hull in enumerate(hulls) for here, there in pairwise(hull)]
+    edges.sort(key=lambda edge: -_slope(edge[1], edge[2], error, cost))
+    chosen = [hull[0] for hull in hulls]
+    wrong, paid = sum(error[n] for n in chosen), sum(cost[n] for n in chosen)
+    stuck: set[int] = set()
+    for item, here, there in edges:
+        if max_error is not None and wrong <= max_error**2 * (1 + _SLACK):
+            break
+        # An item whose next step is too dear stays; cheaper steps of others may still fit.
+        if item in stuck or (max_cost is not None and paid + cost[there] - cost[here] > max_cost * (1 + _SLACK)):
+            stuck.add(item)
+            continue
+        chosen[item] = there
+        wrong, paid = wrong + error[there] - error[here], paid + cost[there] - cost[here]
+    return torch.tensor(chosen)
+
+
+def _uniform(options: _Options, items: int, candidates: int) -> list[Tensor]:
+    """For each candidate, the options in which all heads of all items take it, int64 `[items]`."""
+    alone = (options.choice == options.choice[:, :1]).all(-1)
+    found = []
+    for candidate in range(candidates):
+        index = (alone & (options.choice[:, 0] == candidate)).nonzero().flatten()
+        first = torch.zeros(items, dtype=torch.int64).scatter_(0, options.item[index], index)  # any of equal ones
+        found.append(first)
+    return found
+
+
+def _improve(value: Tensor, spent: Tensor, item: Tensor, chosen: Tensor, limit: float) -> Tensor:
+    """Change the item that lowers `value` most while `spent` keeps the limit, until none does."""
+    chosen = chosen.clone()
+    while True:
+        gain = value - value[chosen][item]
+        gain = gain.masked_fill(spent - spent[chosen][item] > limit - spent[chosen].sum(), 0.0)
+        best = int(gain.argmin())
+        if float(gain[best]) >= -1e-15:
+            return chosen
+        chosen[item[best]] = best
 
 
 def _hull(errors: list[float], costs: list[float]) -> list[int]:
@@ -123,13 +239,3 @@ def _hull(errors: list[float], costs: list[float]) -> list[int]:
 def _slope(first: int, second: int, errors: list[float], costs: list[float]) -> float:
     """Error saved per cost from one candidate to a dearer one."""
     return (errors[first] - errors[second]) / max(costs[second] - costs[first], 1e-12)
-
-
-def _edges(hulls: list[list[int]], error: Tensor, cost: Tensor) -> list[_Edge]:
-    edges = []
-    for head, hull in enumerate(hulls):
-        for here, there in pairwise(hull):
-            saved = float(error[head, here] - error[head, there])
-            paid = float(cost[head, there] - cost[head, here])
-            edges.append(_Edge(saved / max(paid, 1e-12), head, there, saved, paid))
-    return edges

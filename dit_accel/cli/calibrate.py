@@ -18,7 +18,7 @@ def calibrate(
     ] = None,
     preset: Annotated[str, typer.Option(help="Preset that gives model, sizes and schedule.")] = "tiny-wan",
     candidates: Annotated[
-        list[str] | None, typer.Option(help="METHOD[:KEY=VALUE,...], once per candidate. Default: a palette of nine.")
+        list[str] | None, typer.Option(help="METHOD[:KEY=VALUE,...], once per candidate. Default: a palette of ten.")
     ] = None,
     prompts: Annotated[list[str] | None, typer.Option(help="Prompts. Default: captions (small model).")] = None,
     num_prompts: Annotated[int, typer.Option(help="How many captions.", min=1)] = 2,
@@ -26,6 +26,15 @@ def calibrate(
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     share: Annotated[float, typer.Option(help="Share of the query blocks that is measured.", min=0.001, max=1)] = 0.25,
     every: Annotated[int, typer.Option(help="Measure every n-th step.", min=1)] = 1,
+    step_ranges: Annotated[
+        int | None, typer.Option(help="Ranges of steps solved apart. Default: 3 with --probes, else 1.", min=1)
+    ] = None,
+    probes: Annotated[
+        int, typer.Option(help="Parts of the layers whose effect on the picture is measured, per range.", min=0)
+    ] = 0,
+    compare: Annotated[
+        bool, typer.Option(help="Generate the prompts with a few solutions and keep the closest to dense.")
+    ] = True,
     layer_reuse: Annotated[
         int, typer.Option(help="Instead: which layers can use the plan of one up to so many layers before.", min=0)
     ] = 0,
@@ -46,14 +55,17 @@ def calibrate(
     The statistics stand beside the preset (.safetensors); a run that was killed goes on from them, and another budget
     is solved from them without running the model again.
     """
+    from dit_accel.calibrate.assign import Budget, can_hoist, palettes
+    from dit_accel.calibrate.finalists import best_of, finalists, try_out
     from dit_accel.calibrate.layers import check_method
-    from dit_accel.calibrate.run import DEFAULT_CANDIDATES, Plan, assign, group_layers, measure
+    from dit_accel.calibrate.run import DEFAULT_CANDIDATES, Plan, group_layers, measure
     from dit_accel.calibrate.tasks import calibration_prompts
     from dit_accel.calibrate.weights import fingerprint
     from dit_accel.calibrate.write import head_table, prediction, write_layer_preset, write_preset
     from dit_accel.cli.inputs import check_inputs, read_inputs
     from dit_accel.compare.candidates import parse_candidate
     from dit_accel.errors import ConfigError
+    from dit_accel.families.registry import family_of
     from dit_accel.models import load_pipeline, quiet_loading
     from dit_accel.presets import load_preset
 
@@ -79,9 +91,14 @@ def calibrate(
     quiet_loading()
     pipe = load_pipeline(model or base.repository, device, dtype)
     inputs = read_inputs(base, given)
-    plan = Plan(base, methods, texts, generation, seed, share, every, layer_reuse, fingerprint(pipe))
+    common = (base, methods, texts, generation, seed, share, every, layer_reuse, fingerprint(pipe))
+    plan = Plan(*common) if layer_reuse else Plan(*common, step_ranges or (3 if probes else 1), probes)
     path = output.with_suffix(".safetensors")
-    held = measure(pipe, plan, path, lambda line: errors.print(line, markup=False), inputs)
+
+    def tell(line: str) -> None:
+        errors.print(line, markup=False)
+
+    held = measure(pipe, plan, path, tell, inputs)
     if layer_reuse:
         found = group_layers(held, max_error or 0.0)
         write_layer_preset(output, plan, found, held)
@@ -91,7 +108,12 @@ def calibrate(
         )
         console.print(f"preset: {output}", markup=False)
         return
-    assignment = assign(held, max_error, density, max_time)
+    budget = Budget(max_error=max_error, max_density=density, max_time=max_time)
+    among = palettes(plan, can_hoist(family_of(pipe.transformer))) if max_time is not None else ()
+    tried = finalists(held, plan, budget, among)
+    tried = tried if compare else dict(list(tried.items())[:1])
+    rows = output.with_suffix(".jsonl")
+    assignment = best_of(tried, try_out(pipe, plan, tried, held, rows, tell, inputs) if len(tried) > 1 else {})
     write_preset(output, plan, assignment, held)
     console.print(head_table(assignment, methods).render(), markup=False)
     console.print(prediction(assignment), markup=False)

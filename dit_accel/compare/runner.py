@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from dit_accel.acceleration import accelerate
+from dit_accel.bench.timing import clock_for
 from dit_accel.compare.candidates import DENSE, Candidate
 from dit_accel.generation import call_pipeline
 from dit_accel.metrics import closeness, flicker
@@ -111,7 +112,8 @@ def _generate(
     if candidate.preset is not None:
         what = {"preset": candidate.preset}
     with accelerate(pipe, **what, **{"backend": backend, **candidate.options}) as acceleration:
-        clip, times = call_pipeline(pipe, generation, outcome.task.prompt, outcome.task.seed, inputs)
+        task, clock = outcome.task, clock_for(torch.device("cuda" if cuda else "cpu"))
+        clip, times = call_pipeline(pipe, generation, task.prompt, task.seed, inputs, clock=clock)
         report = acceleration.report()
     outcome.seconds.append(times["denoise"])
     if outcome.clip is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dit_accel.families.base import Family, ForwardGeometry, bind_forward
+from dit_accel.siblings import Siblings
 from dit_accel.state import RunState
 
 HOOK_NAME = "dit_accel_run_state"
@@ -27,7 +29,7 @@ class RunStateHook(ModelHook):
     branch of the same step, and a higher one begins a new generation. A timestep that one branch sees twice begins a
     new one too at the first step; later it is the next step (the second half of a step of Heun's, or a rounded
     timestep). Where one transformer takes over from another (Wan 2.2), its steps count on from those of the one
-    before; `siblings` are the hooks of the others.
+    before; `siblings` holds the hooks of all of them.
     """
 
     _is_stateful = True
@@ -41,11 +43,18 @@ class RunStateHook(ModelHook):
         # Diffusers hands the cache context to every StateManager that it finds on a stateful hook.
         self.contexts = StateManager(BaseState)
         self.last: RunState | None = None
-        self.siblings: list[RunStateHook] = []
+        self.siblings: Siblings[RunStateHook] = Siblings(self)
         self.generation = -1
         self._seen: set[str] = set()
         self._batches: dict[str, int] = {}
         self._timestep: float | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RunStateHook:
+        """A hook for the copy of the model, beside the hooks of those that are copied with it."""
+        copied = memo[id(self)] = RunStateHook.__new__(RunStateHook)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied.siblings.join(copied)
+        return copied
 
     @torch.compiler.disable
     def announce(
@@ -114,7 +123,11 @@ class RunStateHook(ModelHook):
 
     def _first_step(self, noise: float) -> int:
         """The step after the last one of a sibling that ran at a higher noise level; 0 where there is none."""
-        before = [h.last.step for h in self.siblings if h.last and h._timestep is not None and h._timestep > noise]
+        before = [
+            h.last.step
+            for h in self.siblings
+            if h is not self and h.last and h._timestep is not None and h._timestep > noise
+        ]
         return max(before, default=-1) + 1
 
     def _make(

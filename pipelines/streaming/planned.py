@@ -16,7 +16,8 @@ from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.order import TokenOrder
 from dit_accel.pipelines.streaming.attention import CLEAN, AttentionCall, DenseContext
-from dit_accel.plan import Blocking, BlockPlan
+from dit_accel.plan import BlockPlan
+from dit_accel.rows import rows_of_plan
 from dit_accel.state import CallContext
 
 
@@ -84,7 +85,7 @@ def _prefix(frames: list[int]) -> int:
 def _rows_of(
     q: Tensor, k: Tensor, v: Tensor, order: TokenOrder | None, plan: BlockPlan, own: Tensor, method: Method
 ) -> Tensor:
-    """Attention of the tokens `own` alone: the query blocks that hold one are computed, the others are not.
+    """Attention of the tokens `own` alone.
 
     Args:
         q, k, v: `[B, H, M, D]` in raster order.
@@ -98,23 +99,7 @@ def _rows_of(
             raise UnsupportedError(f"streaming with {method.name!r}: its order differs between heads; choose another")
         at = order.inverse.cpu()[own]
         q, k, v = order.to(q.device).apply(q, k, v)
-    owner = plan.q_blocks.block_of_token()
-    rows, tokens = _blocks_and_tokens(owner, at)
-    some = BlockPlan(
-        Blocking.from_lengths(plan.q_blocks.lengths[rows], plan.q_blocks.size),
-        plan.k_blocks,
-        plan.indices[:, :, rows],
-        plan.counts[:, :, rows],
-        None if plan.full_counts is None else plan.full_counts[:, :, rows],
-        None if plan.predicate is None else plan.predicate.of_queries(tokens),
-    )
-    out = block_attention(
-        q[:, :, tokens.to(q.device)], k, v, some, remainder=method.remainder, precision=method.precision
-    )
-    return out[:, :, torch.searchsorted(tokens, at).to(q.device)]
-
-
-def _blocks_and_tokens(owner: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """The blocks that hold a token of `at`, ascending, and all tokens of these blocks, ascending."""
-    rows = owner[at].unique()
-    return rows, torch.isin(owner, rows).nonzero().flatten()
+    tokens, place = at.sort()
+    on_device, some = tokens.to(q.device), rows_of_plan(plan, tokens)
+    out = block_attention(q[:, :, on_device], k, v, some, remainder=method.remainder, precision=method.precision)
+    return out[:, :, place.argsort().to(q.device)]

@@ -10,10 +10,14 @@ import torch
 
 import dit_accel
 from dit_accel.calibrate import run as calibration
+from dit_accel.calibrate.assign import Palette, assign, palettes
+from dit_accel.calibrate.clock import layer_times
+from dit_accel.calibrate.finalists import best_of, finalists
 from dit_accel.calibrate.observer import Observer, take_query_blocks
-from dit_accel.calibrate.run import Plan, assign, measure
+from dit_accel.calibrate.probe import only
+from dit_accel.calibrate.run import Plan, measure
 from dit_accel.calibrate.solve import solve
-from dit_accel.calibrate.statistics import Statistics
+from dit_accel.calibrate.statistics import Statistics, layer_parts
 from dit_accel.calibrate.write import head_table, write_preset
 from dit_accel.cli import main
 from dit_accel.engine import DenseCall
@@ -82,10 +86,10 @@ def test_the_sums_are_the_true_errors_and_densities():
     observer(first)
     observer(second)
     expected = (true_errors(first) + true_errors(second)) / 2
-    torch.testing.assert_close(statistics.mean_error()[1].float(), expected, rtol=1e-4, atol=1e-9)
-    assert statistics.calls.tolist() == [0, 2]
-    assert statistics.mean_density()[1, :, 3].tolist() == [1.0] * 3
-    assert statistics.mean_error()[1, :, 3].max() < 1e-9
+    torch.testing.assert_close(statistics.mean_error()[0, 1].float(), expected, rtol=1e-4, atol=1e-9)
+    assert statistics.calls.tolist() == [[0, 2]]
+    assert statistics.mean_density()[0, 1, :, 3].tolist() == [1.0] * 3
+    assert statistics.mean_error()[0, 1, :, 3].max() < 1e-9
 
 
 def test_a_method_that_works_on_after_the_kernel_gets_all_rows():
@@ -97,7 +101,7 @@ def test_a_method_that_works_on_after_the_kernel_gets_all_rows():
             return True
 
         def complete(self, out, lse, q, k, v, plan, call, scale=None):
-            assert out.shape == seen.q.shape
+            assert out.shape[2] == seen.q.shape[2]
             call.extra_density += 0.125
             return out / 2
 
@@ -108,7 +112,7 @@ def test_a_method_that_works_on_after_the_kernel_gets_all_rows():
     out = order.restore(halved.compute(*order.apply(seen.q, seen.k, seen.v), plan, CallContext(LAYOUT)))
     real = (torch.arange(LAYOUT.tokens) < torch.tensor(LAYOUT.valid).unsqueeze(-1))[:, None]
     expected = ((out - seen.out).square().sum(-1) * real).sum((0, 2)) / (seen.out.square().sum(-1) * real).sum()
-    torch.testing.assert_close(statistics.mean_error()[0, :, 0].float(), expected, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(statistics.mean_error()[0, 0, :, 0].float(), expected, rtol=1e-4, atol=1e-9)
     assert float(statistics.mean_density().mean()) == pytest.approx(plan.density + 0.125, abs=1e-6)
 
 
@@ -118,7 +122,7 @@ def test_a_share_of_the_blocks_gives_the_error_on_average():
     observer = Observer(list(METHODS.values()), Schedule(), statistics, share=0.3, seed=1)
     for _ in range(60):
         observer(seen)
-    torch.testing.assert_close(statistics.mean_error()[0].float(), true_errors(seen), rtol=0.15, atol=1e-6)
+    torch.testing.assert_close(statistics.mean_error()[0, 0].float(), true_errors(seen), rtol=0.15, atol=1e-6)
 
 
 def test_calls_that_stay_dense_and_steps_between_are_left_out():
@@ -127,7 +131,7 @@ def test_calls_that_stay_dense_and_steps_between_are_left_out():
     observer = Observer([METHODS["bands"]], schedule, statistics, every=2)
     for layer, step in itertools.product(range(3), range(5)):
         observer(dense_call(layer, step))
-    assert statistics.calls.tolist() == [0, 2, 2]
+    assert statistics.calls.tolist() == [[0, 2, 2]]
 
 
 def brute_force(error, cost, max_error=None, max_cost=None):
@@ -187,8 +191,9 @@ SIZES = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "
 def small_plan(**changes):
     # Not as it ships: what is written must keep that.
     preset = load_preset("tiny-wan/composed").model_copy(update={"schedule": Schedule.make(dense_steps=[[1, 2]])})
-    candidates = {name: METHODS[name] for name in ("tiles", "bands", "dense")}
-    return Plan(preset, candidates, ("a red ball", "a blue box"), Generation(**SIZES), **changes)
+    candidates = changes.pop("candidates", {name: METHODS[name] for name in ("tiles", "bands", "dense")})
+    generation = changes.pop("generation", Generation(**SIZES))
+    return Plan(preset, candidates, ("a red ball", "a blue box"), generation, **changes)
 
 
 def test_a_killed_calibration_goes_on_and_gives_the_same(tmp_path, monkeypatch):
@@ -230,51 +235,180 @@ def test_statistics_of_another_calibration_are_refused(tmp_path):
         measure(None, small_plan(), path, lambda line: None)
 
 
+def held(error, density=None, layers=2, heads=2, **sums):
+    """Statistics of one range of steps, one call per layer, from errors per candidate."""
+    made = Statistics.empty(layers, heads, len(error), len(sums.get("calls", [0])), sums.pop("parts", 0))
+    made.error[:] = torch.tensor(error)
+    made.density[:] = torch.tensor(density or [0.4] * len(error))
+    made.calls[:] = 1
+    for name, values in sums.items():
+        getattr(made, name)[:] = torch.tensor(values, dtype=torch.float64)
+    return made
+
+
 def test_layers_that_were_never_seen_do_not_count():
-    held = Statistics(torch.zeros(2, 1, 2), torch.zeros(2, 1, 2), torch.tensor([0.0, 4.0]))
-    held.error[1, 0], held.density[1, 0] = torch.tensor([0.04, 0.0]) * 4, torch.tensor([0.2, 1.0]) * 4
-    found = assign(held, max_error=0.25)
-    assert (found.error, found.cost) == (pytest.approx(0.2), pytest.approx(0.2))
-    assert assign(held, max_error=0.1).choice.tolist() == [[0], [1]]
+    found = held([0.04, 0.0], [0.2, 1.0], heads=1, calls=[[0.0, 4.0]])
+    found.error *= 4
+    found.density *= 4
+    cheap = assign(found, max_error=0.25)
+    assert (cheap.error, cheap.cost) == (pytest.approx(0.2), pytest.approx(0.2))
+    assert cheap.choice.tolist() == [[[0], [0]]]
+    # The layer that always runs dense takes what the others take: it must not ask for an order of its own.
+    assert assign(found, max_error=0.1).choice.tolist() == [[[1], [1]]]
     with pytest.raises(ConfigError, match="nothing was measured"):
         assign(Statistics.empty(2, 1, 2), max_error=0.1)
+    with pytest.raises(ConfigError, match="got several"):
+        assign(found, max_error=0.1, max_time=0.1)
+
+
+def times(*whole, order=0.0, group=0.0):
+    """Times of one layer: each group of heads costs `group`, the rest is in proportion to the heads."""
+    half = [(each + group) / 2 for each in whole]
+    return [list(whole), [order] * len(whole), half, [order / 2] * len(whole)]
 
 
 def test_a_budget_of_time_takes_the_faithful_among_the_fast():
     """Two candidates of equal density: the one that is closer takes three times as long."""
-    held = Statistics(torch.zeros(2, 2, 3), torch.full((2, 2, 3), 0.4), torch.ones(2))
-    held.error[:] = torch.tensor([0.04, 0.01, 0.0])
-    held.time[:], held.timings[:] = torch.tensor([0.4, 1.2, 2.0]), 2.0
-    assert held.mean_time()[0, 0].tolist() == pytest.approx([0.2, 0.6, 1.0])
-    found = assign(held, max_time=0.3)
-    assert sorted(found.choice.flatten().tolist()) == [0, 0, 0, 1]
-    assert (found.cost, found.time) == (pytest.approx(0.4), pytest.approx(0.3))
-    assert assign(held, max_time=1.0).choice.unique().tolist() == [2]
+    found = held([0.04, 0.01, 0.0], time=times(0.2, 0.6, 1.0), timings=1.0)
+    assert assign(found, max_time=0.3).time == pytest.approx(0.3)
+    assert sorted(assign(found, max_time=0.3).choice.flatten().tolist()) == [0, 0, 0, 1]
+    assert assign(found, max_time=1.0).choice.unique().tolist() == [2]
     with pytest.raises(ConfigError, match=r"--max-time: expected at least 0\.2"):
-        assign(held, max_time=0.1)
+        assign(found, max_time=0.1)
+
+
+def test_a_group_of_heads_costs_what_two_halves_take_more_than_the_whole():
+    found = held([0.04, 0.0], time=times(0.2, 0.6, group=0.1), timings=1.0, layers=1)
+    heads, group = found.mean_time()
+    assert group.flatten().tolist() == pytest.approx([0.1, 0.1])
+    assert heads[0, 0, 0].tolist() == pytest.approx([0.1, 0.5])
+    assert assign(found, max_time=0.6).time == pytest.approx(0.6)
+    # Both methods in one layer: (0.1 + 0.5) / 2 and a group for each.
+    assert sorted(assign(found, max_time=0.5).choice.flatten().tolist()) == [0, 1]
+    assert assign(found, max_time=0.5).time == pytest.approx(0.5)
+    assert assign(found, max_time=0.49).choice.unique().tolist() == [0]
+
+
+def test_an_order_that_all_share_costs_the_layers_nothing():
+    found = held([0.04, 0.01, 0.0], time=times(0.2, 0.3, 0.6, order=0.1), timings=1.0, layers=1)
+    assert assign(found, max_time=0.4).choice.unique().tolist() == [1]
+    shared = [Palette((0, 2), hoisted=True), Palette((0, 1, 2), hoisted=False)]
+    best = assign(found, max_time=0.6, among=shared)
+    assert best.choice.unique().tolist() == [2]
+    assert best.time == pytest.approx(0.6)
+
+
+def test_one_layer_that_was_timed_well_attracts_nothing():
+    found = held([0.04, 0.0], layers=3, timings=1.0)
+    for layer, (group, order) in enumerate(((0.0, 0.0), (0.1, 0.2), (0.2, 0.4))):
+        found.time[layer] = torch.tensor(times(0.2, 0.6, group=group, order=order), dtype=torch.float64)
+    heads, group = found.mean_time()
+    torch.testing.assert_close(group, torch.full((1, 3, 2), 0.1, dtype=torch.float64))
+    torch.testing.assert_close(heads[0, :, 0], torch.tensor([[0.3, 0.7]] * 3, dtype=torch.float64))
+
+
+def test_palettes_are_the_candidates_of_one_order_and_all():
+    methods = {"a": METHODS["tiles"], "b": METHODS["bands"], "dense": METHODS["dense"]}
+    methods["c"] = get_method("composed", tile=(2, 3, 3), density=0.6)
+    plan = small_plan(candidates=methods)
+    assert palettes(plan) == (Palette((0, 2, 3), hoisted=True), Palette((0, 1, 2, 3), hoisted=False))
+    assert palettes(plan, hoists=False) == (Palette((0, 1, 2, 3), hoisted=False),)
 
 
 def test_heads_share_the_time_of_their_layer_by_density():
-    held = Statistics(torch.zeros(1, 2, 1), torch.tensor([[[0.1], [0.3]]]), torch.ones(1))
-    held.time[:], held.timings[:] = 0.5, 1.0
-    assert held.mean_time().flatten().tolist() == pytest.approx([0.25, 0.75])
+    found = held([0.0], time=times(0.5), timings=1.0, layers=1)
+    found.density[0, 0, :, 0] = torch.tensor([0.1, 0.3])
+    assert found.mean_time()[0].flatten().tolist() == pytest.approx([0.25, 0.75])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_uniform_assignment_within_the_budget_is_better(seed):
+    generator = torch.Generator().manual_seed(seed)
+    error, cost = torch.rand(2, 6, 3, 4, generator=generator)
+    group, weight = 0.2 * torch.rand(6, 4, generator=generator), torch.rand(6, generator=generator)
+    share = weight.flip(0) / weight.sum()
+    alone = (cost.mean(1) + group).mul(share[:, None]).sum(0)
+    worth = (error.sum(1) * weight[:, None]).sum(0)
+    for limit in alone.tolist():
+        found = solve(error, cost, max_cost=limit + 1e-9, fixed=group, share=share, weight=weight)
+        value = (error.gather(-1, found.choice.unsqueeze(-1)).sum((1, 2)) * weight).sum()
+        assert value <= worth[alone <= limit + 1e-9].min() + 1e-6
+        used = torch.zeros(6, 4).scatter_(1, found.choice, 1.0)
+        paid = cost.gather(-1, found.choice.unsqueeze(-1)).mean((1, 2)) + (group * used).sum(1)
+        assert found.cost == pytest.approx(float(paid @ share), abs=1e-6)
+
+
+def test_probes_let_errors_count_for_what_they_do_to_the_picture():
+    """Both layers err alike; one of them changes the picture nine times as much."""
+    found = held([0.04, 0.0], [0.2, 1.0], heads=1, parts=2, change=[[0.09, 0.01]])
+    found.probed = [(0, 0, 0), (0, 0, 1)]
+    assert found.probe == 0
+    torch.testing.assert_close(found.weight(), torch.tensor([[0.09, 0.01]], dtype=torch.float64) / 0.04)
+    best = assign(found, max_density=0.6)
+    assert best.choice.tolist() == [[[1], [0]]]
+    assert best.change == pytest.approx(0.01)
+    found.change[:] = found.change.flip(1)
+    assert assign(found, max_density=0.6).choice.tolist() == [[[0], [1]]]
+    assert assign(found, max_density=0.6, weighted=False).change is None
+
+
+def test_finalists_differ_and_the_closest_is_taken():
+    found = held([0.04, 0.01, 0.0], [0.2, 0.5, 1.0], heads=1, parts=2, change=[[0.09, 0.01]])
+    found.probed = [(0, 0, 0), (0, 0, 1)]
+    found.error[0, 1] *= 5
+    plan = small_plan()
+    tried = finalists(found, plan, {"max_density": 0.6})
+    assert tried["by effect"].choice.flatten().tolist() == [2, 0]
+    assert tried["by error"].choice.flatten().tolist() == [0, 2]
+    assert tried["uniform"].choice.flatten().tolist() == [1, 1]
+    assert best_of(tried, {"by effect": 30.0, "by error": 28.0, "uniform": 31.0}) is tried["uniform"]
+    assert [*finalists(found, plan, {"max_density": 1.0})] == ["by error"]
+    assert [*finalists(found, plan, {"max_error": 0.1})] == ["by error"]
+
+
+def test_parts_of_layers_and_schedules_of_probes():
+    assert layer_parts(5, 2) == [slice(0, 2), slice(2, 5)]
+    assert layer_parts(2, 4) == [slice(0, 1), slice(1, 2)]
+    assert layer_parts(3, 0) == []
+    schedule = Schedule.make(dense_steps=[[0, 2]], dense_layers=[[4, 5]], layer_groups=[[0, 2]])
+    probe = only(schedule, 8, range(1, 5), 6, slice(2, 6))
+    sparse = {(n, s) for n in range(6) for s in range(8) if probe.dense_reason(n, s, 0.5, 99) is None}
+    assert sparse == set(itertools.product([2, 3, 5], [2, 3, 4]))
+    assert probe.layer_groups == ()
+
+
+def test_ranges_of_steps_part_those_that_are_not_dense():
+    plan = small_plan(ranges=3, generation=Generation(**SIZES | {"num_inference_steps": 9}))
+    assert [list(plan.steps_of(at)) for at in range(3)] == [[0, 1, 2, 3], [4, 5], [6, 7, 8]]  # step 1 is dense
+    assert plan.starts == (4, 6)
+    with pytest.raises(ConfigError, match="--step-ranges"):
+        _ = small_plan(ranges=3).starts
+
+
+def test_times_are_those_of_the_whole_layer_and_of_half_its_heads():
+    seen = dense_call()
+    found = layer_times(list(METHODS.values()), seen)
+    assert found.shape == (4, len(METHODS))
+    assert (found[[0, 2]] > 0).all()
+    assert found[1, 3] == found[3, 3] == 0  # dense has no order
+    assert found[1, 0] > 0  # tiles have
 
 
 def test_every_layer_is_timed_once_per_prompt(tmp_path):
-    held = measure(random_wan_pipeline(), small_plan(share=1.0), tmp_path / "s.safetensors", lambda line: None)
-    seen = held.calls > 0
-    assert held.timings[seen].tolist() == [2.0] * int(seen.sum())
-    assert (held.time[seen] > 0).all()
+    found = measure(random_wan_pipeline(), small_plan(share=1.0), tmp_path / "s.safetensors", lambda line: None)
+    seen = found.calls.sum(0) > 0
+    assert found.timings[seen].tolist() == [2.0] * int(seen.sum())
+    assert (found.time[seen][:, [0, 2]] > 0).all()
     again = Statistics.load(tmp_path / "s.safetensors", small_plan(share=1.0).settings())
-    assert torch.equal(again.time, held.time)
+    assert torch.equal(again.time, found.time)
 
 
 def test_the_preset_runs_and_keeps_the_predicted_density(tmp_path):
     plan, pipe = small_plan(share=1.0), random_wan_pipeline()
-    held = measure(pipe, plan, tmp_path / "s.safetensors", lambda line: None)
-    lowest, highest = float(held.mean_density().amin(-1).mean()), float(held.mean_density().amax(-1).mean())
-    found = assign(held, max_density=(lowest + highest) / 2)
-    write_preset(tmp_path / "mine.yaml", plan, found, held)
+    sums = measure(pipe, plan, tmp_path / "s.safetensors", lambda line: None)
+    lowest, highest = float(sums.mean_density().amin(-1).mean()), float(sums.mean_density().amax(-1).mean())
+    found = assign(sums, max_density=(lowest + highest) / 2)
+    write_preset(tmp_path / "mine.yaml", plan, found, sums)
     preset = load_preset(tmp_path / "mine.yaml")
     assert preset.schedule.head_table == head_table(found, plan.candidates)
     assert preset.generation == plan.generation

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dit_accel.calibrate.weights import fingerprint
+from dit_accel.compare import resume
 from dit_accel.presets import Generation, load_preset
 from dit_accel.samples import calibrate_tiny_wan as sample
 from dit_accel.samples.tiny_random import random_wan_pipeline
@@ -26,18 +27,19 @@ def proof(monkeypatch, tmp_path):
     pipe, made = random_wan_pipeline(), []
     monkeypatch.setattr(sample, "load_preset", lambda name: small)
     monkeypatch.setattr(sample, "load_pipeline", lambda name: pipe)
-    run_all = sample.run_all
+    run_all = resume.run_all
 
-    def counted(pipe, generation, tasks, candidates):
+    def counted(pipe, generation, tasks, candidates, inputs=None):
         for outcome in run_all(pipe, generation, tasks, candidates):
             made.append(outcome[0][0].task.seed)
             yield outcome
 
-    monkeypatch.setattr(sample, "run_all", counted)
+    monkeypatch.setattr(resume, "run_all", counted)
 
     def run(minutes):
         made.clear()
-        words = ["--num-prompts", "2", "--calibration-prompts", "1", "--steps", "2", "--candidates", *UNIFORM]
+        words = ["--num-prompts", "2", "--calibration-prompts", "1", "--steps", "4", "--candidates", *UNIFORM]
+        words += ["--num-frames", "5", "--later", UNIFORM[0]]
         words += ["--output", tmp_path / "work", "--results", tmp_path / "results", "--max-minutes", minutes]
         monkeypatch.setattr(sys, "argv", ["samples/calibrate_tiny_wan.py", *map(str, words)])
         sample.main()
@@ -61,8 +63,8 @@ def test_it_stops_when_the_time_is_up_goes_on_and_repeats_nothing(proof, capsys)
         assert word in page
     rows = list(csv.DictReader(proof.rows.open()))
     labels = {row["candidate"] for row in rows}
-    assert {"dense", *UNIFORM} < labels
-    assert sum(label.startswith("calibrated, max_time") for label in labels) >= 1
+    assert {"dense", *UNIFORM, f"{UNIFORM[0]},dense_steps=2"} < labels
+    assert sum(label.startswith("calibrated for") for label in labels) >= 1
     assert len(rows) == 2 * len(labels)
     assert proof(60)[0] == []
 

@@ -80,7 +80,7 @@ def test_the_errors_are_those_of_earlier_layers_plans(layer_heads):
     calls = [dense_call(layer) for layer in range(4)]
     for call in calls:
         observer(call)
-    assert sums.calls.tolist() == [1, 1, 0, 1]
+    assert sums.calls.tolist() == [[1, 1, 0, 1]]
     plans = [METHOD.plan(LAYOUT, call.q, call.k)[1] for call in calls]
     for layer, back in ((0, 0), (1, 0), (1, 1), (3, 0), (3, 2)):
         plan, call = plans[layer - back], calls[layer]
@@ -89,11 +89,11 @@ def test_the_errors_are_those_of_earlier_layers_plans(layer_heads):
             call.q.double(), call.k.double(), call.v.double(), plan, remainder=METHOD.remainder, backend="reference"
         )
         wrong = float((out - call.out).square().sum() / call.out.square().sum())
-        assert float(sums.error[layer, 0, back]) == pytest.approx(wrong, rel=1e-4)
-        assert float(sums.density[layer, 0, back]) == pytest.approx(float(plan.density), rel=1e-5)
+        assert float(sums.error[0, layer, 0, back]) == pytest.approx(wrong, rel=1e-4)
+        assert float(sums.density[0, layer, 0, back]) == pytest.approx(float(plan.density), rel=1e-5)
     # Layer 2 stays dense and leaves no plan; before layer 0 there is none.
-    assert torch.isinf(sums.error[3, 0, 1])
-    assert torch.isinf(sums.error[0, 0, 1:]).all()
+    assert torch.isinf(sums.error[0, 3, 0, 1])
+    assert torch.isinf(sums.error[0, 0, 0, 1:]).all()
 
 
 def test_a_new_forward_pass_forgets_the_plans_of_the_last():
@@ -101,7 +101,7 @@ def test_a_new_forward_pass_forgets_the_plans_of_the_last():
     observer = LayerObserver(METHOD, 1, "index", Schedule(), sums)
     for step in (0, 1):
         observer(dense_call(0, step))
-    assert torch.isinf(sums.error[0, 0, 1])
+    assert torch.isinf(sums.error[0, 0, 0, 1])
 
 
 def test_static_methods_have_nothing_to_share():
