@@ -197,7 +197,9 @@ class Engine:
         names = ", ".join(dict.fromkeys(part.computed_by for part in parts))
         limit = max((part.backend.break_even for part in parts), default=1.0)
         limit = limit if self.break_even is None else self.break_even
-        if isinstance(density, float) and density > limit:
+        # Where heads differ, those above the limit run dense by themselves, and the others need not follow them.
+        some_are_dense = any(part.is_dense for part in parts) and not all(part.is_dense for part in parts)
+        if isinstance(density, float) and density > limit and not some_are_dense:
             record.reason = f"density {density:.3f} is above the break-even {limit:.2f} of backend {names!r}"
             if self.guard is not None:
                 self.guard.ran_dense((layer, record.branch), tuple(method for method, _ in groups), record.step)

@@ -94,6 +94,18 @@ def test_heads_above_the_break_even_go_to_dense_attention():
     assert torch.equal(mixed[:, :, :1].transpose(1, 2), F.scaled_dot_product_attention(q, k, v))
 
 
+def test_one_sparse_head_stays_so_among_dense_ones():
+    table = TABLE | {"heads": [["full", "full", "full", "own"], ["full"] * 4]}
+    out, record = run(table=table, break_even=0.7)
+    assert record.reason is None
+    assert record.density == pytest.approx((3 + 0.5) / 4, abs=0.02)
+    q, k, v = (x.transpose(1, 2)[:, :3] for x in tensors())
+    assert torch.equal(out[:, :, :3].transpose(1, 2), F.scaled_dot_product_attention(q, k, v))
+    torch.testing.assert_close(
+        out[:, :, 3:], alone(get_method("composed", tile=[1, 2, 2], density=0.5, remainder="drop"), 3)[0]
+    )
+
+
 def test_an_explicit_backend_computes_every_head(monkeypatch):
     monkeypatch.setattr(parts, "dense_attention", None)
     _, record = run(break_even=0.7, backend="torch")
