@@ -56,8 +56,8 @@ class Composed(Method):
     Args:
         order: "raster"; "tile": 3-D tiles, one block each; "bisect": boxes of exactly `block` tokens on any grid;
             "morton": the Z-order curve; "hilbert": a Hilbert curve; "axes": the raster with its axes in another order.
-            By content, per head: "hot_keys": keys sorted by the attention they get; "lsh": queries and keys sorted by an
-            angular hash; "kmeans": queries and keys sorted by cluster.
+            By content, per head: "hot_keys": keys sorted by the attention they get; "lsh": queries and keys sorted by
+            an angular hash; "kmeans": queries and keys sorted by cluster.
         tile: (frames, height, width) of a tile, for "tile"; the shape of the boxes, for "bisect".
         block: block size in tokens, for all orders but "tile".
         query_block: that of the queries. Default None: as the keys.
