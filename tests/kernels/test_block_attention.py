@@ -10,7 +10,7 @@ from kernel_cases import agree, ball, both, boxes_of_heads, plan_of_box, random_
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_accel.errors import PlanError, UnsupportedError
+from dit_accel.errors import ConfigError, PlanError, UnsupportedError
 from dit_accel.kernels import Remainder, backends, block_attention, merge, remainder, torch_backend
 from dit_accel.plan import Blocking, BlockPlan, BoxPredicate
 
@@ -162,7 +162,7 @@ def test_errors_name_shapes_and_backends():
         block_attention(q, k[..., :8], v, plan)
     with pytest.raises(PlanError, match="kv_len"):
         block_attention(q, k, v, plan, kv_len=torch.tensor([1.0]))
-    with pytest.raises(UnsupportedError, match="did you mean 'torch'"):
+    with pytest.raises(ConfigError, match="did you mean 'torch'"):
         block_attention(q, k, v, plan, backend="troch")
     with pytest.raises(UnsupportedError, match=r"backend 'torch' cannot run.*not a floating-point"):
         block_attention(q.int(), k.int(), v.int(), plan, backend="torch")
