@@ -1,6 +1,6 @@
 """Does a calibrated preset beat uniform ones at equal time? `python samples/calibrate_tiny_wan.py`.
 
-Calibrates the small model on a caption it was trained on, for budgets of time up to that of the slowest candidate that
+Calibrates the small model on captions it was trained on, for budgets of time up to that of the slowest candidate that
 saves any, then compares these presets with every candidate alone on held-out captions, from the
 same seeds, interleaved. Sparse candidates also run alone with twice as many dense steps. Each uniform preset is
 compared at its own time with the line through the calibrated ones.
@@ -38,7 +38,7 @@ from dit_accel.presets import Preset, load_preset
 from dit_accel.schedule import Schedule
 
 UNIFORM = tuple(text for text in DEFAULT_CANDIDATES if text.startswith(("composed", "aurora")))
-BUDGETS = 3
+BUDGETS = 4
 RANGES = 3
 SAVES = 0.9  # a budget like the dearest candidate's must not buy dense attention
 
@@ -52,11 +52,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--later",
         nargs="*",
-        default=(UNIFORM[0], UNIFORM[3]),
+        default=UNIFORM[2:4],
         help="those that also run alone with twice as many dense steps",
     )
-    parser.add_argument("--calibration-prompts", type=int, default=1)
-    parser.add_argument("--num-prompts", type=int, default=6, help="held-out prompts")
+    parser.add_argument("--calibration-prompts", type=int, default=3)
+    parser.add_argument("--num-prompts", type=int, default=8, help="held-out prompts")
     parser.add_argument("--num-frames", type=int, default=15, help="whole tiles lose nothing at edges")
     parser.add_argument("--steps", type=int, default=8, help="denoising steps, a fifth of them dense")
     parser.add_argument("--max-minutes", type=float, default=60.0, help="begin no prompt that would end later")

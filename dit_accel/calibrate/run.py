@@ -26,7 +26,7 @@ from dit_accel.schedule import Schedule
 DEFAULT_CANDIDATES = (
     "composed:density=0.1",
     "composed:density=0.2",
-    "composed:density=0.5",
+    "aurora:density=0.05",
     "aurora:density=0.1",
     "aurora:density=0.2",
     "aurora:density=0.35",
