@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -212,5 +213,5 @@ def _pair(values: np.ndarray) -> tuple[float, float]:
     return float(values[0]), float(values[1])
 
 
-def _choose(rng: np.random.Generator, names: object) -> str:
-    return str(rng.choice(list(names)))  # type: ignore[call-overload]
+def _choose(rng: np.random.Generator, names: Iterable[str]) -> str:
+    return str(rng.choice(list(names)))
