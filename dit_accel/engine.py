@@ -16,7 +16,7 @@ from dit_accel.hoisting import Standing
 from dit_accel.kernels.attention import request_of
 from dit_accel.kernels.dense import fastest_first
 from dit_accel.kernels.registry import choose_backend
-from dit_accel.layer_methods import Groups, LayerMethods
+from dit_accel.layer_methods import Groups, LayerGroup, LayerMethods
 from dit_accel.layout import TextPosition, TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.parts import Part, join, of_heads
@@ -191,7 +191,7 @@ class Engine:
             groups = self._guarded(self.guard, groups, layout, record)
             if record.reason is not None:
                 return None
-        parts = [self._part(*group, layer, layout, qkv, tokens, record) for group in groups]
+        parts = [self._part(group, layer, layout, qkv, tokens, record) for group in groups]
         shares = [1.0 if part.heads is None else len(part.heads) / q.shape[1] for part in parts]
         density = sum((s * part.planned.density for s, part in zip(shares, parts, strict=True)), start=0.0)
         names = ", ".join(dict.fromkeys(part.computed_by for part in parts))
@@ -202,7 +202,7 @@ class Engine:
         if isinstance(density, float) and density > limit and not some_are_dense:
             record.reason = f"density {density:.3f} is above the break-even {limit:.2f} of backend {names!r}"
             if self.guard is not None:
-                self.guard.ran_dense((layer, record.branch), tuple(method for method, _ in groups), record.step)
+                self.guard.ran_dense((layer, record.branch), tuple(group.method for group in groups), record.step)
             return None
         density = sum((s * part.density for s, part in zip(shares, parts, strict=True)), start=0.0)
         record.density, record.backend = density, names or "none"
@@ -219,16 +219,15 @@ class Engine:
     @staticmethod
     def _guarded(guard: Guard, groups: Groups, layout: TokenLayout, record: CallRecord) -> Groups:
         """The groups at the density that the guard asks for; where none would do, the reason is recorded."""
-        key, methods = (record.layer, record.branch), tuple(method for method, _ in groups)
+        key, methods = (record.layer, record.branch), tuple(group.method for group in groups)
         methods, record.level, record.reason = guard.choose(key, methods, record.step, layout.tokens)
         if record.level and len(methods) == 1:
             record.requested = methods[0].requested_density
-        return [(method, heads) for method, (_, heads) in zip(methods, groups, strict=True)]
+        return [group._replace(method=method) for method, group in zip(methods, groups, strict=True)]
 
     def _part(
         self,
-        method: Method,
-        heads: Tensor | None,
+        group: LayerGroup,
         layer: int,
         layout: TokenLayout,
         qkv: QKV,
@@ -236,11 +235,11 @@ class Engine:
         record: CallRecord,
     ) -> Part:
         """Order, plan and backend of one group of heads; q, k, v `[B, H, N, D]` of all heads."""
-        state = self.running
+        state, (method, heads, key) = self.running, group
         qkv, standing = of_heads(qkv, heads), self.standing.order(layout)
-        planned, qkv = self._planner.plan(method, layer, layout, state, qkv, record, standing, tokens)
+        planned, qkv = self._planner.plan(method, layer, layout, state, qkv, record, standing, tokens, key)
         request = request_of(qkv[0], planned.plan, method.remainder, method.completes, method.precision)
-        call = self._planner.call(method, layer, layout, state, len(qkv[0]))
+        call = self._planner.call(layer, layout, state, len(qkv[0]), key)
         backend = choose_backend(self.backend, request)
         limit = backend.break_even if self.break_even is None else self.break_even
         # An explicit backend computes every head, and padding needs the lengths that only it knows.
@@ -254,9 +253,9 @@ class Engine:
         return reason == timetable and self.schedule.searches(layer, state.step, layout.tokens)
 
     def _search(self, groups: Groups, layer: int, layout: TokenLayout, qkv: QKV, record: CallRecord) -> None:
-        for member, heads in groups:
+        for member, heads, key in groups:
             taken, standing = of_heads(qkv, heads), self.standing.order(layout)
-            self._planner.search(member, layer, layout, self.running, taken, record, standing)
+            self._planner.search(member, layer, layout, self.running, taken, record, standing, key)
 
     def _reason(self, layer: int, state: RunState, layout: TokenLayout, k: Tensor) -> str | None:
         if self.is_dense:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dit_accel.error_estimate import estimate_error, rows_to_check, sample_rows
 from dit_accel.errors import ConfigError
+from dit_accel.head_densities import at_density
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Method
-from dit_accel.methods.registry import get_method
 
 _GROWTH = 1.5  # of the density, per level
 _DENSE_FROM = 0.9  # a density at which nothing is saved any more
@@ -176,7 +176,7 @@ def _raised(methods: tuple[Method, ...], track: _Track) -> tuple[Method, ...] | 
             if "density" not in type(method).model_fields or density >= _DENSE_FROM:
                 return None
             try:
-                method = get_method(method.name, **{**method.model_dump(exclude_unset=True), "density": density})
+                method = at_density(method, density)
             except ConfigError:  # the method takes no density beside its other parameters
                 return None
         raised.append(method)

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dit_accel.head_densities import merged, without_density
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method
 from dit_accel.schedule import Schedule
 from dit_accel.shard import HeadShard
 
-Groups = Sequence[tuple[Method, Tensor | None]]
-"""Methods and the heads that run under each, int64 `[H']`; None: all heads."""
+
+class LayerGroup(NamedTuple):
+    """Heads of a layer that run under one method.
+
+    Args:
+        method: what they run under.
+        heads: which, int64 `[H']`; None: all.
+        key: tells groups apart in what is kept between calls; a group goes on at another density with what it kept.
+    """
+
+    method: Method
+    heads: Tensor | None
+    key: Hashable = None
+
+
+Groups = Sequence[LayerGroup]
 
 
 class LayerMethods:
@@ -32,7 +48,7 @@ class LayerMethods:
         self._schedule = schedule
         self._methods = [method_of_layer(method, schedule, layer) for layer in range(layers)]
         self.are_dense = schedule.head_table is None and all(method.name == "dense" for method in self._methods)
-        self._heads: dict[tuple[int, int, HeadShard, torch.device], list[tuple[Method, Tensor]]] = {}
+        self._heads: dict[tuple[int, int, HeadShard, torch.device], list[LayerGroup]] = {}
 
     def of_layer(self, layer: int) -> Method:
         """The method of a layer; heads of a table that name none run under it."""
@@ -46,21 +62,32 @@ class LayerMethods:
     def groups(self, layer: int, shard: HeadShard, device: torch.device, step: int = 0) -> Groups:
         """The methods of a layer at a step and which heads of the shard run under each, on `device`.
 
+        Heads of a table whose methods differ in density alone are one group.
+
         Raises:
             ConfigError: the head table is for a model of another size.
         """
         table, method = self._schedule.head_table, self._methods[layer]
         if table is None:
-            return [(method, None)]
+            return [LayerGroup(method, None)]
         key = (table.phase(step), layer, shard, device)
         if key not in self._heads:
             table.check_size(len(self._methods), shard.total)
             mine = slice(shard.first, shard.first + shard.count)
             groups = table.slice(heads=mine).groups(layer, method, step) if shard.first < shard.total else ()
             self._heads[key] = [
-                (group.method, torch.tensor(group.heads, device=device)) for group in groups if group.method is not None
+                _of_shard(group.method, group.heads, shard, device)
+                for group in merged(groups)
+                if group.method is not None
             ]
         return self._heads[key]
+
+
+def _of_shard(method: Method, heads: tuple[int, ...], shard: HeadShard, device: torch.device) -> LayerGroup:
+    """The heads of a shard, counted from its first, that run under a method."""
+    whole = len(heads) == shard.count
+    index = None if whole else torch.tensor(heads, device=device)
+    return LayerGroup(method, index, (without_density(method), None if whole else heads))
 
 
 def method_of_layer(method: Method, schedule: Schedule, layer: int) -> Method:

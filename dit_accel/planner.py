@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,23 +83,25 @@ class Planner:
         record: CallRecord,
         standing: TokenOrder | None = None,
         shard: TokenShard | None = None,
+        group: Hashable = None,
     ) -> tuple[Planned, QKV]:
         """Order and plan, new or kept, and q, k, v `[B, H, N, D]` in that order; times go to `record`.
 
         Where tokens stand in the shared order `standing` and not in the raster, the order of `method` must be static,
         and it becomes what takes them from there to that of the method. Where q holds the tokens of `shard` alone, the
-        method must be static, and the plan is that of those tokens.
+        method must be static, and the plan is that of those tokens. Groups of heads that keep things apart have a
+        `group` each.
         """
         device = qkv[0].device
-        kept = self._kept(method, layer, layout, state, qkv[0], standing, shard)
+        kept = self._kept(method, layer, layout, state, qkv[0], standing, shard, group)
         if kept is None:
-            call = self.call(method, layer, layout, state, len(qkv[0]))
+            call = self.call(layer, layout, state, len(qkv[0]), group)
             # A static method looks at no query, so that keys may stand for those that are elsewhere.
             whole = qkv if shard is None else (qkv[1], *qkv[1:])
             kept, ordered = self._make(method, call, whole, record, standing)
             if shard is not None:
                 kept, ordered = kept.of_tokens(shard.tokens(layout)), None
-            self._keep(method, layer, layout, state, qkv[0], kept, record, standing, shard)
+            self._keep(method, layer, layout, state, qkv[0], kept, record, standing, shard, group)
             if ordered is not None:
                 return kept, ordered
         if kept.order is not None:
@@ -115,11 +118,12 @@ class Planner:
         qkv: QKV,
         record: CallRecord,
         standing: TokenOrder | None = None,
+        group: Hashable = None,
     ) -> None:
         """Make the plan of a call that runs dense, for the steps that follow, unless the one that is kept will do."""
-        if not method.is_static and self._kept(method, layer, layout, state, qkv[0], standing) is None:
-            planned, _ = self._make(method, self.call(method, layer, layout, state, len(qkv[0])), qkv, record, standing)
-            self._keep(method, layer, layout, state, qkv[0], planned, record, standing)
+        if not method.is_static and self._kept(method, layer, layout, state, qkv[0], standing, group=group) is None:
+            planned, _ = self._make(method, self.call(layer, layout, state, len(qkv[0]), group), qkv, record, standing)
+            self._keep(method, layer, layout, state, qkv[0], planned, record, standing, group=group)
 
     def _make(
         self, method: Method, call: CallContext, qkv: QKV, record: CallRecord, standing: TokenOrder | None = None
@@ -153,13 +157,14 @@ class Planner:
         q: Tensor,
         standing: TokenOrder | None = None,
         shard: TokenShard | None = None,
+        group: Hashable = None,
     ) -> Planned | None:
         if method.is_static:
             found = self._static.get((method, layout, q.device, standing, shard))
             if found is not None:
                 self._static.move_to_end((method, layout, q.device, standing, shard))
             return found
-        made = self._made.get(self._slot(method, layer, state))
+        made = self._made.get(self._slot(layer, state, group))
         if (
             made is None
             or made.key != (method, layout, q.shape[:2], standing)
@@ -179,21 +184,22 @@ class Planner:
         record: CallRecord,
         standing: TokenOrder | None = None,
         shard: TokenShard | None = None,
+        group: Hashable = None,
     ) -> None:
         if method.is_static:
             self._static[method, layout, q.device, standing, shard] = planned
             if len(self._static) > _STATIC_PLANS_KEPT:
                 self._static.popitem(last=False)
             return
-        group = self.schedule.layer_group(layer)
-        if group is None and not self.schedule.keeps_plans:
+        layers = self.schedule.layer_group(layer)
+        if layers is None and not self.schedule.keeps_plans:
             return
-        slot, key = self._slot(method, layer, state), (method, layout, q.shape[:2], standing)
+        slot, key = self._slot(layer, state, group), (method, layout, q.shape[:2], standing)
         old = self._made.get(slot)
         with record.timed("select", q.device):
             if old is not None and old.key == key and old.layer == layer and _comparable(old.planned, planned):
                 record.measures["overlap"] = overlap(planned.plan, old.planned.plan)
-            others = planned if group is None else self._for_others(planned)
+            others = planned if layers is None else self._for_others(planned)
         self._made[slot] = _Made(state.step, layer, key, planned, others)
 
     def _for_others(self, planned: Planned) -> Planned:
@@ -202,21 +208,18 @@ class Planner:
             return planned
         return Planned(order, plan, _density(plan, plan.indices.device, static=False))
 
-    def _slot(self, method: Method, layer: int, state: RunState) -> tuple[Any, ...]:
+    def _slot(self, layer: int, state: RunState, group: Hashable) -> tuple[Any, ...]:
         """Where a plan is kept: per layer or group of layers, branch, and group of heads."""
-        group = self.schedule.layer_group(layer)
-        return (layer if group is None else group, state.branch, self._head_group(method))
+        layers = self.schedule.layer_group(layer)
+        return (layer if layers is None else layers, state.branch, group)
 
-    def _head_group(self, method: Method) -> Method | None:
-        """Groups of heads keep apart what they remember; one that is alone shares with all layers."""
-        return None if self.schedule.head_table is None else method
-
-    def call(self, method: Method, layer: int, layout: TokenLayout, state: RunState, rows: int) -> CallContext:
+    def call(self, layer: int, layout: TokenLayout, state: RunState, rows: int, group: Hashable = None) -> CallContext:
         """What a method is told about a call of a layer, with what it kept from earlier ones of as many batch rows.
 
-        (A step cache may run one of two batched guidance branches; what was kept for both does not fit it.)
+        (A step cache may run one of two batched guidance branches; what was kept for both does not fit it.) Groups of
+        heads keep apart what they remember; one that is the same in all layers shares with all of them.
         """
-        common = (self._head_group(method), rows)
+        common = (group, rows)
         key = (state.branch, *common)
         memory = self._memory.setdefault((layer, *key), {})
         shared = self._memory.setdefault(("shared", *key), {})

@@ -13,7 +13,7 @@ from dit_accel.errors import ConfigError
 from dit_accel.history import is_refresh, with_history
 from dit_accel.kernels.spec import Precision, PrecisionName, Remainder
 from dit_accel.layout import TokenLayout
-from dit_accel.methods.base import BlockSize, Count, Density, Method, Size, SizeTriple
+from dit_accel.methods.base import FROM_LIST, BlockSize, Count, Density, Method, Size, SizeTriple
 from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder
 from dit_accel.plan import Blocking, BlockPlan
@@ -77,6 +77,7 @@ class Composed(Method):
             "antidiagonal" and "subblock": with `stride` tokens per group.
         stride: see `score`.
         density: share of key blocks that each query block attends exactly. None: `mass` or `tau` decides.
+        densities: a density for every head, instead of `density`. None: `density` for all.
         rounding: how a density becomes a number of blocks.
         mass: keep the fewest blocks that hold this share of the scores' softmax, and at least `density`. None: no rule.
         tau: keep blocks whose score exceeds the mean of their row by so many standard deviations. None: no rule.
@@ -118,6 +119,7 @@ class Composed(Method):
     score: Score = "pooled"
     stride: Size = 16
     density: Density | None = 0.25
+    densities: Annotated[tuple[Density, ...], FROM_LIST, Field(min_length=1)] | None = None
     rounding: Rounding = "round"
     mass: Share | None = None
     tau: Annotated[float, Field(allow_inf_nan=False)] | None = None
@@ -148,6 +150,11 @@ class Composed(Method):
             raise ValueError("heads='adaptive' moves blocks between heads at a given density: set density alone")
         if self.heads == "adaptive" and self.scope == "layer":
             raise ValueError("scope='layer' moves blocks between heads already: leave heads at 'uniform'")
+        if self.densities is not None and not self._keeps_shares:
+            raise ValueError(
+                "densities are shares of the blocks of each head: set mass and tau to null, leave heads at 'uniform' "
+                "and scope at 'row' or 'head'"
+            )
         if self.second_order and self.about == "query":
             raise ValueError("second_order corrects the mass about the key; about='query' has an exact one")
         if self.remainder_ == "history" and self.order_ in _BY_CONTENT:
@@ -167,6 +174,16 @@ class Composed(Method):
         if self.touching and len(self.axes) > 1 and self.order_ == "axes":
             raise ValueError("touching needs one order for all heads, got one per head in axes")
         return self
+
+    @property
+    def _keeps_shares(self) -> bool:
+        """Whether every head keeps a share of its blocks that no other head has a say in."""
+        return self.mass is None and self.tau is None and self.heads == "uniform" and self.scope != "layer"
+
+    @property
+    def requested_density(self) -> float | None:
+        """The density asked for, over all heads; None where another rule decides."""
+        return self.density if self.densities is None else sum(self.densities) / len(self.densities)
 
     @property
     def has_static_order(self) -> bool:
@@ -290,7 +307,7 @@ class Composed(Method):
             return Threshold(tau=self.tau)
         if self.mass is not None:
             return TopP(scope=self.scope, mass=self.mass, least=self.density or 0.0)
-        share: Any = self.density
+        share: Any = self.density if self.densities is None else torch.tensor(self.densities, dtype=torch.float64)
         if self.heads == "adaptive":
             share = adapt_heads(scores, share, forced)
         return TopK(scope=self.scope, share=share, rounding=self.rounding)

@@ -109,10 +109,10 @@ def test_a_choice_is_that_of_another_branch_of_the_same_step_and_geometry():
 
 
 def test_what_branches_share_is_kept_per_layer_and_forgotten_with_the_rest():
-    planner, method, layout = Planner(Schedule()), get_method("aurora"), TokenLayout((2, 8, 8))
+    planner, layout = Planner(Schedule()), TokenLayout((2, 8, 8))
 
     def kept(layer, branch):
-        return planner.call(method, layer, layout, RunState(layout.grid, 0, 1.0, branch), 1)
+        return planner.call(layer, layout, RunState(layout.grid, 0, 1.0, branch), 1)
 
     kept(0, "cond").branches["order"] = "made"
     assert kept(0, "uncond").branches == {"order": "made"}
