@@ -11,15 +11,22 @@ from torch import Tensor, nn
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # coefficients of the quintic iteration
 
 
-def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
-    """Nearly the closest semi-orthogonal matrix to each of `update` `[..., rows, columns]`."""
+def orthogonalize(update: Tensor, steps: int = 5, is_half: bool = False) -> Tensor:
+    """Nearly the closest semi-orthogonal matrix to each of `update` `[..., rows, columns]`.
+
+    Args:
+        update: what to make orthogonal.
+        steps: of the iteration. Default 5.
+        is_half: compute in bfloat16. Default False.
+    """
     x = update / (update.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x.bfloat16() if is_half else x
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x
     for _ in range(steps):
         gram = x @ x.mT
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return x.mT if is_tall else x
+    return (x.mT if is_tall else x).to(update.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -31,6 +38,7 @@ class Muon(torch.optim.Optimizer):
         momentum: default 0.95.
         weight_decay: share of a weight that goes per unit of lr. Default 0.
         is_stacked: orthogonalise weights of one shape together: a GPU waits for launches otherwise. Default False.
+        is_half: orthogonalise in bfloat16. Default False.
     """
 
     def __init__(
@@ -40,8 +48,9 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         is_stacked: bool = False,
+        is_half: bool = False,
     ) -> None:
-        self.is_stacked = is_stacked
+        self.is_stacked, self.is_half = is_stacked, is_half
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -53,7 +62,8 @@ class Muon(torch.optim.Optimizer):
             for number, weight in enumerate(weights):
                 stacks[weight.flatten(1).shape if self.is_stacked else number].append(weight)
             for stack in stacks.values():
-                updates = orthogonalize(torch.stack([self._accumulate(weight, group["momentum"]) for weight in stack]))
+                gathered = torch.stack([self._accumulate(weight, group["momentum"]) for weight in stack])
+                updates = orthogonalize(gathered, is_half=self.is_half)
                 for weight, update in zip(stack, updates, strict=True):
                     rows, columns = update.shape
                     scale = max(1.0, rows / columns) ** 0.5

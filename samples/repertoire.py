@@ -1,14 +1,15 @@
 """What the small models are taught: a repertoire draws captioned clips and knows the words of their captions.
 
 `BASIC` is one plain shape on a plain background (`clips`), drawn with OpenCV. `FULL` is all of `scenes`, drawn with
-PyTorch on the device of the training. Captions of `BASIC` are captions of `FULL`.
+PyTorch on the device of the training. Captions of `BASIC` are captions of `FULL`. `MIXED` draws a batch of the one and
+two of the other in turn, for a model that knows the first and is to learn the second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 
 import numpy as np
 import torch
@@ -108,6 +109,14 @@ def _draw_full(
         yield Drawn(pixels, objects, captions)
 
 
+def _draw_mixed(
+    seed: int, canvas: Canvas, size: int, held_out: bool, device: str | torch.device, workers: int
+) -> Iterator[Drawn]:
+    parts = (_draw_basic, _draw_full, _draw_full)
+    streams = [draw(seed + n, canvas, size, held_out, device, workers // 2) for n, draw in enumerate(parts)]
+    yield from map(next, cycle(streams))
+
+
 def _says(*beginnings: str) -> Callable[[str], bool]:
     return lambda caption: any(word.startswith(beginnings) for word in caption.split())
 
@@ -122,7 +131,8 @@ _FULL_MEANINGS = (
 )
 BASIC = Repertoire("basic", 24, tuple(clips.vocabulary()), _BASIC_MEANINGS, _draw_basic)
 FULL = Repertoire("full", 48, tuple(language.vocabulary()), _FULL_MEANINGS, _draw_full)
-REPERTOIRES = {repertoire.name: repertoire for repertoire in (BASIC, FULL)}
+MIXED = Repertoire("mixed", FULL.text_tokens, FULL.vocabulary, FULL.meanings, _draw_mixed)
+REPERTOIRES = {repertoire.name: repertoire for repertoire in (BASIC, FULL)}  # that models are judged by
 
 
 def repertoire_of(tokenizer: PreTrainedTokenizerFast) -> Repertoire:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
+from dit_accel.samples.half_attention import SelfAttentionInHalf
 from dit_accel.samples.muon import Muon, split_parameters
 from dit_accel.samples.repertoire import BASIC
 from dit_accel.samples.tiny_wan_model import make_text_encoder, make_tokenizer, make_transformer, save_pipeline
@@ -30,6 +31,7 @@ _LAYOUT_SHARE, _LAYOUT_SHIFT = 0.5, 10.0  # of the samples: at noise levels wher
 _OBJECT_WEIGHT = 4.0  # of the loss where the object is; it covers a tenth of the picture
 _EMA = 0.998
 ADAM_PARTS = ("patch_embedding", "proj_out", "shared", "relative", "scale_shift")  # first and last layers, biases
+Start = tuple[WanTransformer3DModel, UMT5EncoderModel]
 _PHASES = (0.3, 0.75)  # shares of the steps at which the second and the third phase begin
 
 
@@ -162,27 +164,42 @@ def flow_loss(
     return velocity_error(predicted.float(), noise - latents, objects)
 
 
-def train_transformer(place: Place, output: Path, recipe: Recipe, bank: Bank, seed: int = 0) -> None:
+def train_transformer(
+    place: Place, output: Path, recipe: Recipe, bank: Bank, seed: int = 0, start: Start | None = None
+) -> None:
     """Train (or resume) the transformer and its text encoder; export now and then, and at the end.
+
+    Args:
+        place: where to run, and until when.
+        output: folder of the pipeline.
+        recipe: sizes and settings.
+        bank: what to learn from.
+        seed: of the pictures that are shown.
+        start: transformer and text encoder of the recipe's sizes to begin with. Default: new ones.
 
     Raises:
         OutOfTime: the time of this call is over; the next goes on.
     """
     sizes, settings, repertoire = recipe.sizes, recipe.flow, recipe.repertoire
     tokenizer = make_tokenizer(repertoire)
-    model = make_transformer(sizes).to(place.device)
-    text = Captioner(tokenizer, make_text_encoder(sizes, tokenizer), repertoire.text_tokens).to(place.device)
+    model, encoder = start or (make_transformer(sizes), make_text_encoder(sizes, tokenizer))
+    model = model.to(place.device)
+    text = Captioner(tokenizer, encoder, repertoire.text_tokens).to(place.device)
     both = nn.ModuleDict({"transformer": model, "text": text})
     cross = PaddedCrossAttention(repertoire.text_tokens)
-    model.set_attn_processor({name: cross if "attn2" in name else p for name, p in model.attn_processors.items()})
+    for name, attention in model.named_modules():
+        if name.endswith("attn2"):
+            attention.set_processor(cross)
+        elif name.endswith("attn1") and place.is_half and not place.is_gpu:
+            attention.set_processor(SelfAttentionInHalf())
     _, _, total, height, width = bank.latents.shape
     model.rope = rope = FrameRope(model.rope, total)
     hidden, rest = split_parameters(both, skip=ADAM_PARTS)
     probe = Probe(model, (total, height, width), repertoire=repertoire).to(place.device)
     rest += probe.parameters()
     optimizers = [
-        (Muon(hidden, weight_decay=DECAY, is_stacked=place.is_gpu), 0.02),
-        (torch.optim.AdamW(rest, betas=(0.9, 0.97), weight_decay=0.0), 2e-3),
+        (Muon(hidden, weight_decay=DECAY, is_stacked=place.is_gpu, is_half=place.is_half), settings.rates[0]),
+        (torch.optim.AdamW(rest, betas=(0.9, 0.97), weight_decay=0.0), settings.rates[1]),
     ]
     run = TrainingRun(place, "flow", both, optimizers, settings.ema, {"probe": probe}, settings.save_every)
 

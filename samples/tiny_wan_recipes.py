@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from dit_accel.samples.repertoire import BASIC, FULL, Repertoire
+from dit_accel.samples.repertoire import BASIC, FULL, MIXED, Repertoire
 from dit_accel.samples.scenes.draw import Canvas
 from dit_accel.samples.tiny_wan_model import TinyWanSizes
 
@@ -88,6 +88,7 @@ class VaeRecipe:
         edge_weight: of the absolute error of differences between neighbouring pixels, beside that of the pixels.
         ema: share of the old average of the weights that a step keeps; 0 averages nothing.
         save_every: steps between checkpoints.
+        rates: learning rates of Muon and of AdamW.
     """
 
     crops: tuple[Crop, ...]
@@ -96,6 +97,7 @@ class VaeRecipe:
     edge_weight: float = 0.0
     ema: float = 0.0
     save_every: int = 200
+    rates: tuple[float, float] = (0.02, 2e-3)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class FlowRecipe:
         ema: as in `VaeRecipe`.
         save_every: steps between checkpoints.
         shows: whether each checkpoint writes a picture of what the model makes of held-out captions.
+        rates: learning rates of Muon and of AdamW.
     """
 
     canvas: Canvas
@@ -121,6 +124,7 @@ class FlowRecipe:
     ema: float = 0.998
     save_every: int = 200
     shows: bool = False
+    rates: tuple[float, float] = (0.02, 2e-3)
 
 
 @dataclass(frozen=True)
@@ -232,5 +236,33 @@ FULL_MODEL = Recipe(
     ),
     is_half=True,
     workers=8,
+)
+# From the small model to one of the full size on a processor, see `grow_tiny_wan`.
+GROWN = Recipe(
+    name="grown",
+    repertoire=MIXED,
+    sizes=replace(FULL_SIZES, vae_blocks=1),
+    vae=VaeRecipe(
+        crops=(Crop(33, 64, 1), Crop(9, 64, 4), Crop(33, 64, 1), Crop(17, 64, 2), Crop(33, 64, 1), Crop(1, 64, 24)),
+        pace=Pace(700),
+        edge_weight=1.0,
+        ema=0.98,
+        rates=(0.002, 4e-4),  # larger ones ruin in a hundred steps what the autoencoder can do
+    ),
+    flow=FlowRecipe(
+        canvas=Canvas(33, 64, 64),
+        clips=4000,
+        draws=(
+            Draw(latent_frames=3, batch=12, shares=(0.50, 0.25, 0.10)),
+            Draw(latent_frames=5, batch=8, shares=(0.30, 0.25, 0.15)),
+            Draw(latent_frames=9, batch=4, shares=(0.15, 0.30, 0.35)),
+            Draw(latent_frames=17, batch=2, shares=(0.05, 0.20, 0.40)),
+        ),
+        pace=Pace(1000),
+        save_every=100,
+        rates=(0.01, 1e-3),
+    ),
+    causal=SMALL.causal,
+    is_half=True,
 )
 RECIPES = {recipe.name: recipe for recipe in (SMALL, FULL_MODEL)}

@@ -23,6 +23,7 @@ from dit_accel.samples.tiny_wan_run import Place, TrainingRun, cosine_rate, line
 
 _HELD_OUT_SEED, _WHOLE = 10_000_019, Canvas(33, 64, 64)
 _TUNING_SEED, _TUNING_EMA = 4242, 0.98
+_FAITHFUL = 0.1  # weight of the distance from the latents of a teacher
 _JITTER = 0.02  # noise on the latents while the decoder learns
 
 
@@ -51,11 +52,11 @@ def train_vae(place: Place, recipe: Recipe, seed: int) -> AutoencoderKLWan:
     if finished.exists():
         return load_vae(place.work, recipe.sizes).to(place.device).eval()
     vae = make_vae(recipe.sizes).to(place.device)
-    steps = _fit_vae(vae, place, recipe, seed)
+    steps = fit_vae(vae, place, recipe, seed)
     vae.eval()
     if recipe.vae.tuning is not None:
         tune_decoder(vae, place, recipe, seed)
-    mean, std = _latent_statistics(vae, recipe.repertoire, seed)
+    mean, std = latent_statistics(vae, recipe.repertoire, seed)
     psnr = reconstruction_psnr(vae, repertoire=recipe.repertoire, canvas=recipe.flow.canvas)
     print(f"autoencoder: held-out PSNR {psnr:.2f} dB", flush=True)
     save_file({name: value.cpu() for name, value in vae.state_dict().items()}, weights)
@@ -71,13 +72,24 @@ def load_vae(work: Path, sizes: TinyWanSizes) -> AutoencoderKLWan:
     return vae
 
 
-def _fit_vae(vae: AutoencoderKLWan, place: Place, recipe: Recipe, seed: int) -> int:
-    """Train; the averaged weights end in `vae`. The number of steps that took."""
+def fit_vae(
+    vae: AutoencoderKLWan, place: Place, recipe: Recipe, seed: int, teacher: AutoencoderKLWan | None = None
+) -> int:
+    """Train; the averaged weights end in `vae`. The number of steps that took.
+
+    Args:
+        vae: what is trained.
+        place, recipe, seed: as everywhere.
+        teacher: whose latents the first channels keep, so that a transformer made with it can be used further.
+
+    Raises:
+        OutOfTime: the time of this call is over; the next goes on.
+    """
     settings: VaeRecipe = recipe.vae
     hidden, rest = split_parameters(vae, skip=("conv_in", "conv_out", "quant_conv", "gamma"))
     optimizers = [
-        (Muon(hidden, is_stacked=place.is_gpu), 0.02),
-        (torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0), 2e-3),
+        (Muon(hidden, is_stacked=place.is_gpu, is_half=place.is_half), settings.rates[0]),
+        (torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0), settings.rates[1]),
     ]
     run = TrainingRun(place, "vae", vae, optimizers, settings.ema, save_every=settings.save_every)
     streams = [
@@ -96,13 +108,22 @@ def _fit_vae(vae: AutoencoderKLWan, place: Place, recipe: Recipe, seed: int) -> 
         with place.precision():
             mean = vae.encode(pixels).latent_dist.mean
             decoded = vae.decode(mean + _JITTER * torch.randn_like(mean)).sample
+            drift = mean.new_zeros(()) if teacher is None else _drift(mean, pixels, teacher)
         loss = reconstruction_loss(decoded.float(), pixels, settings.edge_weight) + 1e-5 * mean.float().square().mean()
-        loss.backward()
+        (loss + _FAITHFUL * drift).backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         run.update(step, cosine_rate(step, done))
         run.log("autoencoder", step, done, loss)
     vae.load_state_dict(run.average)
     return step + 1
+
+
+def _drift(mean: Tensor, pixels: Tensor, teacher: AutoencoderKLWan) -> Tensor:
+    """Mean squared distance of latents from those of a teacher with as many channels or fewer, in its deviations."""
+    with torch.no_grad():
+        known = teacher.encode(pixels).latent_dist.mean
+    unit = torch.tensor(teacher.config.latents_std, device=mean.device).view(1, -1, 1, 1, 1)
+    return ((mean[:, : known.shape[1]].float() - known.float()) / unit).square().mean()
 
 
 def tune_decoder(vae: AutoencoderKLWan, place: Place, recipe: Recipe, seed: int) -> None:
@@ -165,7 +186,8 @@ def reconstruction_loss(decoded: Tensor, pixels: Tensor, edge_weight: float) -> 
 
 
 @torch.no_grad()
-def _latent_statistics(vae: AutoencoderKLWan, repertoire: Repertoire, seed: int) -> tuple[list[float], list[float]]:
+def latent_statistics(vae: AutoencoderKLWan, repertoire: Repertoire, seed: int) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel."""
     stream = repertoire.batches(seed + 1, Canvas(9, 48, 48), 8, device=vae.device)
     latents = torch.cat([vae.encode(drawn.pixels).latent_dist.mean for drawn in islice(stream, 8)])
     channels = latents.transpose(0, 1).flatten(1)

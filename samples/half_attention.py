@@ -1,0 +1,77 @@
+"""Self-attention of training on a processor with bfloat16 products: twice as fast there as PyTorch's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ROWS = 256  # queries at a time: their scores stay in the cache
+
+
+class SelfAttentionInHalf:
+    """Attention processor of a Wan transformer's self-attention, with gradients, in bfloat16.
+
+    PyTorch's attention on a CPU multiplies bfloat16 no faster than fp32; plain products do, several times.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, _: None, __: None, rotary_emb: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Attend `hidden_states` `[B, N, C]` to themselves."""
+        x = hidden_states
+        q, k, v = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(x)), attn.to_v(x)
+        q, k, v = (each.unflatten(2, (attn.heads, -1)) for each in (q, k, v))
+        cos, sin = (table[..., ::2] for table in rotary_emb)
+        q, k = _turn(q, cos, sin), _turn(k, cos, sin)
+        heads = (each.transpose(1, 2).flatten(0, 1).bfloat16() for each in (q * q.shape[-1] ** -0.5, k, v))
+        out = _Attention.apply(*heads)
+        out = out.unflatten(0, (len(x), -1)).transpose(1, 2).flatten(2)
+        projected: Tensor = attn.to_out[0](out.to(v))
+        return projected
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of pairs of channels of `x` `[B, N, H, D]` by `cos` and `sin` `[1, N, 1, D / 2]`."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(q k^T) v of bfloat16 `[B * H, N, D]`, q scaled; scores are made again on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (each.contiguous() for each in (q, k, v))
+        out = torch.empty_like(q)
+        for head in range(len(q)):
+            keys = k[head].T.contiguous()
+            for rows in _slices(q.shape[1]):
+                torch.mm(torch.softmax(q[head, rows] @ keys, -1), v[head], out=out[head, rows])
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out = ctx.saved_tensors
+        grad = grads[0].to(q.dtype).contiguous()
+        drift = (grad.float() * out.float()).sum(-1, keepdim=True).to(q.dtype)
+        for_q, for_k = torch.empty_like(q), torch.zeros_like(k, dtype=torch.float32)
+        for_v = torch.zeros_like(for_k)
+        for head in range(len(q)):
+            keys, values = k[head].T.contiguous(), v[head].T.contiguous()
+            for rows in _slices(q.shape[1]):
+                share = torch.softmax(q[head, rows] @ keys, -1)
+                for_v[head] += share.T @ grad[head, rows]
+                score = (grad[head, rows] @ values).sub_(drift[head, rows]).mul_(share)
+                torch.mm(score, k[head], out=for_q[head, rows])
+                for_k[head] += score.T @ q[head, rows]
+        return for_q, for_k.to(k.dtype), for_v.to(v.dtype)
+
+
+def _slices(length: int) -> list[slice]:
+    return [slice(start, start + _ROWS) for start in range(0, length, _ROWS)]
