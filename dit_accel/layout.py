@@ -67,6 +67,11 @@ class TokenLayout:
         return self.frames * self.frame_tokens
 
     @property
+    def prefix(self) -> int:
+        """Number of tokens of conditioning frames, which lead the video."""
+        return self.prefix_frames * self.frame_tokens
+
+    @property
     def tokens(self) -> int:
         """Length of the whole sequence, text and padding included."""
         return self.video + self.text

@@ -5,6 +5,7 @@ Axis legend: B batch, H heads, N tokens, nq / nk query / key blocks, C selected 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -191,6 +192,15 @@ class BlockPlan:
             full_counts=None if self.full_counts is None else self.full_counts.to(device),
             predicate=None if self.predicate is None else self.predicate.to(device),
         )
+
+    def each_tensor(self, change: Callable[[Tensor], Tensor]) -> BlockPlan:
+        """The same plan after `change` of all that has axes of batch and heads, `[B', H', ...]`."""
+        box = self.predicate
+        if box is not None and not box.is_shared:
+            box = replace(box, lower=change(box.lower), upper=change(box.upper), coordinates=change(box.coordinates))
+        full = None if self.full_counts is None else change(self.full_counts)
+        indices, counts = change(self.indices), change(self.counts)
+        return replace(self, indices=indices, counts=counts, full_counts=full, predicate=box)
 
     def recall(
         self,

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.branches import choice_of_other_branch, deciding_rows, keep_choice, layout_of_rows
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.order import TokenOrder, relative
 from dit_accel.plan import BlockPlan
 from dit_accel.report import CallRecord
-from dit_accel.reuse import for_all_heads, for_other_layers, overlap, representative_heads
+from dit_accel.reuse import for_all_heads, for_all_rows, for_other_layers, overlap, representative_heads
 from dit_accel.rows import rows_of_order, rows_of_plan
 from dit_accel.schedule import Schedule
 from dit_accel.shard import TokenShard
@@ -95,10 +96,9 @@ class Planner:
         device = qkv[0].device
         kept = self._kept(method, layer, layout, state, qkv[0], standing, shard, group)
         if kept is None:
-            call = self.call(layer, layout, state, len(qkv[0]), group)
             # A static method looks at no query, so that keys may stand for those that are elsewhere.
             whole = qkv if shard is None else (qkv[1], *qkv[1:])
-            kept, ordered = self._make(method, call, whole, record, standing)
+            kept, ordered = self._make(method, layer, layout, state, whole, record, standing, group)
             if shard is not None:
                 kept, ordered = kept.of_tokens(shard.tokens(layout)), None
             self._keep(method, layer, layout, state, qkv[0], kept, record, standing, shard, group)
@@ -122,18 +122,28 @@ class Planner:
     ) -> None:
         """Make the plan of a call that runs dense, for the steps that follow, unless the one that is kept will do."""
         if not method.is_static and self._kept(method, layer, layout, state, qkv[0], standing, group=group) is None:
-            planned, _ = self._make(method, self.call(layer, layout, state, len(qkv[0]), group), qkv, record, standing)
+            planned, _ = self._make(method, layer, layout, state, qkv, record, standing, group)
             self._keep(method, layer, layout, state, qkv[0], planned, record, standing, group=group)
 
     def _make(
-        self, method: Method, call: CallContext, qkv: QKV, record: CallRecord, standing: TokenOrder | None = None
+        self,
+        method: Method,
+        layer: int,
+        layout: TokenLayout,
+        state: RunState,
+        qkv: QKV,
+        record: CallRecord,
+        standing: TokenOrder | None,
+        group: Hashable,
     ) -> tuple[Planned, QKV | None]:
         """A new plan, and q, k, v in its order where they had to be put so (None: representatives stood for them)."""
-        device, heads, groups = qkv[0].device, qkv[0].shape[1], self.schedule.head_groups
-        q, k, v = qkv
+        device, (batch, heads), groups = qkv[0].device, qkv[0].shape[:2], self.schedule.head_groups
+        rows = deciding_rows(method, state, layout, batch)
+        call = self.call(layer, layout_of_rows(layout, rows), state, batch, group)
+        q, k, v = qkv if rows is None else (x[rows] for x in qkv)
         if groups not in (None, heads) and not method.is_static:
             with record.timed("select", device):
-                q, k, v = (representative_heads(x, groups) for x in qkv)
+                q, k, v = (representative_heads(x, groups) for x in (q, k, v))
         with record.timed("order", device):
             order = method.order(q, k, v, call)
             order = order if standing is None else relative(order, standing)
@@ -141,12 +151,18 @@ class Planner:
             q, k, v = (q, k, v) if order is None else order.apply(q, k, v)
         with record.timed("select", device):
             call.values = v
-            plan = method.select(q, k, call)
+            plan = choice_of_other_branch(method, q, call)
+            if plan is None:
+                plan = method.select(q, k, call)
+                if rows is None:
+                    keep_choice(method, q, call, plan)
             if q.shape[1] != heads:
                 order, plan = for_all_heads(order, plan, heads)
+            if len(q) != batch:
+                order, plan = for_all_rows(order, plan, batch)
             record.measures.update(call.measures)
             planned = Planned(order, plan.to(device), _density(plan, device, method.is_static))
-        return planned, (q, k, v) if q.shape[1] == heads else None
+        return planned, (q, k, v) if q.shape[:2] == (batch, heads) else None
 
     def _kept(
         self,

@@ -5,7 +5,8 @@ Axis legend: B batch, H heads, g representatives, N tokens, D head size, nq / nk
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from functools import singledispatch
 
 import torch
 from torch import Tensor
@@ -35,19 +36,27 @@ def representative_heads(x: Tensor, groups: int) -> Tensor:
 def for_all_heads(order: TokenOrder | None, plan: BlockPlan, heads: int) -> tuple[TokenOrder | None, BlockPlan]:
     """Order and plan of the representatives as those of all `heads` heads, each as its group's representative."""
 
-    def spread(x: Tensor, axis: int) -> Tensor:
-        return x if x.shape[axis] == 1 else x.repeat_interleave(heads // x.shape[axis], axis)
+    def spread(x: Tensor) -> Tensor:
+        return x if x.shape[1] == 1 else x.repeat_interleave(heads // x.shape[1], 1)
 
-    if order is not None:
-        query, key = (x if x.ndim == 1 else spread(x, 1) for x in (order.query, order.key_index))
-        order = TokenOrder(query, None if order.key is None else key)
-    full = None if plan.full_counts is None else spread(plan.full_counts, 1)
-    indices, counts = spread(plan.indices, 1), spread(plan.counts, 1)
-    box = plan.predicate
-    if box is not None and not box.is_shared:
-        lower, upper, coordinates = (spread(x, 1) for x in (box.lower, box.upper, box.coordinates))
-        box = replace(box, lower=lower, upper=upper, coordinates=coordinates)
-    return order, BlockPlan(plan.q_blocks, plan.k_blocks, indices, counts, full, box)
+    return _changed(order, spread), plan.each_tensor(spread)
+
+
+def for_all_rows(order: TokenOrder | None, plan: BlockPlan, rows: int) -> tuple[TokenOrder | None, BlockPlan]:
+    """Order and plan of some batch rows as those of all `rows`, which follow the same ones again and again."""
+
+    def repeated(x: Tensor) -> Tensor:
+        return x if x.shape[0] == 1 else x.repeat(rows // x.shape[0], *[1] * (x.ndim - 1))
+
+    return _changed(order, repeated), plan.each_tensor(repeated)
+
+
+def _changed(order: TokenOrder | None, change: Callable[[Tensor], Tensor]) -> TokenOrder | None:
+    """An order after `change` of all that has axes of batch and heads."""
+    if order is None:
+        return None
+    query, key = (x if x.ndim == 1 else change(x) for x in (order.query, order.key_index))
+    return TokenOrder(query, None if order.key is None else key)
 
 
 def whole_blocks(plan: BlockPlan) -> BlockPlan:
@@ -57,10 +66,11 @@ def whole_blocks(plan: BlockPlan) -> BlockPlan:
     return BlockPlan(plan.q_blocks, plan.k_blocks, plan.indices, plan.full_counts)
 
 
+@singledispatch
 def union_of_heads(plan: BlockPlan) -> BlockPlan:
     """The plan, shared by all heads, that keeps what any head keeps (arXiv 2510.09883 takes the maximum over heads).
 
-    Where heads differ inside a block, it is computed whole.
+    Where heads differ inside a block, it is computed whole. A kind of plan that holds more registers a rule of its own.
     """
     if plan.indices.shape[1] == 1:
         return plan

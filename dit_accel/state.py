@@ -36,6 +36,11 @@ class RunState:
     text_valid: tuple[int, ...] | None = None
     prefix_frames: int = 0
 
+    @property
+    def branches_in_batch(self) -> int:
+        """How many guidance branches stand one after the other in the batch, as the pipeline names it. Else 1."""
+        return 2 if self.branch == "cond_uncond" and self.batch % 2 == 0 else 1
+
 
 @dataclass
 class CallContext:

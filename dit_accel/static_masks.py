@@ -54,7 +54,7 @@ def with_prefix(
     Returns:
         Bool `[nq_video, nk_video]`.
     """
-    end = layout.prefix_frames * layout.frame_tokens
+    end = layout.prefix
     seen = spans(blocks if k_blocks is None else k_blocks, layout)[0] < end
     sees = spans(blocks, layout)[0] >= (end if causal else 0)
     return video | (sees.unsqueeze(-1) & seen)

@@ -23,10 +23,10 @@ from dit_accel.kernels import block_attention
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method, list_methods, method_class
 from dit_accel.methods.svg import SVG, plans_of_kinds
+from dit_accel.orders.tiles import tile_blocks, tile_order
 from dit_accel.plan import BlockPlan
 from dit_accel.report import environment
 from dit_accel.state import CallContext
-from dit_accel.tiling import tile_blocks, tile_order
 
 LONG = TokenLayout((33, 45, 80))
 GRIDS = ((16, 16, 16), (16, 16, 32), (16, 32, 32))

@@ -44,7 +44,7 @@ def attend(made, step=0, branch="cond", seed=0):
     return made.attend(layer, *tensors(seed=seed), dense=lambda: torch.full((1,), torch.nan))
 
 
-def counted(monkeypatch, name="_cluster_order"):
+def counted(monkeypatch, name="order"):
     """The shapes of the queries that were ordered."""
     cls, seen = type(get_method("aurora")), []
     real = getattr(cls, name)

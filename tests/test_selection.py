@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dit_accel.errors import ConfigError
 from dit_accel.kernels.ranking import LongRanking, SortedRanking
 from dit_accel.layout import TokenLayout
+from dit_accel.orders.tiles import tile_blocks, tile_order
 from dit_accel.plan import Blocking
 from dit_accel.selection import (
     Threshold,
@@ -31,7 +32,6 @@ from dit_accel.selection import (
     sink_blocks,
     smooth_keys,
 )
-from dit_accel.tiling import tile_blocks, tile_order
 
 INF = float("inf")
 

@@ -24,11 +24,11 @@ from dit_accel.kernels.triton_configs import TILES, Features, architecture, cut,
 from dit_accel.kernels.triton_launch import served_by
 from dit_accel.layout import TokenLayout
 from dit_accel.order import TokenOrder
+from dit_accel.orders.space import bisection_order
 from dit_accel.plan import Blocking
 from dit_accel.selection import TopK, pooled_scores, select_blocks, select_plan
 from dit_accel.selection.covariance import error_scores
 from dit_accel.selection.scores import antidiagonal_scores
-from dit_accel.space_orders import bisection_order
 
 Task = dict[str, Any]
 _FIRST_SHAPES = ("wan-1.3b", "cogvideox", "wan-14b", "hunyuan", "flux-2k")

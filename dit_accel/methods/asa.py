@@ -8,11 +8,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dit_accel.kernels.spec import Remainder
-from dit_accel.mean_keys import join_means
 from dit_accel.methods.base import BlockSize, Size, SizeTriple
 from dit_accel.methods.dynamic import PoolingMethod, Share
 from dit_accel.methods.registry import register
-from dit_accel.plan import Blocking, BlockPlan
+from dit_accel.plan import Blocking
+from dit_accel.remainders.mean_keys import join_means
+from dit_accel.remainders.partial import PartialAttention
 from dit_accel.selection import Budget, TopP, block_means, generator_for
 from dit_accel.selection.samples import sampled_scores
 from dit_accel.state import CallContext
@@ -79,23 +80,13 @@ class ASA(PoolingMethod):
         """Whether means of all tokens are to be added."""
         return self.remainder_ == "overlap"
 
-    def complete(
-        self,
-        out: Tensor,
-        lse: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: BlockPlan,
-        call: CallContext,
-        scale: float | None = None,
-    ) -> Tensor:
+    def complete(self, part: PartialAttention) -> Tensor:
         """One softmax over the kept keys and the means of all video keys; text, which is kept anyway, in none."""
-        layout, video = call.layout, call.layout.video_slice()
+        layout, video = part.layout, part.layout.video_slice()
         groups = Blocking.uniform(layout.video, self.pool)
         valid = None
         if layout.valid is not None:
             valid = tuple(min(max(0, length - video.start), layout.video) for length in layout.valid)
-        (keys, counts), (values, _) = (block_means(x[:, :, video], groups, valid) for x in (k, v))
-        call.extra_density += groups.count / layout.tokens
-        return join_means(out, lse, q, keys, values, counts.log().unsqueeze(-2), plan.q_blocks, scale)
+        (keys, counts), (values, _) = (block_means(x[:, :, video], groups, valid) for x in (part.k, part.v))
+        part.call.extra_density += groups.count / layout.tokens
+        return join_means(part, keys, values, counts.log().unsqueeze(-2))

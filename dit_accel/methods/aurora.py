@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from dit_accel.methods.base import BlockSize, Density, Size
-from dit_accel.methods.composed import Composed, OrderName
+from dit_accel.methods.composed import Composed
 from dit_accel.methods.registry import register
+from dit_accel.orders.ordering import OrderName
 from dit_accel.selection import Rounding
 
 
@@ -27,7 +28,7 @@ class Aurora(Composed):
       are large.
 
     What an order by content costs grows with the tokens, not with their square: one product with the centroids per
-    sorting. It is kept as int32 per layer, head and token.
+    sorting. It is kept in 17 bits per layer, head and token.
 
     Args:
         renew: steps for which an order is kept. Default 4; 1 sorts at every step.

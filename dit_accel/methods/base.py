@@ -13,6 +13,7 @@ from dit_accel.kernels.spec import Precision, Remainder
 from dit_accel.layout import TokenLayout
 from dit_accel.order import TokenOrder
 from dit_accel.plan import BlockPlan
+from dit_accel.remainders.partial import PartialAttention
 from dit_accel.state import CallContext
 
 Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -46,6 +47,14 @@ class Method(BaseModel):
         Such an order can be hoisted: tokens are put into it once per forward pass, and not in every layer.
         """
         return self.is_static
+
+    @property
+    def decides_for_branches(self) -> bool:
+        """Whether the first guidance branch of a step chooses the blocks for all. Default False.
+
+        `order` must then give all branches of a step the same order, which it keeps in `call.branches`.
+        """
+        return False
 
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
         """Choose how tokens stand. q, k, v `[B, H, N, D]` in raster order. Default None: raster."""
@@ -90,32 +99,20 @@ class Method(BaseModel):
         """Whether `complete` has something to do after the kernel. Default False."""
         return False
 
-    def complete(
-        self,
-        out: Tensor,
-        lse: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: BlockPlan,
-        call: CallContext,
-        scale: float | None = None,
-    ) -> Tensor:
+    def complete(self, part: PartialAttention) -> Tensor:
         """What a method does after the kernel, for what is no softmax of selected blocks and their remainder.
 
-        A method that computes more than its plan says adds the share of token pairs to `call.extra_density`.
-
         Args:
-            out, lse: output `[B, H, N, D]` and log-sum-exp `[B, H, N]` of the plan, in the chosen order.
-            q, k, v: `[B, H, N, D]` in the chosen order.
-            plan: what was computed.
-            call: layer, step and memory.
-            scale: factor on the logits, with which `out` and `lse` were made. Default 1 / sqrt(D).
+            part: output and log-sum-exp of the plan, and what they were made from.
 
         Returns:
-            The output `[B, H, N, D]`, in the chosen order. Default: as it is.
+            The output `[B, H, N, D]`, in the chosen order. Default: that of the plan.
         """
-        return out
+        return part.out
+
+    def logit_scale(self, head_dim: int, layout: TokenLayout) -> float | None:
+        """Factor on the logits where the caller names none. Default None: 1 / sqrt(head_dim)."""
+        return None
 
     def compute(
         self,
@@ -133,19 +130,20 @@ class Method(BaseModel):
             q, k, v: `[B, H, N, D]` in the chosen order.
             plan: the selected blocks.
             call: layer, step, memory, and the layout, whose padding gets no weight.
-            scale: factor on the logits. Default 1 / sqrt(D).
+            scale: factor on the logits. Default: `logit_scale`.
             backend: see `block_attention`.
 
         Returns:
             `[B, H, N, D]`, in the chosen order.
         """
+        scale = self.logit_scale(q.shape[-1], call.layout) if scale is None else scale
         kv_len = call.layout.valid_lengths(q.device)
         options: dict[str, Any] = {"scale": scale, "kv_len": kv_len, "backend": backend}
         options |= {"remainder": self.remainder, "precision": self.precision}
         if not self.completes:
             return block_attention(q, k, v, plan, **options)
         out, lse = block_attention(q, k, v, plan, return_lse=True, **options)
-        return self.complete(out, lse, q, k, v, plan, call, scale)
+        return self.complete(PartialAttention(out, lse, q, k, v, plan, call, scale))
 
     @classmethod
     def parameters(cls) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Density, Method, Size, SizeTriple
 from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder
+from dit_accel.orders.tiles import tile_axes, tile_blocks, tile_order
 from dit_accel.plan import Blocking, BlockPlan, BoxPredicate
+from dit_accel.remainders.partial import PartialAttention
 from dit_accel.state import CallContext
 from dit_accel.static_masks import with_prefix, with_text
-from dit_accel.tiling import tile_axes, tile_blocks, tile_order
 
 _TRAINED_TOKENS = 64 * 64 + 512  # FLUX at 1024 x 1024, with its text
 
@@ -133,51 +134,27 @@ class Clear(Method):
         """As chosen."""
         return Remainder("mean") if self.remainder_ == "mean" else None
 
-    def compute(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: BlockPlan,
-        call: CallContext,
-        scale: float | None = None,
-        backend: str = "auto",
-    ) -> Tensor:
-        """As `Method.compute`, with the scale for many tokens. q, k, v `[B, H, N, D]`."""
-        scale = self.logit_scale(q.shape[-1], call.layout) if scale is None else scale
-        return super().compute(q, k, v, plan, call, scale, backend)
-
     @property
     def completes(self) -> bool:
         """Whether pooled keys are to be added."""
         return self.remainder_ == "pooled"
 
-    def complete(
-        self,
-        out: Tensor,
-        lse: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: BlockPlan,
-        call: CallContext,
-        scale: float | None = None,
-    ) -> Tensor:
-        """Merge what image queries see of all pooled keys. Tensors `[B, H, N, D]`, `lse` `[B, H, N]`, tile by tile."""
-        layout, video = call.layout, call.layout.video_slice()
+    def complete(self, part: PartialAttention) -> Tensor:
+        """Merge what image queries see of all pooled keys. Tile by tile."""
+        layout, video, q = part.layout, part.layout.video_slice(), part.q
         cell = self._cells(layout).to(q.device)
         count = int(cell.max()) + 1
         size = cell.bincount().unsqueeze(-1)
         means = []
-        for x in (k, v):
+        for x in (part.k, part.v):
             sums = torch.zeros(*x.shape[:2], count, x.shape[3], dtype=torch.float32, device=x.device)
             means.append((sums.index_add_(2, cell, x[:, :, video].float()) / size).to(x.dtype))
         pooled = BlockPlan.full(Blocking.uniform(layout.video, 64), Blocking.uniform(count, 64), q.device)
-        scale = self.logit_scale(q.shape[-1], layout) if scale is None else scale
-        far = block_attention(q[:, :, video].contiguous(), means[0], means[1], pooled, scale=scale, return_lse=True)
-        call.extra_density += count * layout.video / layout.tokens**2
-        out = out.clone()
-        out[:, :, video] = merge([out[:, :, video], far[0]], [lse[:, :, video], far[1]])[0]
+        queries = q[:, :, video].contiguous()
+        far = block_attention(queries, means[0], means[1], pooled, scale=part.scale, return_lse=True)
+        part.call.extra_density += count * layout.video / layout.tokens**2
+        out = part.out.clone()
+        out[:, :, video] = merge([out[:, :, video], far[0]], [part.lse[:, :, video], far[1]])[0]
         return out
 
     def _cells(self, layout: TokenLayout) -> Tensor:

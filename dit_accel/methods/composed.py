@@ -8,16 +8,19 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from dit_accel.content_orders import KeptOrder, hot_key_order, kmeans_order, lsh_order
 from dit_accel.errors import ConfigError
-from dit_accel.history import is_refresh, with_history
 from dit_accel.kernels.spec import Precision, PrecisionName, Remainder
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import FROM_LIST, BlockSize, Count, Density, Method, Size, SizeTriple
+from dit_accel.methods.composed_rules import conflicts
 from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder
+from dit_accel.orders.ordering import AngularHash, HotKeys, InSpace, KMeans, Ordering, OrderName
+from dit_accel.orders.space import Axes
 from dit_accel.plan import Blocking, BlockPlan
-from dit_accel.rectified import isolated_scores, rectify
+from dit_accel.remainders.history import is_refresh, with_history
+from dit_accel.remainders.partial import PartialAttention
+from dit_accel.remainders.rectified import isolated_scores, rectify
 from dit_accel.selection import (
     Budget,
     Rounding,
@@ -25,7 +28,6 @@ from dit_accel.selection import (
     TopK,
     TopP,
     adapt_heads,
-    generator_for,
     own_blocks,
     pooled_scores,
     routing_noise,
@@ -35,18 +37,14 @@ from dit_accel.selection import (
 from dit_accel.selection.covariance import covariance_scores, error_scores
 from dit_accel.selection.neighbours import touching_blocks
 from dit_accel.selection.scores import antidiagonal_scores, subblock_scores
-from dit_accel.space_orders import Axes, axes_order, bisection_order, hilbert_order, morton_order
 from dit_accel.state import CallContext
-from dit_accel.tiling import tile_blocks, tile_order
 
-OrderName = Literal["raster", "tile", "bisect", "morton", "hilbert", "axes", "hot_keys", "lsh", "kmeans"]
 Score = Literal["pooled", "isolated", "covariance", "error", "antidiagonal", "subblock"]
 RemainderName = Literal["drop", "pooled", "taylor", "rectified", "history"]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 _EVERY_HEAD = BeforeValidator(lambda value: (value,) if isinstance(value, str) else tuple(value))
-_BY_CONTENT = ("hot_keys", "lsh", "kmeans")
 
 
 @register("composed")
@@ -70,7 +68,7 @@ class Composed(Method):
         renew: "kmeans" sorts anew after so many steps; in between tokens stand as they did.
         across_branches: the first guidance branch of a step decides for the others how "kmeans" sorts and which blocks
             are kept. Guidance multiplies what differs between branches, and so does it with errors unless they are
-            alike. No effect where the branches are rows of one batch.
+            alike. In one batch the conditional rows decide, if the pipeline calls it "cond_uncond", as Diffusers' do.
         score: what blocks are ranked by. "pooled": product of the mean query and the mean key; "isolated": the same,
             but text keys one by one; "covariance": pooled, plus the logarithm of what the mean key hides; "error": what
             an expansion about the mean query gets wrong, which compares rows and heads too;
@@ -142,41 +140,12 @@ class Composed(Method):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Composed:
-        if self.density is None and self.mass is None and self.tau is None:
-            raise ValueError("one of density, mass and tau must say how many blocks are kept")
-        if self.tau is not None and (self.density is not None or self.mass is not None):
-            raise ValueError("tau decides alone: set density and mass to null")
-        if self.heads == "adaptive" and (self.density is None or self.mass is not None):
-            raise ValueError("heads='adaptive' moves blocks between heads at a given density: set density alone")
-        if self.heads == "adaptive" and self.scope == "layer":
-            raise ValueError("scope='layer' moves blocks between heads already: leave heads at 'uniform'")
-        if self.densities is not None and not self._keeps_shares:
-            raise ValueError(
-                "densities are shares of the blocks of each head: set mass and tau to null, leave heads at 'uniform' "
-                "and scope at 'row' or 'head'"
-            )
-        if self.second_order and self.about == "query":
-            raise ValueError("second_order corrects the mass about the key; about='query' has an exact one")
-        if self.remainder_ == "history" and self.order_ in _BY_CONTENT:
-            raise ValueError(f"remainder 'history' needs an order that stays; order {self.order_!r} changes every step")
-        if self.order_ in _BY_CONTENT and (self.touching or self.remainder_ == "rectified"):
-            raise ValueError(f"order {self.order_!r} scatters tokens: no block touches another, none can be rectified")
-        if self.across_branches and self.order_ in ("hot_keys", "lsh"):
-            raise ValueError(
-                f"across_branches needs an order that branches share: {self.order_!r} is made at every call"
-            )
-        alike = self.order_ == "tile" or self.touching or self.score == "isolated" or self.remainder_ == "rectified"
-        if self.query_block is not None and alike:
-            raise ValueError(
-                "query_block does not go with order 'tile', touching, score 'isolated' or remainder 'rectified', whose "
-                "queries and keys share their blocks: set it to null"
-            )
-        if self.touching and len(self.axes) > 1 and self.order_ == "axes":
-            raise ValueError("touching needs one order for all heads, got one per head in axes")
+        if (conflict := next(conflicts(self), None)) is not None:
+            raise ValueError(conflict)
         return self
 
     @property
-    def _keeps_shares(self) -> bool:
+    def keeps_shares(self) -> bool:
         """Whether every head keeps a share of its blocks that no other head has a say in."""
         return self.mass is None and self.tau is None and self.heads == "uniform" and self.scope != "layer"
 
@@ -186,55 +155,39 @@ class Composed(Method):
         return self.density if self.densities is None else sum(self.densities) / len(self.densities)
 
     @property
+    def ordering(self) -> Ordering:
+        """The order, with its parameters."""
+        if self.order_ == "hot_keys":
+            return HotKeys(self.block, self.segment, self.hot_share)
+        if self.order_ == "lsh":
+            return AngularHash(self.directions)
+        if self.order_ == "kmeans":
+            return KMeans(self.clusters, self.block, self.rounds, self.renew, self.across_branches)
+        return InSpace(self.order_, self.tile, self.block, self.axes)
+
+    @property
     def has_static_order(self) -> bool:
         """Yes, but for the orders by content and those that differ from head to head."""
-        return self.order_ not in _BY_CONTENT and (self.order_ != "axes" or len(self.axes) == 1)
+        return self.ordering.is_static
+
+    @property
+    def decides_for_branches(self) -> bool:
+        """As chosen."""
+        return self.across_branches
 
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
-        """As chosen; None for the raster. q, k, v `[B, H, N, D]`."""
-        if self.order_ == "hot_keys":
-            return hot_key_order(q, k, call.layout, self.block, self.segment, self.hot_share)
-        if self.order_ == "lsh":
-            return lsh_order(q, k, call.layout, self.directions, call.seed)
-        if self.order_ == "kmeans":
-            return self._cluster_order(q, k, call)
-        return self._space_order(call.layout, q.shape[1])
+        """As chosen; None for the raster. q, k, v `[B, H, N, D]`.
 
-    def _cluster_order(self, q: Tensor, k: Tensor, call: CallContext) -> TokenOrder:
-        """The order by cluster, of this step or of one that is fewer than `renew` steps ago; q, k `[B, H, N, D]`."""
-        memory = call.branches if self.across_branches else call.memory
-        kept: KeptOrder | None = memory.get("order")
-        if kept is not None and kept.serves(q, call, self.renew):
-            return kept.order
-        start, layout = memory.get("centroids"), call.layout
-        clusters = min(self.clusters, -(-layout.video // self.block))
-        if start is not None and start[0].shape[:3] != (*q.shape[:2], clusters):
-            start = None
-        drawn, rounds = generator_for(q.device, call.seed, call.layer), self.rounds if start is None else 1
-        order, memory["centroids"] = kmeans_order(q, k, layout, clusters, rounds, start, drawn)
-        if self.renew > 1 or self.across_branches:
-            memory["order"] = KeptOrder.of(order, call)
-        return order
-
-    def _space_order(self, layout: TokenLayout, heads: int) -> TokenOrder | None:
-        """The orders that need no tensors."""
-        if self.order_ == "tile":
-            return tile_order(layout, self.tile)
-        if self.order_ == "bisect":
-            return bisection_order(layout, self.block, self.tile)
-        if self.order_ == "morton":
-            return morton_order(layout)
-        if self.order_ == "hilbert":
-            return hilbert_order(layout)
-        if self.order_ == "axes":
-            if len(self.axes) not in (1, heads):
-                raise ConfigError(f"method.{self.name}.axes", f"expected 1 or {heads} orders, got {len(self.axes)}")
-            return axes_order(layout, self.axes)
-        return None
+        Raises:
+            ConfigError: as many axes as the model has not heads.
+        """
+        if self.order_ == "axes" and len(self.axes) not in (1, q.shape[1]):
+            raise ConfigError(f"method.{self.name}.axes", f"expected 1 or {q.shape[1]} orders, got {len(self.axes)}")
+        return self.ordering.order(q, k, call)
 
     def blocks(self, layout: TokenLayout) -> Blocking:
         """The blocks of the keys in the chosen order, and of the queries unless they have their own."""
-        return tile_blocks(layout, self.tile) if self.order_ == "tile" else layout.blocks(self.block)
+        return self.ordering.blocks(layout, self.block)
 
     def query_blocks(self, layout: TokenLayout) -> Blocking:
         """The blocks of the queries in the chosen order."""
@@ -246,29 +199,17 @@ class Composed(Method):
             # The kept rest is that of one plan, which therefore stays until the next refresh.
             kept: BlockPlan = call.memory["history_plan"]
             return kept
-        if self.across_branches and (plan := self._plan_of_other_branch(q, call)) is not None:
-            return plan
         layout, q_blocks, k_blocks = call.layout, self.query_blocks(call.layout), self.blocks(call.layout)
         scores = routing_noise(
             self.scores(q, k, call, q_blocks, k_blocks), self.noise, call.seed, call.layer, call.step
         )
         if self.scope != "row" and self.score != "error":
             scores = scores.log_softmax(-1).masked_fill(scores.isneginf(), -torch.inf)
-        forced = self.forced(call, q_blocks, k_blocks, q.shape[1], q.device)
+        forced = self.forced(layout, q_blocks, k_blocks, q.device)
         plan = select_plan(scores, self._budget(scores, forced), q_blocks, k_blocks, layout, forced)
         if self.remainder_ == "history":
             call.memory["history_plan"] = plan
-        if self.across_branches:
-            call.branches["plan"] = (call.branch, self._plan_key(q, call), plan)
         return plan
-
-    def _plan_of_other_branch(self, q: Tensor, call: CallContext) -> BlockPlan | None:
-        """What another guidance branch has chosen in this step for the same geometry; q `[B, H, N, D]`."""
-        branch, key, plan = call.branches.get("plan", (call.branch, None, None))
-        return plan if branch != call.branch and key == self._plan_key(q, call) else None
-
-    def _plan_key(self, q: Tensor, call: CallContext) -> tuple[Any, ...]:
-        return (self, call.step, call.layout, q.shape, q.device)
 
     def scores(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor:
         """What blocks are ranked by, `[B, H, nq, nk]`. q, k `[B, H, N, D]`."""
@@ -285,21 +226,20 @@ class Composed(Method):
             return isolated_scores(q, k, k_blocks, layout)
         return pooled_scores(q, k, q_blocks, layout, k_blocks)
 
-    def forced(
-        self, call: CallContext, q_blocks: Blocking, k_blocks: Blocking, heads: int, device: torch.device
-    ) -> Tensor:
+    def forced(self, layout: TokenLayout, q_blocks: Blocking, k_blocks: Blocking, device: torch.device) -> Tensor:
         """Blocks that are kept whatever their score, bool that broadcasts against the scores."""
-        layout, by_content = call.layout, self.order_ in _BY_CONTENT
-        order = None if by_content else self._space_order(layout, heads)
+        ordering, order, sink = self.ordering, None, 0
         mask = torch.zeros(q_blocks.count, k_blocks.count, dtype=torch.bool)
-        if self.keep_self and not by_content:
-            mask |= own_blocks(q_blocks, k_blocks, self.reach)
+        if isinstance(ordering, InSpace):
+            order, sink = ordering.of_layout(layout), self.sink_frames
+            if self.keep_self:
+                mask |= own_blocks(q_blocks, k_blocks, self.reach)
         if self.touching:
             mask |= touching_blocks(layout, k_blocks, order)
-        if self.order_ == "hot_keys" and self.hot_share < 1 and self.segment is None:
-            mask[:, : round(self.hot_share * layout.video) // self.block] = True
-        if (self.sink_frames or layout.prefix_frames) and not by_content:
-            mask = mask | sink_blocks(layout, k_blocks, self.sink_frames, order).unsqueeze(-2)
+        mask |= ordering.leading_blocks(layout, k_blocks)
+        if sink or layout.prefix_frames:
+            # An order by content leaves the keys of conditioning frames where they are.
+            mask = mask | sink_blocks(layout, k_blocks, sink, order).unsqueeze(-2)
         return mask.to(device)
 
     def _budget(self, scores: Tensor, forced: Tensor) -> Budget:
@@ -330,20 +270,10 @@ class Composed(Method):
         """Whether the remainder is one that is made after the kernel."""
         return self.remainder_ in ("rectified", "history")
 
-    def complete(
-        self,
-        out: Tensor,
-        lse: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: BlockPlan,
-        call: CallContext,
-        scale: float | None = None,
-    ) -> Tensor:
+    def complete(self, part: PartialAttention) -> Tensor:
         """The rectified remainder, or that of earlier steps."""
         if self.remainder_ == "rectified":
-            return rectify(out, q, k, v, plan, call.layout, gate=self.gate, scale=scale)
+            return rectify(part, gate=self.gate)
         if self.remainder_ == "history":
-            return with_history(out, lse, q, k, v, plan, call, self.period, self.ramp, scale)
-        return out
+            return with_history(part, self.period, self.ramp)
+        return part.out

@@ -11,6 +11,8 @@ from torch import Tensor
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import BlockSize, Count, Density, Method, SizeTriple
 from dit_accel.order import TokenOrder
+from dit_accel.orders.space import hilbert_order
+from dit_accel.orders.tiles import tile_blocks, tile_order
 from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.selection import (
     Budget,
@@ -24,9 +26,7 @@ from dit_accel.selection import (
     select_plan,
     sink_blocks,
 )
-from dit_accel.space_orders import hilbert_order
 from dit_accel.state import CallContext
-from dit_accel.tiling import tile_blocks, tile_order
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 

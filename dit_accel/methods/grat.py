@@ -13,10 +13,10 @@ from dit_accel.methods.base import Count, Density, Method, SizeTriple
 from dit_accel.methods.neighborhood import Axis
 from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder
+from dit_accel.orders.tiles import tile_blocks, tile_counts, tile_order
 from dit_accel.plan import BlockPlan
 from dit_accel.state import CallContext
 from dit_accel.static_masks import outer, with_prefix, with_text
-from dit_accel.tiling import tile_blocks, tile_counts, tile_order
 
 _ROUNDING = 1e-9
 _TOKENS = 32, 1024  # smaller groups waste the matrix unit, larger ones are no blocks

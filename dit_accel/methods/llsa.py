@@ -13,13 +13,14 @@ from torch import Tensor
 
 from dit_accel.kernels.spec import Remainder
 from dit_accel.layout import TokenLayout
-from dit_accel.mean_keys import join_means
 from dit_accel.methods.base import Method, Size
 from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder
+from dit_accel.orders.space import morton_order
 from dit_accel.plan import Blocking, BlockPlan
+from dit_accel.remainders.mean_keys import join_means
+from dit_accel.remainders.partial import PartialAttention
 from dit_accel.selection import TopK, block_means, own_blocks, plan_of_mask, select_blocks, sink_blocks
-from dit_accel.space_orders import morton_order
 from dit_accel.state import CallContext
 
 
@@ -86,28 +87,19 @@ class LLSA(Method):
         """With two levels, the cover is added after the kernel."""
         return self.levels == 2
 
-    def complete(
-        self,
-        out: Tensor,
-        lse: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: BlockPlan,
-        call: CallContext,
-        scale: float | None = None,
-    ) -> Tensor:
+    def complete(self, part: PartialAttention) -> Tensor:
         """Blocks beside selected ones, and coarse nodes without a selected block, join the softmax."""
-        layout, blocks = call.layout, plan.k_blocks
+        layout, blocks, q = part.layout, part.plan.k_blocks, part.q
         nodes, node = self._nodes(layout, blocks)
-        selected = plan.to_mask().expand(*q.shape[:2], -1, -1)
+        selected = part.plan.to_mask().expand(*q.shape[:2], -1, -1)
         held = torch.zeros(*selected.shape[:3], nodes.count, device=q.device)
         opened = held.index_add_(-1, node.to(q.device), selected.float()) > 0
-        means = [torch.cat([block_means(x, part, layout.valid)[0] for part in (blocks, nodes)], 2) for x in (k, v)]
-        sizes = torch.cat([block_means(k, part, layout.valid)[1] for part in (blocks, nodes)], -1)
+        pooled = [[block_means(x, runs, layout.valid) for runs in (blocks, nodes)] for x in (part.k, part.v)]
+        keys, values = (torch.cat([means for means, _ in levels], 2) for levels in pooled)
+        sizes = torch.cat([count for _, count in pooled[0]], -1)
         free = torch.cat([opened[..., node] & ~selected, ~opened], -1)
         bias = sizes.log().unsqueeze(-2).masked_fill(~free, -torch.inf)
-        return join_means(out, lse, q, means[0], means[1], bias, plan.q_blocks, scale)
+        return join_means(part, keys, values, bias)
 
 
 def _products(q: Tensor, k: Tensor, blocks: Blocking, layout: TokenLayout) -> Tensor:

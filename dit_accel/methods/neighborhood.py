@@ -15,10 +15,10 @@ from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import CountTriple, Density, Method, SizeTriple
 from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder
+from dit_accel.orders.tiles import tile_axes, tile_blocks, tile_order
 from dit_accel.plan import BlockPlan, BoxPredicate
 from dit_accel.state import CallContext
 from dit_accel.static_masks import outer, with_prefix, with_text
-from dit_accel.tiling import tile_axes, tile_blocks, tile_order
 
 _Tiling = tuple[tuple[int, int, int], tuple[int, int, int]]
 

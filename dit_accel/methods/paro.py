@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dit_accel.errors import ConfigError
 from dit_accel.methods.base import Density
-from dit_accel.methods.composed import Composed, OrderName, RemainderName
+from dit_accel.methods.composed import Composed, RemainderName
 from dit_accel.methods.registry import register
+from dit_accel.orders.ordering import OrderName
 from dit_accel.plan import BlockPlan
 from dit_accel.state import CallContext
 
@@ -21,7 +22,7 @@ from dit_accel.state import CallContext
 class PARO(Composed):
     """PAROAttention (arXiv 2506.16054): axes reordered per head until attention fills few blocks.
 
-    A composition. `axes` names one order per head (`axis_costs` in `axis_choice.py` rates them on a recorded call), and
+    A composition. `axes` names one order per head (`axis_costs` in `orders/` rates them on a recorded call), and
     layers differ through the schedule's overrides. The published masks are static too: `plan_file` names one made by
     `recall_plan`. Without it, blocks are chosen at every call by the pooled score. Text stays in place and whole.
 

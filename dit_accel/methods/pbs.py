@@ -7,8 +7,9 @@ from typing import ClassVar
 from pydantic import Field
 
 from dit_accel.methods.base import BlockSize, Density, Size
-from dit_accel.methods.composed import Composed, OrderName, RemainderName, Share
+from dit_accel.methods.composed import Composed, RemainderName, Share
 from dit_accel.methods.registry import register
+from dit_accel.orders.ordering import OrderName
 
 
 @register("pbs")

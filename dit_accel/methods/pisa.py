@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from dit_accel.methods.base import Density
-from dit_accel.methods.composed import Composed, OrderName, RemainderName
+from dit_accel.methods.composed import Composed, RemainderName
 from dit_accel.methods.registry import register
+from dit_accel.orders.ordering import OrderName
 from dit_accel.selection import Rounding
 
 

@@ -12,7 +12,8 @@ from dit_accel.methods.base import FROM_LIST, BlockSize
 from dit_accel.methods.dynamic import PoolingMethod, Share
 from dit_accel.methods.registry import register
 from dit_accel.plan import Blocking, BlockPlan
-from dit_accel.pyramid import LEVELS, add_pooled_levels, coarsest_levels, level_density, pyramid_plan
+from dit_accel.remainders.partial import PartialAttention
+from dit_accel.remainders.pyramid import LEVELS, add_pooled_levels, coarsest_levels, pyramid_plan
 from dit_accel.selection import Budget, TopK, generator_for, plan_of_mask, real_blocks, shares_of
 from dit_accel.selection.budgets import per_head
 from dit_accel.selection.samples import sampled_scores
@@ -114,23 +115,9 @@ class PSA(PoolingMethod):
         """The pooled levels are added after the exact one."""
         return True
 
-    def complete(
-        self,
-        out: Tensor,
-        lse: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: BlockPlan,
-        call: CallContext,
-        scale: float | None = None,
-    ) -> Tensor:
+    def complete(self, part: PartialAttention) -> Tensor:
         """One softmax over all levels."""
-        out = add_pooled_levels(out, lse, q, k, v, plan, call.layout, scale)
-        levels = getattr(plan, "levels", None)
-        if levels is not None:
-            call.extra_density += float(level_density(levels, plan.q_blocks, plan.k_blocks).mean())
-        return out
+        return add_pooled_levels(part)
 
 
 def _density_of(ends: Tensor) -> Tensor:

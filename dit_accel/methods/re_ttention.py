@@ -8,11 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dit_accel.history import with_history
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import BlockSize, Density, Method, Size
 from dit_accel.methods.registry import register
 from dit_accel.plan import Blocking, BlockPlan, BoxPredicate
+from dit_accel.remainders.history import with_history
+from dit_accel.remainders.partial import PartialAttention
 from dit_accel.selection import sink_blocks
 from dit_accel.state import CallContext
 
@@ -62,7 +63,7 @@ class ReTtention(Method):
 
     def _blocks(self, layout: TokenLayout) -> Blocking:
         """Runs of the raster; none holds tokens of conditioning frames and of others."""
-        leading = layout.prefix_frames * layout.frame_tokens
+        leading = layout.prefix
         runs = [part for part in (leading, layout.video - leading) if part]
         return layout.blocks(self.block, video=Blocking.segments(runs, self.block))
 
@@ -71,19 +72,9 @@ class ReTtention(Method):
         """The kept rest is added after the kernel."""
         return True
 
-    def complete(
-        self,
-        out: Tensor,
-        lse: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: BlockPlan,
-        call: CallContext,
-        scale: float | None = None,
-    ) -> Tensor:
+    def complete(self, part: PartialAttention) -> Tensor:
         """Dense at a refresh, else the window at its kept share and the kept rest."""
-        return with_history(out, lse, q, k, v, plan, call, self.period, self.ramp, scale)
+        return with_history(part, self.period, self.ramp)
 
 
 def _window_blocks(blocks: Blocking, layout: TokenLayout, size: int, reach: int) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,7 @@ class AShape(Method):
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
         """Sink blocks and blocks inside the band whole, those at its rim in part. q, k are not looked at."""
         layout = call.layout
-        init = min(max(self.n_init, layout.prefix_frames * layout.frame_tokens), layout.video)
+        init = min(max(self.n_init, layout.prefix), layout.video)
         last = max(init, layout.video - self.n_last)
         cuts = [n for n in (init, last - init, layout.video - last) if n]
         blocks = layout.blocks(self.block, video=Blocking.segments(cuts, self.block))

@@ -8,13 +8,13 @@ from pydantic import Field
 from torch import Tensor
 
 from dit_accel.errors import ConfigError
-from dit_accel.linear_branch import Over, linear_attention, load_projections
 from dit_accel.methods.base import Density
-from dit_accel.methods.composed import Composed, OrderName, RemainderName
+from dit_accel.methods.composed import Composed, RemainderName
 from dit_accel.methods.registry import register
-from dit_accel.plan import BlockPlan
+from dit_accel.orders.ordering import OrderName
+from dit_accel.remainders.linear_branch import Over, linear_attention, load_projections
+from dit_accel.remainders.partial import PartialAttention
 from dit_accel.selection import Rounding
-from dit_accel.state import CallContext
 
 
 @register("sla")
@@ -48,19 +48,9 @@ class SLA(Composed):
         """With projections, the linear branch is added after the kernel."""
         return self.projections is not None or super().completes
 
-    def complete(
-        self,
-        out: Tensor,
-        lse: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: BlockPlan,
-        call: CallContext,
-        scale: float | None = None,
-    ) -> Tensor:
+    def complete(self, part: PartialAttention) -> Tensor:
         """The sparse part plus the projected linear branch."""
-        out = super().complete(out, lse, q, k, v, plan, call, scale)
+        out, q, call = super().complete(part), part.q, part.call
         if self.projections is None:
             return out
         layers = load_projections(self.projections)
@@ -71,5 +61,5 @@ class SLA(Composed):
                 f"{ {layer: tuple(pair[0].shape) for layer, pair in layers.items()} }",
             )
         weight, bias = (x.to(q.device) for x in layers[call.layer])
-        linear = linear_attention(q, k, v, plan, call.layout, self.over).to(weight.dtype)
+        linear = linear_attention(q, part.k, part.v, part.plan, part.layout, self.over).to(weight.dtype)
         return (out + linear @ weight.T + bias).to(out.dtype)

@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dit_accel.clustering import chain_order, drawn_centroids, k_means
-from dit_accel.content_orders import video_tokens
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import BlockSize, Count, Size
 from dit_accel.methods.dynamic import BlockSelection, Share
 from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder, video_order
+from dit_accel.orders.clustering import chain_order, drawn_centroids, k_means
+from dit_accel.orders.content import first_sorted_key, video_tokens
 from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.selection import Budget, TopP, block_means, generator_for, plan_of_mask, real_tokens, select_blocks
 from dit_accel.selection.scores import log_mass
@@ -94,7 +94,10 @@ class SVG2(BlockSelection):
         call.memory[name] = clusters.centroids
         # Padding is in no cluster and sorts last, so that it stands last in the sequence as well.
         labels = clusters.labels if real is None else clusters.labels.masked_fill(~real, count)
-        index = labels.argsort(dim=-1, stable=True)
+        # Every query attends the keys of conditioning frames: scattered, they would make every block one of theirs.
+        first = first_sorted_key(layout) if name == "keys" else 0
+        places = torch.arange(layout.video, device=x.device)
+        index = labels.masked_fill(places < first, -1).argsort(dim=-1, stable=True)
         return _with_text(x, layout, self.block, clusters.centroids, labels.gather(-1, index), index)
 
     def blocks(self, layout: TokenLayout) -> tuple[Blocking, Blocking]:

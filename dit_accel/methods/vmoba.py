@@ -13,6 +13,7 @@ from dit_accel.methods.base import FROM_LIST, BlockSize, Density, Size, SizeTrip
 from dit_accel.methods.dynamic import BlockSelection, Share
 from dit_accel.methods.registry import register
 from dit_accel.order import TokenOrder
+from dit_accel.orders.tiles import tile_blocks, tile_order
 from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.selection import (
     Budget,
@@ -25,7 +26,6 @@ from dit_accel.selection import (
     select_blocks,
 )
 from dit_accel.state import CallContext
-from dit_accel.tiling import tile_blocks, tile_order
 
 _KERNEL_BLOCK = 64
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from dit_accel.kernels.merge import merge
 from dit_accel.kernels.summary import BlockStatistics, attend_summary
 from dit_accel.layout import TokenLayout
+from dit_accel.orders.tiles import tile_blocks, tile_order
 from dit_accel.pipelines.streaming.attention import AttentionCall, DenseContext, attend_with_lse
 from dit_accel.pipelines.streaming.positions import Rotary
 from dit_accel.selection import block_means
-from dit_accel.tiling import tile_blocks, tile_order
 
 _FIELDS = ("mean_k", "mean_v", "tokens", "variance", "cross")
 

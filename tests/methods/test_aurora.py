@@ -9,10 +9,8 @@ from torch.nn import functional as F
 
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
-from dit_accel.planner import Planner
 from dit_accel.samples.captured_attention import synthetic
-from dit_accel.schedule import Schedule
-from dit_accel.state import CallContext, RunState
+from dit_accel.state import CallContext
 
 FIELDS = {call.name: call for call in synthetic()}
 
@@ -67,60 +65,6 @@ def test_an_order_of_earlier_steps_serves_nearly_as_well():
     assert errors[0] == errors[1]
     assert errors[2] != errors[3]
     assert errors[2] < 1.2 * errors[3]
-
-
-def branches_of(method):
-    """Order, plan and output of both guidance branches at one step, whose fields differ a little."""
-    call, shared, made = FIELDS["smooth"], {}, {}
-    generator = torch.Generator().manual_seed(3)
-    for number, branch in enumerate(("cond", "uncond")):
-        qkv = tuple(x + 0.1 * number * x.std() * torch.randn(x.shape, generator=generator) for x in call.qkv)
-        context = CallContext(call.layout, branch=branch, branches=shared)
-        order, plan = method.plan(call.layout, *qkv, context)
-        out = order.restore(method.compute(*order.apply(*qkv), plan, context))
-        made[branch] = (order, plan, out - F.scaled_dot_product_attention(*qkv))
-    return made["cond"], made["uncond"]
-
-
-def test_guidance_does_not_multiply_what_branches_err_alike():
-    together, apart = branches_of(get_method("aurora")), branches_of(get_method("aurora", across_branches=False))
-    assert torch.equal(together[0][0].query, together[1][0].query)
-    assert together[0][1] is together[1][1]
-    assert not torch.equal(apart[0][0].query, apart[1][0].query)
-    guided = [(4 * cond[2] - 3 * uncond[2]).norm() for cond, uncond in (together, apart)]
-    assert guided[0] < 0.8 * guided[1]
-
-
-def test_a_choice_is_that_of_another_branch_of_the_same_step_and_geometry():
-    layout, shared = TokenLayout((2, 8, 8), 9, "after", valid=(133,)), {}
-    method = get_method("aurora", block=16, query_block=16)
-
-    def made(step, branch, of=layout, seed=0):
-        context = CallContext(of, step=step, branch=branch, branches=shared)
-        return method.plan(of, *tensors(of, seed=seed), call=context)
-
-    order, plan = made(0, "cond")
-    assert made(0, "cond", seed=1)[1] is not plan
-    later = made(1, "cond", seed=2)[1]
-    assert made(1, "uncond", seed=3)[1] is later
-    shorter, own = made(1, "uncond", TokenLayout((2, 8, 8), 9, "after", valid=(130,)), seed=3)
-    assert torch.equal(shorter.query, order.query)
-    assert own is not later
-
-
-def test_what_branches_share_is_kept_per_layer_and_forgotten_with_the_rest():
-    planner, layout = Planner(Schedule()), TokenLayout((2, 8, 8))
-
-    def kept(layer, branch):
-        return planner.call(layer, layout, RunState(layout.grid, 0, 1.0, branch), 1)
-
-    kept(0, "cond").branches["order"] = "made"
-    assert kept(0, "uncond").branches == {"order": "made"}
-    assert (
-        kept(0, "uncond").memory == kept(0, "cond").memory == kept(0, "cond").shared == kept(1, "cond").branches == {}
-    )
-    planner.reset()
-    assert kept(0, "uncond").branches == {}
 
 
 def test_with_one_budget_per_layer_blocks_go_to_the_heads_that_need_them():

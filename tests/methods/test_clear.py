@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from dit_accel.engine import Engine
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.clear import Clear
+from dit_accel.orders.tiles import tile_blocks, tile_order
 from dit_accel.schedule import Schedule
 from dit_accel.state import CallContext, RunState
-from dit_accel.tiling import tile_blocks, tile_order
 
 
 def disc(layout, radius, step=1.0):

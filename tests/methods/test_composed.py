@@ -15,10 +15,10 @@ from dit_accel.errors import ConfigError
 from dit_accel.kernels import block_attention
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
+from dit_accel.orders.tiles import tile_blocks, tile_order
 from dit_accel.selection import block_means, pooled_scores
 from dit_accel.selection.covariance import covariance_scores, error_scores
 from dit_accel.state import CallContext
-from dit_accel.tiling import tile_blocks, tile_order
 
 grids = st.tuples(st.integers(1, 6), st.integers(1, 7), st.integers(1, 9))
 

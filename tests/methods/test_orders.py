@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_cases import tensors
 
-from dit_accel.content_orders import gray_rank, hot_key_order, hotness, kmeans_order, lsh_order
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
+from dit_accel.orders.content import gray_rank, hot_key_order, hotness, kmeans_order, lsh_order
+from dit_accel.orders.space import axes_order, bisection_order, hilbert_order, morton_order
 from dit_accel.plan import Blocking
-from dit_accel.space_orders import axes_order, bisection_order, hilbert_order, morton_order
 from dit_accel.state import CallContext
 
 grids = st.tuples(st.integers(1, 6), st.integers(1, 7), st.integers(1, 9))

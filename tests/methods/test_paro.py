@@ -7,12 +7,12 @@ import torch
 from method_cases import attend, tensors
 from torch.nn import functional as F
 
-from dit_accel.axis_choice import AXES, axis_costs, best_axes, recall_plan, tile_costs
 from dit_accel.errors import ConfigError
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
+from dit_accel.orders.axis_choice import AXES, axis_costs, best_axes, recall_plan, tile_costs
+from dit_accel.orders.space import axes_order
 from dit_accel.selection.scores import block_mass
-from dit_accel.space_orders import axes_order
 
 LAYOUT = TokenLayout((4, 4, 8), 5, "before")
 

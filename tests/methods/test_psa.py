@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from dit_accel.engine import Engine
-from dit_accel.errors import ConfigError, PlanError, UnsupportedError
+from dit_accel.errors import ConfigError, PlanError
 from dit_accel.kernels import block_attention
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
-from dit_accel.plan import BlockPlan
-from dit_accel.pyramid import add_pooled_levels, coarsest_levels, level_density, pyramid_plan
+from dit_accel.plan import Blocking, BlockPlan
+from dit_accel.remainders.partial import PartialAttention
+from dit_accel.remainders.pyramid import add_pooled_levels, coarsest_levels, level_density, pyramid_plan
+from dit_accel.reuse import union_of_heads
 from dit_accel.schedule import Schedule
 from dit_accel.state import CallContext, RunState
 
@@ -25,7 +27,7 @@ def attention(levels, layout, q, k, v, rows, columns):
     plan = pyramid_plan(levels, rows, columns)
     kv_len = None if layout.valid is None else torch.tensor(layout.valid)
     out, lse = block_attention(q, k, v, plan, kv_len=kv_len, return_lse=True)
-    return add_pooled_levels(out, lse, q, k, v, plan, layout)
+    return add_pooled_levels(PartialAttention(out, lse, q, k, v, plan, CallContext(layout)))
 
 
 def written_out(levels, q, k, v, rows, columns):
@@ -152,7 +154,7 @@ def test_the_density_is_that_of_products():
     torch.testing.assert_close(level_density(levels, rows, columns), expected)
 
 
-def test_the_engine_reports_all_levels_and_refuses_shared_plans():
+def test_the_engine_reports_all_levels_of_own_and_of_shared_plans():
     def run(**schedule):
         method = get_method("psa", block=16, key_block=16, ends=[0.2, 0.4, 0.6, 0.8])
         modules = [nn.Identity(), nn.Identity()]
@@ -167,8 +169,18 @@ def test_the_engine_reports_all_levels_and_refuses_shared_plans():
     assert not torch.equal(outs[0], outs[1])
     same = run(layer_groups=[[0, 2]], layer_heads="index")[1]
     assert torch.equal(same[0], same[1])
-    with pytest.raises(UnsupportedError, match="cannot be shared by heads"):
-        run(head_groups=1)
+    one = run(head_groups=1)[0]
+    assert one.calls[0].density == pytest.approx(engine.calls[0].density, abs=0.02)
+    united = run(layer_groups=[[0, 2]])[0]
+    assert united.calls[1].density > united.calls[0].density == engine.calls[0].density
+
+
+def test_a_shared_plan_reads_every_block_at_the_finest_level_of_any_head():
+    blocks = Blocking.uniform(64, 16)
+    levels = torch.tensor([[[[1, 2, 0, 8]], [[1, 4, 0, 2]], [[1, 1, 0, 0]]]], dtype=torch.uint8).expand(1, 3, 4, 4)
+    united = union_of_heads(pyramid_plan(levels, blocks, blocks))
+    assert united.levels[0, 0, 0].tolist() == [1, 1, 0, 2]
+    assert united.validate().to_mask()[0, 0, 0].tolist() == [True, True, False, False]
 
 
 def test_what_does_not_go_together_is_refused():

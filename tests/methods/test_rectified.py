@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
-from dit_accel.rectified import isolated_scores, trusted
+from dit_accel.remainders.rectified import isolated_scores, trusted
 
 
 def test_constant_values_come_out_unchanged():

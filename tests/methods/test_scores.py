@@ -11,6 +11,7 @@ import torch
 from dit_accel.errors import ConfigError
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
+from dit_accel.orders.tiles import tile_blocks
 from dit_accel.plan import Blocking
 from dit_accel.selection import pooled_scores, self_similarity, smooth_keys
 from dit_accel.selection.samples import sampled_scores
@@ -20,7 +21,6 @@ from dit_accel.selection.scores import (
     block_sums,
     subblock_scores,
 )
-from dit_accel.tiling import tile_blocks
 
 LAYOUT = cases.LAYOUTS["text after"]
 

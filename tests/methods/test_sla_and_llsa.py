@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from dit_accel.errors import ConfigError
 from dit_accel.layout import TokenLayout
-from dit_accel.linear_branch import linear_attention
 from dit_accel.methods.registry import get_method
-from dit_accel.space_orders import morton_order
+from dit_accel.orders.space import morton_order
+from dit_accel.remainders.linear_branch import linear_attention
 from dit_accel.state import CallContext
 
 LAYOUT = TokenLayout((2, 5, 7), 9, "after", valid=(75,))

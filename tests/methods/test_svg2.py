@@ -6,9 +6,9 @@ import dynamic_cases as cases
 import pytest
 import torch
 
-from dit_accel.clustering import chain_order, drawn_centroids, k_means
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
+from dit_accel.orders.clustering import chain_order, drawn_centroids, k_means
 from dit_accel.state import CallContext
 
 GRID = TokenLayout((4, 8, 8))
@@ -31,7 +31,7 @@ def method(**parameters):
 
 @pytest.mark.parametrize("chunk", [1, 2**24])
 def test_labels_are_the_nearest_and_centroids_the_means(chunk, monkeypatch):
-    monkeypatch.setattr("dit_accel.clustering._ELEMENTS", chunk)
+    monkeypatch.setattr("dit_accel.orders.clustering._ELEMENTS", chunk)
     x, _ = blobs()
     start = drawn_centroids(x, 5, torch.Generator().manual_seed(1))
     found = k_means(x, start, 0)

@@ -21,7 +21,7 @@ from dit_accel.reuse import overlap
 from dit_accel.state import CallContext
 
 # Numbers that are made on the CPU whatever the device, and moved to it in fp32 or as indices.
-ON_THE_CPU = {"sampling.py", "space_orders.py", "xattention.py"}
+ON_THE_CPU = {"sampling.py", "space.py", "xattention.py"}
 LAYOUT = TokenLayout((3, 8, 6), 9, "after", (150, 153))
 
 

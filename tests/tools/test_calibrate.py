@@ -90,10 +90,10 @@ def test_a_method_that_works_on_after_the_kernel_gets_all_rows():
         def completes(self):
             return True
 
-        def complete(self, out, lse, q, k, v, plan, call, scale=None):
-            assert out.shape[2] == seen.q.shape[2]
-            call.extra_density += 0.125
-            return out / 2
+        def complete(self, part):
+            assert part.out.shape[2] == seen.q.shape[2]
+            part.call.extra_density += 0.125
+            return part.out / 2
 
     halved = Halved(**method.model_dump(exclude_unset=True))
     statistics = Statistics.empty(1, 3, 1)

@@ -7,14 +7,13 @@ from functools import cache
 import pytest
 import torch
 
-from dit_accel import content_orders
 from dit_accel.kernels import operations, triton_backend, triton_launch
 from dit_accel.kernels.aot_cases import recording
 from dit_accel.kernels.registry import Request
 from dit_accel.kernels.spec import AttentionCall
 from dit_accel.layout import TokenLayout
-from dit_accel.methods import composed
 from dit_accel.methods.registry import get_method
+from dit_accel.orders import content, ordering
 from dit_accel.plan import BlockPlan
 from dit_accel.presets import list_presets, load_preset
 from dit_accel.state import CallContext
@@ -56,8 +55,8 @@ def device_without_memory(monkeypatch):
     monkeypatch.setattr(triton_launch, "_architecture", lambda device: 90)
     monkeypatch.setattr(operations, "why_not", lambda *arguments: None)
     # Random numbers are the device's own, which has no generator here.
-    monkeypatch.setattr(composed, "generator_for", lambda device, *key: None)
-    monkeypatch.setattr(content_orders, "drawn_centroids", lambda x, count, generator: x[:, :, :count])
+    monkeypatch.setattr(ordering, "generator_for", lambda device, *key: None)
+    monkeypatch.setattr(content, "drawn_centroids", lambda x, count, generator: x[:, :, :count])
     monkeypatch.setattr(BlockPlan, "from_mask", lambda mask, q, k, *_: BlockPlan.full(q, k, mask.device))
     with recording() as launches:
         yield launches

@@ -6,6 +6,7 @@ Axis legend: B batch, H heads, N tokens, D head size, nq / nk query / key blocks
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +18,8 @@ from dit_accel.kernels import block_attention
 from dit_accel.kernels.merge import merge
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking, BlockPlan
+from dit_accel.remainders.partial import PartialAttention
+from dit_accel.reuse import union_of_heads
 from dit_accel.selection import gather_blocks
 from dit_accel.widest import widened
 
@@ -39,6 +42,21 @@ class PyramidPlan(BlockPlan):
             return self
         levels = None if self.levels is None else self.levels.to(device)
         return replace(self, indices=self.indices.to(device), counts=self.counts.to(device), levels=levels)
+
+    def each_tensor(self, change: Callable[[Tensor], Tensor]) -> PyramidPlan:
+        """The same plan after `change` of all that has axes of batch and heads, `[B', H', ...]`."""
+        levels = None if self.levels is None else change(self.levels)
+        return replace(self, indices=change(self.indices), counts=change(self.counts), levels=levels)
+
+
+@union_of_heads.register
+def finest_of_heads(plan: PyramidPlan) -> PyramidPlan:
+    """The plan, shared by all heads, that reads every block at the finest level at which any head reads it."""
+    if plan.levels is None:
+        raise UnsupportedError("psa: the plan has no levels")
+    skipped = max(LEVELS) + 1
+    levels = plan.levels.masked_fill(plan.levels == 0, skipped).amin(1, keepdim=True)
+    return pyramid_plan(levels.masked_fill(levels == skipped, 0), plan.q_blocks, plan.k_blocks)
 
 
 def pyramid_plan(levels: Tensor, q_blocks: Blocking, k_blocks: Blocking) -> PyramidPlan:
@@ -81,62 +99,41 @@ def level_density(levels: Tensor, q_blocks: Blocking, k_blocks: Blocking) -> Ten
     return (weight @ keys @ queries.unsqueeze(-1)).squeeze(-1) / (q_blocks.tokens * k_blocks.tokens)
 
 
-def add_pooled_levels(
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan,
-    layout: TokenLayout,
-    scale: float | None = None,
-) -> Tensor:
-    """Exact attention `out`, `lse` joined in one softmax with the blocks that are read at pooled levels.
+def add_pooled_levels(part: PartialAttention) -> Tensor:
+    """Exact attention joined in one softmax with the blocks that are read at pooled levels, which add to the density.
 
     A mean of L keys counts as L equal keys: its logit gets ln L (arXiv 2512.04025).
 
     Args:
-        out, lse: `[B, H, N, D]` and `[B, H, N]` of the exact blocks.
-        q, k, v: `[B, H, N, D]`, in the order of the plan.
-        plan: a `PyramidPlan`.
-        layout: token geometry.
-        scale: factor on the logits. Default 1 / sqrt(D).
+        part: the exact blocks, of a `PyramidPlan`.
 
     Raises:
-        UnsupportedError: the plan lost its levels, because heads or layers share it.
+        UnsupportedError: the plan has no levels.
     """
+    plan, lse = part.plan, part.lse
     if not isinstance(plan, PyramidPlan) or plan.levels is None:
-        raise UnsupportedError(
-            "psa: a plan at several levels cannot be shared by heads; leave out head_groups, or use layer_heads='index'"
-        )
-    outs, masses = [out], [lse.to(torch.float32 if out.dtype != torch.float64 else lse.dtype)]
+        raise UnsupportedError(f"psa: expected a plan with levels, got a {type(plan).__name__}")
+    outs, masses = [part.out], [lse.to(torch.float32 if part.out.dtype != torch.float64 else lse.dtype)]
     for level in LEVELS[1:]:
-        part, mass = _at_level(q, k, v, plan, plan.levels == level, level, layout, scale)
-        outs.append(part)
+        out, mass = _at_level(part, plan.levels == level, level)
+        outs.append(out)
         masses.append(mass.to(masses[0].dtype) + math.log(level))
+    part.call.extra_density += float(level_density(plan.levels, plan.q_blocks, plan.k_blocks).mean())
     return merge(outs, masses)[0]
 
 
-def _at_level(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan,
-    mask: Tensor,
-    level: int,
-    layout: TokenLayout,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
+def _at_level(part: PartialAttention, mask: Tensor, level: int) -> tuple[Tensor, Tensor]:
     """Attention to the pooled keys of the blocks of `mask`; 0 and -inf for rows without any."""
+    q, plan, layout = part.q, part.plan, part.layout
     lengths = -(-plan.k_blocks.lengths // level)
     group = torch.arange(int(lengths.max()))
     kept = (group < lengths.unsqueeze(-1)).flatten().nonzero().squeeze(-1).to(q.device)
     # A row without blocks at this level gets a key that does not count.
-    keys, values = (F.pad(_pooled(x, plan.k_blocks, level, layout)[:, :, kept], (0, 0, 0, 1)) for x in (k, v))
+    keys, values = (F.pad(_pooled(x, plan.k_blocks, level, layout)[:, :, kept], (0, 0, 0, 1)) for x in (part.k, part.v))
     columns = Blocking.from_lengths(torch.cat([lengths, torch.ones(1, dtype=torch.int64)]))
     coarse = BlockPlan.from_mask(torch.cat([mask, ~mask.any(-1, keepdim=True)], -1), plan.q_blocks, columns)
     real = torch.full((len(q),), len(kept), device=q.device)
-    return block_attention(q, keys, values, coarse, scale=scale, kv_len=real, return_lse=True)
+    return block_attention(q, keys, values, coarse, scale=part.scale, kv_len=real, return_lse=True)
 
 
 def _pooled(x: Tensor, blocks: Blocking, level: int, layout: TokenLayout) -> Tensor:

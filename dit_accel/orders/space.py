@@ -1,6 +1,6 @@
 """Orders that depend on the grid alone: nothing to compute per call, and the same for all heads unless said.
 
-All keep text in place. Tiles are in `tiling.py`.
+All keep text in place. Tiles are in `tiles.py`.
 """
 
 from __future__ import annotations

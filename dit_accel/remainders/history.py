@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_accel.kernels import block_attention
 from dit_accel.plan import BlockPlan
+from dit_accel.remainders.partial import PartialAttention
 from dit_accel.state import CallContext
 
 _KEY = "history"
@@ -37,34 +38,21 @@ def is_refresh(call: CallContext, period: int) -> bool:
     return kept is None or call.step % period == 0 or not kept.step < call.step < kept.step + period
 
 
-def with_history(
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan,
-    call: CallContext,
-    period: int,
-    ramp: float,
-    scale: float | None = None,
-) -> Tensor:
+def with_history(part: PartialAttention, period: int, ramp: float) -> Tensor:
     """Dense output at a refresh; between refreshes the selected part at its kept share, plus the kept rest.
 
     Args:
-        out, lse: output `[B, H, N, D]` and log-sum-exp `[B, H, N]` of the selected part.
-        q, k, v: `[B, H, N, D]`.
-        plan: the selected blocks; the same from one refresh to the next.
-        call: step and memory; a refresh adds 1 to its density.
+        part: the selected keys, by a plan that is the same from one refresh to the next; a refresh adds 1 to its
+            density.
         period: steps from one refresh to the next.
         ramp: by how much the share grows with every step after the first; it never exceeds 1.
-        scale: factor on the logits, with which `out` and `lse` were made. Default 1 / sqrt(D).
     """
+    call, out = part.call, part.out
     if is_refresh(call, period):
-        whole = BlockPlan.full(plan.q_blocks, plan.k_blocks, q.device)
-        kv_len = call.layout.valid_lengths(q.device)
-        dense, full = block_attention(q, k, v, whole, scale=scale, kv_len=kv_len, return_lse=True)
-        share = (lse - full).exp().nan_to_num(0.0).unsqueeze(-1).to(out.dtype)
+        whole = BlockPlan.full(part.plan.q_blocks, part.plan.k_blocks, out.device)
+        kv_len = call.layout.valid_lengths(out.device)
+        dense, full = block_attention(part.q, part.k, part.v, whole, scale=part.scale, kv_len=kv_len, return_lse=True)
+        share = (part.lse - full).exp().nan_to_num(0.0).unsqueeze(-1).to(out.dtype)
         call.memory[_KEY] = History(call.step, share, dense - share * out)
         call.extra_density += 1.0
         return dense

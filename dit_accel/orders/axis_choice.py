@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dit_accel.layout import TokenLayout
 from dit_accel.order import permute
+from dit_accel.orders.space import Axes, axes_order
 from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.selection import TopP, own_blocks, plan_of_mask, select_blocks
 from dit_accel.selection.scores import block_sums, row_groups
-from dit_accel.space_orders import Axes, axes_order
 from dit_accel.widest import widened, widest
 
 AXES: tuple[Axes, ...] = get_args(Axes)

@@ -5,35 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.plan import Blocking
+from dit_accel.remainders.partial import PartialAttention
 from dit_accel.selection.scores import row_groups
 
 
-def join_means(
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    bias: Tensor,
-    blocks: Blocking,
-    scale: float | None,
-) -> Tensor:
-    """One softmax over the exact keys of `out` and `m` mean keys; memory for a few rows of N x m at a time.
+def join_means(part: PartialAttention, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """One softmax over the exact keys of `part` and `m` mean keys; memory for a few rows of N x m at a time.
 
     Args:
-        out, lse: output `[B, H, N, D]` and log-sum-exp `[B, H, N]` of the exact part.
-        q: `[B, H, N, D]`.
+        part: the exact keys.
         keys, values: means, fp32 or fp64 `[B, H, m, D]`.
         bias: what the logits of the mean keys get, the logarithm of how many keys each stands for, -inf where it does
             not count; `[B or 1, H or 1, nq or 1, m]`.
-        blocks: the query blocks of `bias`.
-        scale: factor on the logits. None: 1 / sqrt(D).
 
     Returns:
-        `[B, H, N, D]` in the dtype of `out`.
+        `[B, H, N, D]` in the dtype of `part.out`.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, lse, out, blocks = part.q, part.lse, part.out, part.plan.q_blocks
+    scale = q.shape[-1] ** -0.5 if part.scale is None else part.scale
     result, bias = torch.empty_like(out), bias.expand(-1, -1, blocks.count, -1)
     owner = blocks.block_of_token().to(q.device)
     for rows in row_groups(q.shape[2], q.shape[0] * q.shape[1] * keys.shape[2], q.device):

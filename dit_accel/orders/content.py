@@ -1,23 +1,22 @@
 """Orders that look at queries and keys: they are made per head and per call. Text stays in place.
 
+Keys of conditioning frames stay in place as well, at the front of the video: every query attends them, and scattered
+over the blocks they would make every block one that is attended.
+
 Axis legend: B batch, H heads, N tokens, D head size, V video tokens, C clusters.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from dit_accel.clustering import chain_order, chain_places, drawn_centroids, k_means
 from dit_accel.layout import TokenLayout
 from dit_accel.order import TokenOrder, video_order
+from dit_accel.orders.clustering import chain_order, chain_places, drawn_centroids, k_means
 from dit_accel.plan import Blocking
 from dit_accel.selection import block_means, generator_for, real_tokens
 from dit_accel.selection.pooling import working
-from dit_accel.state import CallContext
 
 _NUMBERS = 1 << 22  # size of the largest temporary, in numbers
 
@@ -52,10 +51,11 @@ def hot_key_order(
         share: only this share of the keys of a segment, the hottest, is moved to its front; the others keep their
             order, so that their blocks stay local. 1 sorts all.
     """
-    video = layout.video_slice()
-    heat = hotness(q[:, :, video], k[:, :, video], Blocking.uniform(layout.video, block))
-    size = layout.video if segment is None else segment
-    whole = layout.video // size * size
+    first = first_sorted_key(layout)
+    rest = layout.video - first
+    heat = hotness(q[:, :, layout.video_slice()], _video_from(k, layout, first), Blocking.uniform(layout.video, block))
+    size = rest if segment is None else segment
+    whole = rest // size * size
     runs = heat[..., :whole].unflatten(-1, (-1, size))
     rank = runs.argsort(dim=-1, descending=True, stable=True)
     hot = round(share * size)
@@ -64,9 +64,9 @@ def hot_key_order(
         cold = (front.long() * size + torch.arange(size, device=k.device)).argsort(-1)[..., : size - hot]
         rank = torch.cat([rank[..., :hot], cold], -1)
     index = (rank + torch.arange(0, whole, size, device=k.device).unsqueeze(-1)).flatten(-2)
-    tail = torch.arange(whole, layout.video, device=k.device).expand(*index.shape[:2], -1)
+    tail = torch.arange(whole, rest, device=k.device).expand(*index.shape[:2], -1)
     raster = torch.arange(layout.tokens, device=k.device)
-    return TokenOrder(raster, _whole(layout, torch.cat([index, tail], -1)))
+    return TokenOrder(raster, _whole(layout, torch.cat([index, tail], -1), first))
 
 
 def lsh_order(q: Tensor, k: Tensor, layout: TokenLayout, projections: int, seed: int) -> TokenOrder:
@@ -81,9 +81,11 @@ def lsh_order(q: Tensor, k: Tensor, layout: TokenLayout, projections: int, seed:
     directions = torch.randn(
         q.shape[-1], projections, generator=generator_for(q.device, seed), device=q.device, dtype=torch.float32
     )
-    video = layout.video_slice()
-    queries, keys = (gray_rank(x[:, :, video].float() @ directions > 0).argsort(dim=-1, stable=True) for x in (q, k))
-    return TokenOrder(_whole(layout, queries), _whole(layout, keys))
+    orders = []
+    for x, first in ((q, 0), (k, first_sorted_key(layout))):
+        rank = gray_rank(_video_from(x, layout, first).float() @ directions > 0)
+        orders.append(_whole(layout, rank.argsort(dim=-1, stable=True), first))
+    return TokenOrder(*orders)
 
 
 def gray_rank(bits: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ def kmeans_order(
     Args:
         q, k: `[B, H, N, D]` in the raster.
         layout: token geometry.
-        clusters: how many for the queries, and for the keys; at most the number of video tokens.
+        clusters: how many for the queries, and for the keys; fewer where there are fewer tokens.
         rounds: iterations of Lloyd's algorithm.
         start: centroids `[B, H, C, D]` of queries and keys to begin with, as an earlier call gave them; their clusters
             stand in the order of the centroids. None: drawn.
@@ -123,8 +125,9 @@ def kmeans_order(
     """
     found, orders = [], []
     for place, x in enumerate((q, k)):
-        video, real = video_tokens(x, layout)
-        count = min(clusters, layout.video)
+        first = first_sorted_key(layout) if place else 0
+        video, real = video_tokens(x, layout, first)
+        count = min(clusters, video.shape[2])
         made = k_means(video, drawn_centroids(video, count, generator) if start is None else start[place], rounds)
         labels, centroids = made.labels, made.centroids
         if start is None:
@@ -134,59 +137,39 @@ def kmeans_order(
         places = chain_places(video, labels, centroids).argsort(dim=-1, stable=True)
         if real is not None:
             labels = labels.masked_fill(~real, count)
-        orders.append(_whole(layout, places.gather(-1, labels.gather(-1, places).argsort(dim=-1, stable=True))))
+        index = places.gather(-1, labels.gather(-1, places).argsort(dim=-1, stable=True))
+        orders.append(_whole(layout, index, first))
         found.append(centroids)
     return TokenOrder(*orders), (found[0], found[1])
 
 
-def video_tokens(x: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
-    """The video tokens of x `[B, H, N, D]` in the arithmetic of scores `[B, H, V, D]`, and which are real.
+def video_tokens(x: Tensor, layout: TokenLayout, first: int = 0) -> tuple[Tensor, Tensor | None]:
+    """The video tokens of x `[B, H, N, D]`, from `first` on, in the arithmetic of scores, and which are real.
 
-    The latter is bool `[B, 1, V]`, None where all are; padding is replaced by the first token, whatever it held.
+    The former are `[B, H, V, D]`, the latter bool `[B, 1, V]`, None where all are; padding is replaced by the first of
+    them, whatever it held.
     """
-    video = working(x[:, :, layout.video_slice()])
+    video = working(_video_from(x, layout, first))
     if not layout.is_padded:
         return video, None
-    real = real_tokens(layout.tokens, layout.valid, x.device)[:, None, layout.video_slice()]
+    real = _video_from(real_tokens(layout.tokens, layout.valid, x.device).unsqueeze(1), layout, first)
     return torch.where(real.unsqueeze(-1), video, video[:, :, :1]), real
 
 
-@dataclass(frozen=True, eq=False)
-class KeptOrder:
-    """An order that calls after the one it was made at use too.
+def first_sorted_key(layout: TokenLayout) -> int:
+    """The first video token among the keys that are put in order: that behind the conditioning frames.
 
-    Args:
-        step, places: what it was made at, and of which tokens.
-        query, key: int32 `[B, H, N]`: what is kept for every layer should be small.
+    Where all frames are conditioning no block is left out, and all keys are put in order.
     """
-
-    step: int
-    places: tuple[Any, ...]
-    query: Tensor
-    key: Tensor
-
-    @classmethod
-    def of(cls, order: TokenOrder, call: CallContext) -> KeptOrder:
-        """The order made at a call."""
-        return cls(call.step, _places(call.layout), order.query.int(), order.key_index.int())
-
-    def serves(self, q: Tensor, call: CallContext, steps: int) -> bool:
-        """Whether it is for such queries `[B, H, N, D]`, and fewer than `steps` steps old."""
-        fits = self.places == _places(call.layout) and self.query.shape == q.shape[:3] and self.query.device == q.device
-        return fits and 0 <= call.step - self.step < steps
-
-    @property
-    def order(self) -> TokenOrder:
-        """The order itself."""
-        return TokenOrder(self.query.long(), self.key.long())
+    return layout.prefix % layout.video
 
 
-def _places(layout: TokenLayout) -> tuple[Any, ...]:
-    """What of a layout an order of its video tokens depends on: guidance branches may differ in their text."""
-    end = layout.video_slice().stop
-    padded = layout.is_padded and layout.valid is not None and min(layout.valid) < end
-    return (layout.grid, layout.text, layout.text_position, layout.valid if padded else None)
+def _video_from(x: Tensor, layout: TokenLayout, first: int) -> Tensor:
+    """The video tokens of x `[B, H, N, ...]` from `first` on."""
+    return x[:, :, layout.video_start + first : layout.video_slice().stop]
 
 
-def _whole(layout: TokenLayout, video_index: Tensor) -> Tensor:
-    return video_order(layout, video_index).query
+def _whole(layout: TokenLayout, index: Tensor, first: int = 0) -> Tensor:
+    """The permutation `[B, H, N]` that sorts the video from token `first` on by `index` `[B, H, V - first]`."""
+    front = torch.arange(first, device=index.device).expand(*index.shape[:-1], -1)
+    return video_order(layout, torch.cat([front, index + first], -1)).query

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.layout import TokenLayout
-from dit_accel.plan import Blocking, BlockPlan
+from dit_accel.plan import Blocking
+from dit_accel.remainders.partial import PartialAttention
 from dit_accel.selection import block_means, gather_blocks, pooled_scores, real_tokens
 from dit_accel.selection.scores import block_sums, log_mass
 
@@ -33,42 +34,28 @@ def isolated_scores(q: Tensor, k: Tensor, blocks: Blocking, layout: TokenLayout)
     return torch.where(columns, exact, scores)
 
 
-def rectify(
-    out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan,
-    layout: TokenLayout,
-    *,
-    gate: bool,
-    scale: float | None = None,
-) -> Tensor:
+def rectify(part: PartialAttention, *, gate: bool) -> Tensor:
     """Scale the selected part to the mass that the pooled map gives it, and add pooled values for the rest.
 
     With P the softmax of `isolated_scores`, K what is selected and, with the gate, what pooling cannot be trusted for:
     out * Σ_K P + Σ_rest P v̄. The weights sum to 1.
 
     Args:
-        out: output of the selected part `[B, H, N, D]`.
-        q, k, v: `[B, H, N, D]`.
-        plan: the selected blocks; queries and keys share their blocks.
-        layout: token geometry.
+        part: the selected keys, by a plan whose queries and keys share their blocks.
         gate: trust pooling for a pair of blocks only where the product of the means exceeds what the mean deviations
             of queries and keys could change in it.
-        scale: factor on the logits, with which `out` was made. Default 1 / sqrt(D).
     """
-    blocks = plan.k_blocks
-    queries = q if scale is None else q * (scale * q.shape[-1] ** 0.5)
+    q, k, layout, blocks = part.q, part.k, part.layout, part.plan.k_blocks
+    queries = q if part.scale is None else q * (part.scale * q.shape[-1] ** 0.5)
     shares = isolated_scores(queries, k, blocks, layout).softmax(-1).nan_to_num(0.0)
-    rest = ~plan.to_mask().expand(shares.shape)
+    rest = ~part.plan.to_mask().expand(shares.shape)
     if gate:
         rest = rest & trusted(q, k, blocks, layout)
     tail = shares.masked_fill(~rest, 0)
-    means, _ = block_means(v, blocks, layout.valid)
+    means, _ = block_means(part.v, blocks, layout.valid)
     owner = blocks.block_of_token().to(q.device)
     mass, added = (1 - tail.sum(-1, keepdim=True)), tail @ means
-    return (mass[:, :, owner] * out + added[:, :, owner]).to(out.dtype)
+    return (mass[:, :, owner] * part.out + added[:, :, owner]).to(part.out.dtype)
 
 
 def trusted(q: Tensor, k: Tensor, blocks: Blocking, layout: TokenLayout) -> Tensor:
