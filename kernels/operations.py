@@ -53,6 +53,8 @@ def operations(device: torch.device, dtype: torch.dtype) -> dict[str, str | None
 def _fault(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         fault = _CHECKS[name](device, dtype)
+    except torch.OutOfMemoryError:  # It says nothing about the kernel; the next call tests it again.
+        raise
     except Exception as error:  # Any failure, in a compiler or a driver, means the same: not usable here.
         fault = f"{type(error).__name__}: {error}".splitlines()[0]
     if fault is None:

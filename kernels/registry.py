@@ -163,15 +163,20 @@ def choose_backend(name: str, request: Request) -> Backend:
 
 
 def _self_test(backend: Backend, request: Request) -> str | None:
-    """Test `backend` on its first use for calls of this kind; the reason why it was disabled."""
+    """Test `backend` on its first use for calls of this kind; the reason why it was disabled.
+
+    Raises:
+        Exception: the test could not be run to its end, for lack of memory for example; the next call runs it again.
+    """
     kind = _kind(backend.name, request)
     if not backend.needs_self_test or kind in _TESTED:
         return None
     # Imported here because the test runs the torch backend, which is itself entered in this table.
     from dit_accel.kernels.selftest import fault_of
 
-    _TESTED.add(kind)
     fault = fault_of(backend, request)
     if fault is not None:
         disable_backend(backend.name, request, fault)
+    # Last: a test that did not come to an end is run again, and no other thread takes a backend before its verdict.
+    _TESTED.add(kind)
     return fault

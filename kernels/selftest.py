@@ -26,6 +26,9 @@ def fault_of(backend: Backend, request: Request) -> str | None:
 
     Returns:
         None when output and log-sum-exp agree, else what went wrong, in one clause.
+
+    Raises:
+        torch.OutOfMemoryError: that says nothing about the backend.
     """
     q, k, v, plan, kv_len = _case(request)
     call = AttentionCall(plan, request.head_dim**-0.5, request.remainder, request.precision, kv_len)
@@ -34,6 +37,8 @@ def fault_of(backend: Backend, request: Request) -> str | None:
     try:
         got = backend.run(q, k, v, call)
         return _difference(got, expected, request.dtype)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # Any failure, in a compiler or a driver, means the same: not usable here.
         return f"its self-test failed on {request.device.type}: {type(error).__name__}: {error}".splitlines()[0]
 

@@ -123,3 +123,35 @@ def test_the_random_numbers_of_the_caller_are_left_alone():
     state = torch.get_rng_state()
     fault_of(torch_backend.BACKEND, REQUEST)
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("culprit", ["the backend", "what it is compared with"])
+def test_a_test_that_is_cut_short_counts_for_nothing(table, monkeypatch, culprit):
+    """No memory left says nothing about a backend: it is neither trusted untested nor barred for good."""
+    from dit_accel.kernels import selftest
+
+    full, seen, computed = [True], [], torch_backend.run
+
+    def run(*arguments):
+        seen.append(kind_is_trusted())
+        if full[0] and culprit == "the backend":
+            raise torch.OutOfMemoryError("no memory")
+        return computed(*arguments)
+
+    def compared(*arguments):
+        if full[0] and culprit != "the backend":
+            raise torch.OutOfMemoryError("no memory")
+        return computed(*arguments)
+
+    def kind_is_trusted():
+        return registry._kind("narrow", REQUEST) in registry._TESTED
+
+    register_backend(Backend("narrow", run, lambda request: None, priority=9, break_even=1.0))
+    monkeypatch.setattr(selftest.torch_backend, "run", compared)
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_backend("auto", REQUEST)
+    assert not kind_is_trusted()
+    full[0] = False
+    assert choose_backend("auto", REQUEST).name == "narrow"
+    assert kind_is_trusted()
+    assert not any(seen)  # a backend is not trusted while its test runs
