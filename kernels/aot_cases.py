@@ -14,8 +14,14 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dit_accel.kernels.block_statistics import block_means_in_triton, covariance_squares_in_triton
+from dit_accel.kernels.block_scores import Slots, score_blocks
+from dit_accel.kernels.block_statistics import (
+    block_means_in_triton,
+    block_spread_in_triton,
+    covariance_squares_in_triton,
+)
 from dit_accel.kernels.moving import move
 from dit_accel.kernels.ranking import CutRanking, DigitRanking
 from dit_accel.kernels.spec import AttentionCall, FirstOrder, Precision, Remainder
@@ -52,6 +58,11 @@ class Launch:
         told = [key.lower().replace("_", " ") for key, value in self.options.items() if value is True]
         sizes = [f"of {self.options['COLUMNS']}"] if self.is_row else []
         return " ".join([self.kernel.__name__, *told, *sizes])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its first tensor."""
+        return next(x.dtype for x in self.arguments if isinstance(x, Tensor))
 
     @property
     def is_row(self) -> bool:
@@ -186,7 +197,7 @@ class HelperCase:
     def name(self) -> str:
         """Kernel, compile-time switches, and what it is for."""
         made = self.launch()
-        return made.name if made.is_row else f"{made.name} {_TYPES[self.dtype]} D{self.head_dim}"
+        return made.name if made.is_row else f"{made.name} {_TYPES[made.dtype]} D{self.head_dim}"
 
     @property
     def tile_name(self) -> str:
@@ -228,7 +239,11 @@ def helper_launches(head_dim: int, dtype: torch.dtype) -> tuple[Launch, ...]:
     kv_len = torch.empty(1, dtype=torch.int32, device="meta")
     with recording() as launches:
         block_means_in_triton(q, blocks, None)
-        covariance_squares_in_triton(k, v, blocks, kv_len)
+        block_means_in_triton(q, blocks, kv_len, 4)
+        for step in (1, 4):
+            block_spread_in_triton(q, blocks, kv_len, step)
+            covariance_squares_in_triton(k, v, blocks, kv_len, step)
+        _scores(q, k)
         Int8Operands.of(q, k, call.plan, 0.1, smooth=True, kv_len=None)
         Fp8Values.of(v, call.plan, None)
         Rest.of(k, v, call.plan, Remainder(first_order="global"), None, copy_to=64)
@@ -249,6 +264,21 @@ def helper_launches(head_dim: int, dtype: torch.dtype) -> tuple[Launch, ...]:
         constants = {key: value for key, value in made.options.items() if key.isupper()}
         different.setdefault(f"{made.kernel.__name__} {constants}", made)
     return tuple(different.values())
+
+
+def _scores(q: Tensor, k: Tensor) -> None:
+    """Scores of blocks of 64 tokens by mean, by parts, by antidiagonals, by all tokens and by samples."""
+    for slots, partial in ((4, False), (4, True), (64, False)):
+        sides = [_slots(x, slots) for x in (q, k)]
+        score_blocks(*sides, stride=64 // slots, relative=True, has_partial=partial)
+    score_blocks(*(_slots(x, 16) for x in (q, k)), largest=True, relative=True)
+    for slots in (1, 4):
+        score_blocks(*(_slots(x.float(), slots) for x in (q, k)))
+
+
+def _slots(x: Tensor, slots: int) -> Slots:
+    at = torch.empty(1, 1, x.shape[2] // 64, slots, dtype=torch.int32, device="meta")
+    return Slots(x, at, at, at.float())
 
 
 def _rankings(columns: int) -> None:

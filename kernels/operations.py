@@ -27,11 +27,11 @@ def register_operation(name: str, check: Check) -> None:
         del _FAULTS[key]
 
 
-def uses_triton(name: str, x: Tensor) -> bool:
-    """Whether the operation `name` runs in Triton on tensors like x."""
+def uses_triton(name: str, x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether the operation `name` runs in Triton on tensors like x, or on such of another dtype."""
     if x.device.type == "cpu" and not is_interpreted():
         return False  # the answer of `why_not`, without its search for the package at every call
-    return why_not(name, x.device, x.dtype) is None
+    return why_not(name, x.device, dtype or x.dtype) is None
 
 
 def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.statistics_pass import rows_at_once
 from dit_accel.kernels.triton_configs import LEAST_OF_8_BITS, pad_head_dim
-from dit_accel.kernels.triton_rest import rows_at_once
 from dit_accel.plan import BlockPlan
 
 _TOKENS_PER_PROGRAM, _TOKENS_AT_ONCE = 1024, 64
@@ -42,7 +42,7 @@ class Fp8Values:
 
         blocks = plan.k_blocks
         mean, step = _mean_and_step(v, kv_len)
-        rows = max(LEAST_OF_8_BITS, rows_at_once(blocks))
+        rows = max(LEAST_OF_8_BITS, rows_at_once(blocks.size))
         out = v.new_empty(
             *v.shape[:2], blocks.count, mean.shape[-1], -(-blocks.size // rows) * rows, dtype=torch.float8_e4m3fn
         )

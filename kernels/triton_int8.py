@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.statistics_pass import launch_statistics, rows_at_once, tokens_of
 from dit_accel.kernels.triton_configs import pad_head_dim
-from dit_accel.kernels.triton_rest import launch_statistics, rows_at_once, tokens_of
 from dit_accel.plan import Blocking, BlockPlan
 
 
@@ -49,7 +49,7 @@ class Int8Operands:
 def _mean_key(k: Tensor, blocks: Blocking, kv_len: Tensor | None) -> Tensor:
     """Mean of the real keys of each head, fp32 `[B, H, P]`, from the means of the blocks."""
     means = k.new_empty(*k.shape[:2], blocks.count, pad_head_dim(k.shape[-1]), dtype=torch.float32)
-    launch_statistics(k, None, blocks, kv_len, means, None)
+    launch_statistics(k, None, blocks, kv_len, [means])
     tokens = tokens_of(blocks, kv_len, k.device).float()
     share = tokens / tokens.sum(1, keepdim=True).clamp(min=1)
     return (means * share[:, None, :, None]).sum(2)
@@ -70,7 +70,7 @@ def _quantize(
     quantize[(blocks.count, x.shape[1], x.shape[0])](
         x, out, step, common, offset, starts, lengths, kv_len, scale, *x.stride()[:3], *out.stride()[:3],
         blocks.count, blocks.size, x.shape[2],
-        HEAD_DIM=x.shape[-1], PADDED_DIM=pad_head_dim(x.shape[-1]), BLOCK_N=rows_at_once(blocks),
+        HEAD_DIM=x.shape[-1], PADDED_DIM=pad_head_dim(x.shape[-1]), BLOCK_N=rows_at_once(blocks.size),
         UNIFORM=blocks.is_uniform, HAS_LENGTH=kv_len is not None,
         SUBTRACT=common is not None and offset is None, PROJECT=offset is not None,
         num_warps=4, num_stages=2,

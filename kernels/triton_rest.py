@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.spec import Remainder
-from dit_accel.kernels.triton_configs import DOT_OF, next_power_of_two, pad_head_dim
-from dit_accel.plan import Blocking, BlockPlan
+from dit_accel.kernels.statistics_pass import BLOCKS_PER_PROGRAM, launch_statistics, rows_at_once, tokens_of
+from dit_accel.kernels.triton_configs import DOT_OF, pad_head_dim
+from dit_accel.plan import BlockPlan
 
-# Key blocks that a program reads where no covariance is wanted, and programs per head where one is.
-_BLOCKS_PER_PROGRAM, _PROGRAMS_PER_HEAD = 4, 32
 _MEANS_PER_PROGRAM = 64
 
 
@@ -78,7 +77,7 @@ class Rest:
         variance: Tensor | None = None
         if remainder.mass == "diagonal":
             variance = torch.empty_like(means[0], memory_format=torch.contiguous_format)
-        sums = launch_statistics(k, v, blocks, kv_len, means[0], means[1], variance, copies, group)
+        sums = launch_statistics(k, v, blocks, kv_len, means, variance, copies, group)
         return cls(
             plan.to_mask().contiguous().view(torch.uint8),
             tokens.float().log2().contiguous(),
@@ -101,28 +100,20 @@ def about_queries(
 
     rows, blocks, width = plan.q_blocks.count, plan.k_blocks, rest.mean_k.shape[-1]
     centres = q.new_empty(*q.shape[:2], rows, width)
-    launch_statistics(q, None, plan.q_blocks, None, centres, None)
+    launch_statistics(q, None, plan.q_blocks, None, [centres])
     bias = torch.empty(*q.shape[:2], rows, blocks.count, dtype=torch.float32, device=q.device)
     values = v.new_empty(*v.shape[:2], rows, blocks.count, width)
     starts, lengths = blocks.on(k.device)
-    grid = (-(-rows // _MEANS_PER_PROGRAM) * -(-blocks.count // _BLOCKS_PER_PROGRAM), k.shape[1], k.shape[0])
+    grid = (-(-rows // _MEANS_PER_PROGRAM) * -(-blocks.count // BLOCKS_PER_PROGRAM), k.shape[1], k.shape[0])
     seen_by_means[grid](
         centres, k, v, starts, lengths, kv_len, rest.mean_k, bias, values, scale, *k.stride()[:3], *v.stride()[:3],
-        rows, blocks.count, blocks.size, k.shape[2], _BLOCKS_PER_PROGRAM,
-        HEAD_DIM=k.shape[-1], PADDED_DIM=width, ROWS=_MEANS_PER_PROGRAM, BLOCK_N=rows_at_once(blocks),
+        rows, blocks.count, blocks.size, k.shape[2], BLOCKS_PER_PROGRAM,
+        HEAD_DIM=k.shape[-1], PADDED_DIM=width, ROWS=_MEANS_PER_PROGRAM, BLOCK_N=rows_at_once(blocks.size),
         UNIFORM=blocks.is_uniform, HAS_LENGTH=kv_len is not None, DOT=DOT_OF[k.dtype],
         num_warps=8, num_stages=1,
     )  # fmt: skip
     bias.masked_fill_(rest.chosen.view(torch.bool), -torch.inf)
     return replace(rest, mean_v=values, bias=bias, centres=centres)
-
-
-def tokens_of(blocks: Blocking, kv_len: Tensor | None, device: torch.device) -> Tensor:
-    """Number of real tokens of each block, int32 `[B or 1, n]`."""
-    starts, lengths = blocks.on(device)
-    if kv_len is None:
-        return lengths.unsqueeze(0)
-    return (kv_len.unsqueeze(1) - starts).clamp(min=0).minimum(lengths)
 
 
 def _normalize(sums: Tensor, tokens: Tensor, group: int) -> Tensor:
@@ -132,91 +123,3 @@ def _normalize(sums: Tensor, tokens: Tensor, group: int) -> Tensor:
     per_group = torch.nn.functional.pad(tokens, (0, groups * group - count)).view(len(tokens), groups, group).sum(-1)
     sums = sums.sum(2, keepdim=True) if groups == 1 else sums
     return sums / per_group.clamp(min=1).view(len(tokens), 1, groups, 1, 1)
-
-
-def launch_statistics(
-    k: Tensor,
-    v: Tensor | None,
-    blocks: Blocking,
-    kv_len: Tensor | None,
-    mean_k: Tensor,
-    mean_v: Tensor | None,
-    variance: Tensor | None = None,
-    copies: list[Tensor] | None = None,
-    group: int = 0,
-) -> Tensor | None:
-    """Fill means, variance and copies; with `group` return Σ (k - mean) vᵀ, fp32 `[B, H, chunks, P, P]`.
-
-    v and mean_v may both be None: the statistics are those of k alone.
-    """
-    from dit_accel.kernels.triton_statistics import statistics
-
-    batch, heads, tokens, dim = k.shape
-    width = pad_head_dim(dim)
-    chunk = _BLOCKS_PER_PROGRAM
-    if group:
-        # One group for all: many programs sum a part each.
-        chunk = group if group < blocks.count else -(-blocks.count // _PROGRAMS_PER_HEAD)
-    chunks = -(-blocks.count // chunk)
-    columns = columns_at_once(width)
-    sums = k.new_empty(batch, heads, chunks, width, width, dtype=torch.float32) if group else None
-    starts, lengths = blocks.on(k.device)
-    grid = (chunks * (width // columns if group else 1), heads, batch)
-    statistics[grid](
-        k, v, starts, lengths, kv_len, mean_k, mean_v, variance, sums, *(copies or (None, None)),
-        *k.stride()[:3], *(k if v is None else v).stride()[:3], *mean_k.stride()[:2],
-        *((0, 0) if copies is None else copies[0].stride()[:2]),
-        blocks.count, blocks.size, tokens, chunk, chunks,
-        **statistics_constants(dim, k.dtype, blocks, kv_len is not None),
-        VALUES=v is not None, VARIANCE=variance is not None, MOMENTS=bool(group), SQUARES=False,
-        COPY=copies is not None,
-        # Narrow matrices spill when eight warps share them.
-        num_warps=4 if group and width <= 64 else 8, num_stages=2,
-    )  # fmt: skip
-    return sums
-
-
-def launch_squares(k: Tensor, v: Tensor, blocks: Blocking, kv_len: Tensor | None) -> Tensor:
-    """Squares of Σ (k - mean) vᵀ of each block, summed along c parts of a row, fp32 `[B, H, n, c, P]`.
-
-    k, v: `[B, H, N, D]`.
-    """
-    from dit_accel.kernels.triton_statistics import statistics
-
-    width = pad_head_dim(k.shape[-1])
-    parts = width // columns_at_once(width)
-    squares = k.new_empty(*k.shape[:2], blocks.count, parts, width, dtype=torch.float32)
-    means = [k.new_empty(*k.shape[:2], blocks.count, width) for _ in range(2)]
-    starts, lengths = blocks.on(k.device)
-    statistics[blocks.count * parts, k.shape[1], k.shape[0]](
-        k, v, starts, lengths, kv_len, *means, None, squares, None, None,
-        *k.stride()[:3], *v.stride()[:3], *means[0].stride()[:2], 0, 0,
-        blocks.count, blocks.size, k.shape[2], 1, blocks.count,
-        **statistics_constants(k.shape[-1], k.dtype, blocks, kv_len is not None),
-        VALUES=True, VARIANCE=False, MOMENTS=False, SQUARES=True, COPY=False, num_warps=8, num_stages=2,
-    )  # fmt: skip
-    return squares
-
-
-def statistics_constants(dim: int, dtype: torch.dtype, blocks: Blocking, has_length: bool) -> dict[str, object]:
-    """Compile-time arguments of the statistics kernel that follow from the tensors."""
-    width = pad_head_dim(dim)
-    return {
-        "HEAD_DIM": dim,
-        "PADDED_DIM": width,
-        "BLOCK_N": rows_at_once(blocks),
-        "COLUMNS": columns_at_once(width),
-        "UNIFORM": blocks.is_uniform,
-        "HAS_LENGTH": has_length,
-        "DOT": DOT_OF[dtype],
-    }
-
-
-def columns_at_once(width: int) -> int:
-    """Columns of a matrix of `width` that a program sums, which takes registers."""
-    return max(16, min(64, width // 2))
-
-
-def rows_at_once(blocks: Blocking) -> int:
-    """Tokens of a block that a program holds at a time."""
-    return min(64, max(16, next_power_of_two(blocks.size)))

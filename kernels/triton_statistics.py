@@ -1,8 +1,12 @@
-"""Statistics of key blocks and INT8 operands in Triton, each in one pass over memory: what is read twice is in cache.
+"""Statistics of blocks of tokens, and operands of 8 bits, in Triton.
 
+Statistics read every token once: what tiles of a block have in common is merged as they come. Operands of 8 bits need
+the largest number of a block first; what is read twice is in cache.
 Axis legend: B batch, H heads, N tokens, D head size (P when padded to a power of two), nk key blocks.
 """
 
+# Conditions of compile time and of run time stay apart, and no load runs for the sake of an expression.
+# ruff: noqa: SIM102
 from __future__ import annotations
 
 import triton
@@ -11,7 +15,7 @@ import triton.language as tl
 from dit_accel.kernels.triton_tiles import block_span, some_columns, tile_rows
 
 # Arguments that change from call to call: none of their values may lead to another compilation.
-VARYING = ("blocks", "size", "tokens", "chunk", "chunks", "copy_b", "copy_h", "mean_b", "mean_h")
+VARYING = ("blocks", "size", "tokens", "chunk", "chunks", "step", "whole", "copy_b", "copy_h", "mean_b", "mean_h")
 
 
 # fmt: off
@@ -24,17 +28,21 @@ def statistics(
     v_b: tl.int64, v_h: tl.int64, v_n: tl.tensor,
     mean_b: tl.int64, mean_h: tl.int64, copy_b: tl.int64, copy_h: tl.int64,
     blocks: tl.int32, size: tl.int32, tokens: tl.int32, chunk: tl.int32, chunks: tl.int32,
+    step: tl.int32, whole: tl.int32,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
-    UNIFORM: tl.constexpr, HAS_LENGTH: tl.constexpr, VALUES: tl.constexpr, VARIANCE: tl.constexpr,
-    MOMENTS: tl.constexpr, SQUARES: tl.constexpr, COPY: tl.constexpr, DOT: tl.constexpr,
+    UNIFORM: tl.constexpr, ONE_TILE: tl.constexpr, HAS_LENGTH: tl.constexpr, VALUES: tl.constexpr,
+    VARIANCE: tl.constexpr, MOMENTS: tl.constexpr, SQUARES: tl.constexpr, COPY: tl.constexpr,
+    SAMPLED: tl.constexpr, DOT: tl.constexpr,
 ) -> None:
     # fmt: on
     """Means, variance and Σ (k - mean) vᵀ of the blocks `chunk * i ... chunk * (i + 1) - 1`, for program i.
 
     k, v: `[B, H, N, D]`. mean_k, mean_v: `[B, H, nk, P]` with strides mean_b and mean_h; variance likewise, contiguous.
-    moments: fp32 `[B, H, chunks, P, P]`; a program computes COLUMNS of its columns, the first of them everything else.
+    moments: fp32 `[B, H, chunks, P, P]`; a program computes COLUMNS of its columns, the first of them all of k's.
     With SQUARES it is fp32 `[B, H, nk, P / COLUMNS, P]` instead: the squares of those columns, summed; chunk is 1.
-    VALUES: v and mean_v are given.
+    VALUES: v is given; mean_v may be None.
+    SAMPLED: all but mean_k is that of one token in `step`, as `dit_accel.selection.covariance.sample_tokens` takes
+    them of blocks of at most `whole` tokens.
     copy_k, copy_v: with COPY, where real keys and values go, `[N, P]` per head, zero where a token is not real.
     """
     head, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -44,48 +52,61 @@ def statistics(
     k += item * k_b + head * k_h
     if VALUES:
         v += item * v_b + head * v_h
-    dim = tl.arange(0, PADDED_DIM)
+    dim, channel, row = tl.arange(0, PADDED_DIM), part * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, BLOCK_N)
     moment = tl.zeros([PADDED_DIM, COLUMNS], tl.float32)
     for block in range(index * chunk, tl.minimum((index + 1) * chunk, blocks)):
         first, limit = block_span(block, starts, lengths, size, real, UNIFORM)
-        count = tl.maximum(limit, 1).to(tl.float32)
-        sum_k, sum_v = tl.zeros([PADDED_DIM], tl.float32), tl.zeros([PADDED_DIM], tl.float32)
-        for at in range(0, limit, BLOCK_N):
-            sum_k += tl.sum(tile_rows(k, first + at, limit - at, k_n, BLOCK_N, HEAD_DIM, PADDED_DIM).to(tl.float32), 0)
+        # How many tokens were met, their means, the squared deviations from them, and the sum of all keys.
+        met = tl.full([], 0.0, tl.float32)
+        mean, spread = tl.zeros([PADDED_DIM], tl.float32), tl.zeros([PADDED_DIM], tl.float32)
+        total, middle = tl.zeros([PADDED_DIM], tl.float32), tl.zeros([COLUMNS], tl.float32)
+        for at in range(0, tl.minimum(size, tokens - first) if COPY else limit, BLOCK_N):
+            tile = tile_rows(k, first + at, limit - at, k_n, BLOCK_N, HEAD_DIM, PADDED_DIM)
+            offset = item * copy_b + head * copy_h + (first + at + row).to(tl.int64)[:, None] * PADDED_DIM
+            is_copied = (first + at + row < tokens)[:, None] & (at + row < size)[:, None]
+            if COPY:
+                if part == 0:
+                    tl.store(copy_k + offset + dim[None, :], tile, mask=is_copied)
+            tile = tile.to(tl.float32)
+            chosen = at + row < limit
+            if SAMPLED:
+                total += tl.sum(tile, 0)
+                place = (at + row) // step
+                chosen = chosen & (at + row == tl.minimum(place * step + place % step, whole - 1))
+                tile = tl.where(chosen[:, None], tile, 0.0)
+            here = tl.sum(chosen.to(tl.float32), 0)
+            share = here / tl.maximum(met + here, 1.0)
+            tile_mean = tl.sum(tile, 0) / tl.maximum(here, 1.0)
+            moved = tile_mean - mean
+            delta = tl.where(chosen[:, None], tile - tile_mean[None, :], 0.0)
+            if VARIANCE:
+                spread += tl.sum(delta * delta, 0) + moved * moved * (met * share)
             if VALUES:
-                v_tile = tile_rows(v, first + at, limit - at, v_n, BLOCK_N, HEAD_DIM, PADDED_DIM)
-                sum_v += tl.sum(v_tile.to(tl.float32), 0)
-        mean = sum_k / count
-        place = item * mean_b + head * mean_h + block * PADDED_DIM + dim
-        if part == 0:
-            tl.store(mean_k + place, mean.to(mean_k.dtype.element_ty))
-            if VALUES:
-                tl.store(mean_v + place, (sum_v / count).to(mean_v.dtype.element_ty))
-        if VARIANCE or MOMENTS or SQUARES:
-            spread = tl.zeros([PADDED_DIM], tl.float32)
-            for at in range(0, limit, BLOCK_N):
-                tile = tile_rows(k, first + at, limit - at, k_n, BLOCK_N, HEAD_DIM, PADDED_DIM).to(tl.float32)
-                delta = tl.where((at + tl.arange(0, BLOCK_N) < limit)[:, None], tile - mean[None, :], 0.0)
-                spread += tl.sum(delta * delta, 0)
+                values = some_columns(v, first + at, limit - at, v_n, part * COLUMNS, BLOCK_N, COLUMNS, HEAD_DIM)
+                if COPY:
+                    tl.store(copy_v + offset + channel[None, :], values.to(copy_v.dtype.element_ty), mask=is_copied)
+                if SAMPLED:
+                    values = tl.where(chosen[:, None], values, 0.0)
+                passed = tl.sum(values, 0) / tl.maximum(here, 1.0) - middle
                 if MOMENTS or SQUARES:
-                    values = some_columns(
-                        v, first + at, limit - at, v_n, part * COLUMNS, BLOCK_N, COLUMNS, HEAD_DIM
-                    )
                     kind = v.dtype.element_ty
                     moment = tl.dot(tl.trans(delta.to(kind)), values.to(kind), moment, input_precision=DOT)
-            if VARIANCE and part == 0:
+                    if not ONE_TILE:
+                        moment += moved[:, None] * (passed * (met * share))[None, :]
+                middle += passed * share
+            mean += moved * share
+            met += here
+        if part == 0:
+            place = item * mean_b + head * mean_h + block * PADDED_DIM + dim
+            every = total / tl.maximum(limit, 1).to(tl.float32) if SAMPLED else mean
+            tl.store(mean_k + place, every.to(mean_k.dtype.element_ty))
+            if VARIANCE:
                 place = (flat * blocks + block) * PADDED_DIM + dim
-                tl.store(variance + place, (spread / count).to(variance.dtype.element_ty))
-        if COPY and part == 0:
-            length = tl.minimum(size, tokens - first)
-            for at in range(0, length, BLOCK_N):
-                row = at + tl.arange(0, BLOCK_N)
-                offset = item * copy_b + head * copy_h + (first + row).to(tl.int64)[:, None] * PADDED_DIM + dim[None, :]
-                mask = (row < length)[:, None]
-                k_tile = tile_rows(k, first + at, limit - at, k_n, BLOCK_N, HEAD_DIM, PADDED_DIM)
-                v_tile = tile_rows(v, first + at, limit - at, v_n, BLOCK_N, HEAD_DIM, PADDED_DIM)
-                tl.store(copy_k + offset, k_tile, mask=mask)
-                tl.store(copy_v + offset, v_tile, mask=mask)
+                tl.store(variance + place, (spread / tl.maximum(met, 1.0)).to(variance.dtype.element_ty))
+        if VALUES:
+            if mean_v is not None:
+                place = item * mean_b + head * mean_h + block * PADDED_DIM + channel
+                tl.store(mean_v + place, middle.to(mean_v.dtype.element_ty))
     if SQUARES:
         at = moments + ((flat * chunks + index) * (PADDED_DIM // COLUMNS) + part) * PADDED_DIM
         tl.store(at + dim, tl.sum(moment * moment, 1))

@@ -5,12 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_statistics import covariance_squares_in_triton
+from dit_accel.kernels.block_statistics import block_spread_in_triton, covariance_squares_in_triton
 from dit_accel.kernels.operations import uses_triton
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
-from dit_accel.selection.pooling import Valid, gather_blocks, lengths_of, pooled_scores
+from dit_accel.selection.pooling import (
+    Valid,
+    block_means,
+    gather_blocks,
+    lengths_of,
+    scores_of_means,
+    token_counts,
+)
 from dit_accel.selection.scores import row_groups
+from dit_accel.transfer import to_device
 
 _SHARPNESS = 0.85
 _SAMPLES = 16  # tokens of a block that its covariance needs: with all of them the choice is no better
@@ -35,7 +43,7 @@ def covariance_squares(k: Tensor, v: Tensor, blocks: Blocking, layout: TokenLayo
 
 def _squares(k: Tensor, v: Tensor, blocks: Blocking, valid: Valid) -> Tensor:
     if uses_triton("covariance squares", k):
-        return covariance_squares_in_triton(k, v, blocks, lengths_of(valid, k.device))
+        return covariance_squares_in_triton(k, v, blocks, lengths_of(valid, k.device))[1]
     (keys, real), (values, _) = (gather_blocks(x, blocks, valid) for x in (k, v))
     counts = real.sum(-1).to(keys.dtype).clamp(min=1)[:, None, :, None, None]
     real = real[:, None, :, :, None]
@@ -75,8 +83,10 @@ def covariance_scores(
     Returns:
         `[B, H, nq, nk]`, -inf at blocks without real keys.
     """
-    hidden = (covariance_norms(k, v, k_blocks or blocks, layout) + _FLOOR).log()
-    return pooled_scores(q, k, blocks, layout, k_blocks) + hidden.unsqueeze(-2)
+    mean_q, _ = block_means(q, blocks, layout.valid)
+    mean_k, counts, squares = _means_and_squares(k, v, k_blocks or blocks, layout.valid, 1)
+    hidden = (squares.sum(-1).sqrt() + _FLOOR).log()
+    return scores_of_means(mean_q, mean_k, counts) + hidden.unsqueeze(-2)
 
 
 def error_scores(
@@ -99,24 +109,50 @@ def error_scores(
     Returns:
         `[B, H, nq, nk]`, -inf at blocks without real keys.
     """
-    (queries,), q_parts, q_valid, _ = _sampled((q,), blocks, layout.valid)
-    (keys, values), k_parts, k_valid, stride = _sampled((k, v), k_blocks or blocks, layout.valid)
-    queries, real = gather_blocks(queries, q_parts, q_valid)
-    counts = real.sum(-1).to(queries.dtype).clamp(min=1)[:, None, :, None]
-    variance = queries.square().sum(3) / counts - (queries.sum(3) / counts).square()
-    variance = variance.clamp_(min=0) * (1 / q.shape[-1])
-    hidden = stride**2 * (variance @ _squares(keys, values, k_parts, k_valid).transpose(-1, -2))
-    shares = pooled_scores(q, k, blocks, layout, k_blocks).log_softmax(-1)
-    return _SHARPNESS * shares + 0.5 * (hidden + _FLOOR**2).log()
+    k_blocks = k_blocks or blocks
+    stride = _stride(k_blocks)
+    mean_q, variance = _means_and_variance(q, blocks, layout.valid, _stride(blocks))
+    mean_k, counts, squares = _means_and_squares(k, v, k_blocks, layout.valid, stride)
+    hidden = (variance * (stride**2 / q.shape[-1])) @ squares.transpose(-1, -2)
+    shares = scores_of_means(mean_q, mean_k, counts).log_softmax(-1)
+    return hidden.add_(_FLOOR**2).log_().mul_(0.5).add_(shares, alpha=_SHARPNESS)
+
+
+def _stride(blocks: Blocking) -> int:
+    """One token in how many its statistics are taken from."""
+    return max(1, blocks.size // _SAMPLES)
+
+
+def _means_and_variance(x: Tensor, blocks: Blocking, valid: Valid, stride: int) -> tuple[Tensor, Tensor]:
+    """Means of the blocks of x `[B, H, N, D]`, and variance over one token in `stride`, both `[B, H, n, D]`."""
+    if uses_triton("block means", x):
+        return block_spread_in_triton(x, blocks, lengths_of(valid, x.device), stride)
+    (some,), parts, own = _sampled((x,), blocks, valid, stride)
+    rows, real = gather_blocks(some, parts, own)
+    counts = real.sum(-1).to(rows.dtype).clamp(min=1)[:, None, :, None]
+    variance = rows.square().sum(3) / counts - (rows.sum(3) / counts).square()
+    return block_means(x, blocks, valid)[0], variance.clamp_(min=0)
+
+
+def _means_and_squares(
+    k: Tensor, v: Tensor, blocks: Blocking, valid: Valid, stride: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of the blocks of k, how many keys count `[B or 1, 1, n]`, and squares over one token in `stride`."""
+    if uses_triton("covariance squares", k):
+        means, squares = covariance_squares_in_triton(k, v, blocks, lengths_of(valid, k.device), stride)
+        return means, token_counts(blocks, valid, k), squares
+    means, counts = block_means(k, blocks, valid)
+    (keys, values), parts, own = _sampled((k, v), blocks, valid, stride)
+    return means, counts, _squares(keys, values, parts, own)
 
 
 def _sampled(
-    tensors: tuple[Tensor, ...], blocks: Blocking, valid: Valid
-) -> tuple[tuple[Tensor, ...], Blocking, Valid, int]:
-    """Some tokens of every block of `[B, H, N, D]`, the blocks that they form, how many count, and one of how many."""
-    stride = max(1, blocks.size // _SAMPLES)
+    tensors: tuple[Tensor, ...], blocks: Blocking, valid: Valid, stride: int
+) -> tuple[tuple[Tensor, ...], Blocking, Valid]:
+    """One in `stride` tokens of every block of `[B, H, N, D]`, the blocks that they form, and how many count."""
     if stride == 1:
-        return tensors, blocks, valid, stride
+        return tensors, blocks, valid
     tokens, parts = sample_tokens(blocks, stride)
     valid = valid and tuple(int((tokens < n).sum()) for n in valid)
-    return tuple(x.index_select(2, tokens.to(x.device)) for x in tensors), parts, valid, stride
+    places = to_device(tokens, tensors[0].device)
+    return tuple(x.index_select(2, places) for x in tensors), parts, valid

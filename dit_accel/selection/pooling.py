@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dit_accel.kernels.block_scores import Slots, score_blocks
 from dit_accel.kernels.block_statistics import block_means_in_triton
 from dit_accel.kernels.operations import uses_triton
-from dit_accel.kernels.triton_rest import tokens_of
+from dit_accel.kernels.statistics_pass import tokens_of
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
+from dit_accel.transfer import to_device
 
 Valid = tuple[int, ...] | None
 # What stands in the slots of a short block that hold no real token: nothing, its last one once more, or zeros, which
@@ -30,14 +32,14 @@ def working(x: Tensor) -> Tensor:
 
 def lengths_of(valid: Valid, device: torch.device) -> Tensor | None:
     """Leading tokens that count, int32 `[B]`; None: all."""
-    return None if valid is None else torch.tensor(valid, dtype=torch.int32, device=device)
+    return None if valid is None else to_device(torch.tensor(valid, dtype=torch.int32), device)
 
 
 def real_tokens(tokens: int, valid: Valid, device: torch.device) -> Tensor:
     """Bool `[B or 1, N]`: which tokens are no padding. `valid`: leading tokens that count per batch item; None: all."""
     if valid is None:
         return torch.ones(1, tokens, dtype=torch.bool, device=device)
-    return torch.arange(tokens, device=device) < torch.tensor(valid, device=device).unsqueeze(-1)
+    return torch.arange(tokens, device=device) < to_device(torch.tensor(valid), device).unsqueeze(-1)
 
 
 def real_blocks(blocks: Blocking, layout: TokenLayout, device: torch.device) -> Tensor:
@@ -107,12 +109,15 @@ def block_means(x: Tensor, blocks: Blocking, valid: Valid = None, padding: Paddi
         Means, fp32 (fp64 for fp64) `[B, H, n, D]`, 0 for a block without valid tokens; counts `[B or 1, 1, n]`.
     """
     if padding == "real" and uses_triton("block means", x):
-        length = lengths_of(valid, x.device)
-        counts = tokens_of(blocks, length, x.device).to(torch.float32).unsqueeze(1)
-        return block_means_in_triton(x, blocks, length), counts
+        return block_means_in_triton(x, blocks, lengths_of(valid, x.device)), token_counts(blocks, valid, x)
     rows, real = gather_blocks(x, blocks, valid, padding)
     counts = real.sum(-1).to(rows.dtype).unsqueeze(1)
     return rows.sum(3) / counts.clamp(min=1).unsqueeze(-1), counts
+
+
+def token_counts(blocks: Blocking, valid: Valid, like: Tensor) -> Tensor:
+    """Number of real tokens of each block, fp32 `[B or 1, 1, n]` where `like` is."""
+    return tokens_of(blocks, lengths_of(valid, like.device), like.device).to(torch.float32).unsqueeze(1)
 
 
 def smooth_keys(k: Tensor, valid: Valid = None) -> Tensor:
@@ -124,7 +129,7 @@ def smooth_keys(k: Tensor, valid: Valid = None) -> Tensor:
         k = working(k)
         return k - k.mean(2, keepdim=True)
     keys = without_padding(k, valid)
-    count = torch.tensor(valid, device=k.device, dtype=keys.dtype).view(-1, 1, 1, 1)
+    count = to_device(torch.tensor(valid, dtype=keys.dtype), k.device).view(-1, 1, 1, 1)
     return _clear_padding(keys.sub_(keys.sum(2, keepdim=True) / count), valid)
 
 
@@ -164,5 +169,21 @@ def pooled_scores(
     """
     mean_q, _ = block_means(q, blocks, layout.valid, padding)
     mean_k, counts = block_means(k, blocks if k_blocks is None else k_blocks, layout.valid, padding)
-    scores: Tensor = q.shape[-1] ** -0.5 * (mean_q @ mean_k.transpose(-1, -2)) + counts.log().unsqueeze(-2)
+    return scores_of_means(mean_q, mean_k, counts)
+
+
+def scores_of_means(mean_q: Tensor, mean_k: Tensor, counts: Tensor) -> Tensor:
+    """The same from the means `[B, H, n, D]` of the blocks and the counts `[B or 1, 1, nk]` of keys."""
+    if uses_triton("block scores", mean_q):
+        return score_blocks(_rows_of_means(mean_q), _rows_of_means(mean_k, counts))
+    scores: Tensor = mean_q.shape[-1] ** -0.5 * (mean_q @ mean_k.transpose(-1, -2)) + counts.log().unsqueeze(-2)
     return scores
+
+
+def _rows_of_means(means: Tensor, weight: Tensor | None = None) -> Slots:
+    """One slot to a block: its mean `[B, H, n, D]`, which weighs 1 or as said, `[B or 1, 1, n]`."""
+    at = torch.arange(means.shape[2], dtype=torch.int32, device=means.device).view(1, 1, -1, 1)
+    if weight is None:
+        return Slots(means, at, torch.ones_like(at), torch.ones_like(at, dtype=torch.float32))
+    at = at.expand(*weight.shape, 1)
+    return Slots(means, at, torch.ones_like(at), weight.unsqueeze(-1).float())

@@ -8,11 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.block_scores import Slots, score_blocks
 from dit_accel.kernels.products import KeyMatrix
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
-from dit_accel.selection.pooling import Padding, gather_blocks, real_tokens, working
-from dit_accel.selection.scores import block_sums, row_groups, slots_first
+from dit_accel.selection.pooling import Padding, gather_blocks, lengths_of, real_tokens, working
+from dit_accel.selection.scores import block_sums, pools_in_triton, row_groups, runs, slots_first
+from dit_accel.transfer import to_device
 
 
 def probe_blocks(layout: TokenLayout, q_blocks: Blocking, probes: int) -> Tensor:
@@ -42,12 +44,16 @@ def probe_profiles(
         probes: how many query blocks, see `probe_blocks`.
         rows: how many queries of a block are looked at, spread evenly over it. Default None: all.
     """
+    many = min(rows or q_blocks.size, q_blocks.size)
+    if pools_in_triton(q, q.dtype, max(many, k_blocks.size)):
+        sides = _probed(q, q_blocks, layout, probes, many), runs(k, k_blocks, layout, 1)
+        return score_blocks(*sides, relative=True).exp()
     k, real = working(k).transpose(-1, -2), real_tokens(layout.tokens, layout.valid, q.device)[:, None]
     profiles = []
     for block in probe_blocks(layout, q_blocks, probes).tolist():
         first, length = int(q_blocks.starts[block]), int(q_blocks.lengths[block])
         count = length if rows is None else min(rows, length)
-        at = (first + torch.arange(count) * length // count).to(q.device)
+        at = to_device(first + torch.arange(count) * length // count, q.device)
         logits = working(q[:, :, at]) * q.shape[-1] ** -0.5 @ k
         if layout.is_padded:
             logits.masked_fill_(~real.unsqueeze(-2), -torch.inf)
@@ -55,6 +61,19 @@ def probe_profiles(
         weights = block_sums(logits.softmax(-1), k_blocks).masked_fill(~seen, 0)
         profiles.append(weights.sum(2) / seen.sum(2).clamp(min=1))
     return torch.stack(profiles, 2)
+
+
+def _probed(q: Tensor, blocks: Blocking, layout: TokenLayout, probes: int, rows: int) -> Slots:
+    """Queries of the probed blocks of q `[B, H, N, D]`, at most `rows` of each, which share a weight of 1."""
+    block = probe_blocks(layout, blocks, probes)
+    length = blocks.lengths[block].unsqueeze(-1)
+    count, number = length.clamp(max=rows), torch.arange(rows)
+    at = blocks.starts[:-1][block].unsqueeze(-1) + (number * length // count).minimum(length - 1)
+    at, inside = (to_device(x, q.device)[None, None] for x in (at.int(), number < count))
+    valid = lengths_of(layout.valid, q.device)
+    seen = inside if valid is None else inside & (at < valid.view(-1, 1, 1, 1))
+    weight = seen / seen.sum(-1, keepdim=True).clamp(min=1)
+    return Slots(q, at.expand_as(seen), seen.int(), weight)
 
 
 def largest_weights(
@@ -112,8 +131,15 @@ def sampled_scores(
     Returns:
         `[B, H, nq, nk]`.
     """
-    queries, _ = _sampled(q, q_blocks, layout, samples[0], generator, padding)
-    keys, real = _sampled(k, k_blocks, layout, samples[1], generator, padding)
+    (q_at, q_empty, _), (k_at, k_empty, real) = (
+        _places(q.shape[1], blocks, layout, count, generator, padding)
+        for blocks, count in ((q_blocks, samples[0]), (k_blocks, samples[1]))
+    )
+    if pools_in_triton(q, q.dtype, max(samples)):
+        sides = [Slots(q, q_at.int(), (~q_empty).int(), torch.ones_like(q_at, dtype=torch.float32))]
+        sides += [Slots(k, k_at.int(), (~k_empty).int(), real[:, None, :, None].expand_as(k_at).float())]
+        return score_blocks(sides[0], sides[1], largest=True, relative=True)
+    queries, keys = _taken(q, q_at, q_empty), _taken(k, k_at, k_empty)
     queries, keys = queries * q.shape[-1] ** -0.5, slots_first(keys)
     count, empty = queries.shape[3], ~real[:, None, None]
     matrix, scores = KeyMatrix(keys), []
@@ -125,24 +151,28 @@ def sampled_scores(
     return torch.cat(scores, 2)
 
 
-def _sampled(
-    x: Tensor, blocks: Blocking, layout: TokenLayout, count: int, generator: torch.Generator, padding: Padding
-) -> tuple[Tensor, Tensor]:
-    """Sampled tokens `[B, H, n, count, D]`, and which blocks have real tokens, bool `[B or 1, n]`."""
-    heads, size = x.shape[1], blocks.size
-    draw = torch.rand(heads, size, generator=generator, device=x.device)
+def _places(
+    heads: int, blocks: Blocking, layout: TokenLayout, count: int, generator: torch.Generator, padding: Padding
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sampled tokens int64 `[B or 1, H, n, count]`, bool like them, which are none, and `[B or 1, n]`, real blocks."""
+    size, device = blocks.size, generator.device
+    draw = torch.rand(heads, size, generator=generator, device=device)
     place = draw.argsort(-1)[:, : min(count, size)].sort(-1).values
-    starts, lengths = (part.long() for part in blocks.on(x.device))
-    left = lengths.unsqueeze(0)
-    if layout.valid is not None:
-        valid = torch.tensor(layout.valid, device=x.device)
+    starts, lengths = (part.long() for part in blocks.on(device))
+    left, valid = lengths.unsqueeze(0), lengths_of(layout.valid, device)
+    if valid is not None:
         left = (valid.unsqueeze(-1) - starts).clamp(min=0).minimum(lengths)
     place, left = place[None, :, None], left[:, None, :, None]
     if padding == "real":
         offset, empty = place * left // size, left == 0
     else:
         offset, empty = place.minimum(left - 1).clamp(min=0), (left if padding == "repeat" else left - place) <= 0
-    token = (starts[:, None] + offset).expand(x.shape[0], -1, -1, -1)
-    rows = working(x).gather(2, token.flatten(2).unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
-    rows = rows.unflatten(2, token.shape[2:]).masked_fill(empty.unsqueeze(-1), 0)
-    return rows, left[:, 0, :, 0] > 0
+    token = starts[:, None] + offset
+    return token, empty.expand_as(token), left[:, 0, :, 0] > 0
+
+
+def _taken(x: Tensor, token: Tensor, empty: Tensor) -> Tensor:
+    """Those tokens of x `[B, H, N, D]`, 0 where there is none, `[B, H, n, count, D]`."""
+    token = token.expand(x.shape[0], -1, -1, -1)
+    rows = x.gather(2, token.flatten(2).unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+    return working(rows).unflatten(2, token.shape[2:]).masked_fill(empty.unsqueeze(-1), 0)

@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dit_accel.kernels.block_scores import Slots, max_slots, score_blocks
+from dit_accel.kernels.block_statistics import block_means_in_triton
+from dit_accel.kernels.operations import uses_triton
 from dit_accel.kernels.products import KeyMatrix
+from dit_accel.kernels.statistics_pass import tokens_of
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
-from dit_accel.selection.pooling import Padding, gather_blocks, real_tokens, working
+from dit_accel.selection.pooling import Padding, gather_blocks, lengths_of, real_tokens, working
 
 # What is made at a time: on a CPU 1 MB of fp32, which stays in the cache of a core while several passes go over it.
 # A GPU needs more at once to be busy.
@@ -135,6 +139,10 @@ def antidiagonal_scores(
     Returns:
         `[B, H, nq, nk]`.
     """
+    if padding == "real" and pools_in_triton(q, q.dtype, -(-max(q_blocks.size, k_blocks.size) // stride)):
+        sides = [runs(x, blocks, layout, stride) for x, blocks in ((q, q_blocks), (k, k_blocks))]
+        has_partial = any(_has_partial(blocks, layout, stride) for blocks in (q_blocks, k_blocks))
+        return score_blocks(*sides, stride=stride, relative=True, has_partial=has_partial)
     queries, seen = _grouped(q, q_blocks, layout, stride, padding)
     keys, counts = _grouped(k, k_blocks, layout, stride, padding)
     # Keys are copied anyway: turning them round and scaling them leaves the queries as they are.
@@ -150,6 +158,28 @@ def antidiagonal_scores(
         rows = (seen[:, None, part, None] / stride @ shares).squeeze(3)
         scores.append(rows.unflatten(-1, (k_blocks.count, -1)).sum(-1))
     return log_mass(torch.cat(scores, 2), (counts.sum(-1) > 0)[:, None, None])
+
+
+def pools_in_triton(x: Tensor, dtype: torch.dtype, slots: int) -> bool:
+    """Whether a Triton kernel pools scores of tensors where x is, of this dtype and with so many slots to a block."""
+    return slots <= max_slots(dtype) and uses_triton("block scores", x, dtype)
+
+
+def runs(x: Tensor, blocks: Blocking, layout: TokenLayout, size: int) -> Slots:
+    """Runs of `size` tokens of every block of x `[B, H, N, D]`, each weighing its share of real tokens."""
+    first = torch.arange(0, blocks.size, size, dtype=torch.int32, device=x.device)
+    left = tokens_of(blocks, lengths_of(layout.valid, x.device), x.device)[:, None, :, None]
+    count = (left - first).clamp(0, size)
+    at = (blocks.on(x.device)[0].unsqueeze(-1) + first).expand_as(count)
+    return Slots(x, at, count, count / size)
+
+
+def _has_partial(blocks: Blocking, layout: TokenLayout, size: int) -> bool:
+    """Whether some run of `size` tokens of a block has real tokens and lacks others; the device is not asked."""
+    lengths = blocks.lengths
+    if layout.valid is not None:
+        lengths = (torch.tensor(layout.valid).unsqueeze(-1) - blocks.starts[:-1]).clamp(min=0).minimum(lengths)
+    return bool((lengths % size).any())
 
 
 def _grouped(x: Tensor, blocks: Blocking, layout: TokenLayout, size: int, padding: Padding) -> tuple[Tensor, Tensor]:
@@ -198,6 +228,9 @@ def subblock_scores(
     Returns:
         `[B, H, nq, nk]`.
     """
+    in_triton = padding == "real" and uses_triton("block means", q)
+    if in_triton and pools_in_triton(q, torch.float32, max(q_parts, k_parts)):
+        return score_blocks(_parts(q, q_blocks, layout, q_parts, True), _parts(k, k_blocks, layout, k_parts, False))
     queries, seen = _part_means(q, q_blocks, layout, q_parts, padding)
     keys, counts = _part_means(k, k_blocks, layout, k_parts, padding)
     queries, keys, parts = queries * q.shape[-1] ** -0.5, keys.flatten(2, 3), queries.shape[3]
@@ -220,3 +253,17 @@ def _part_means(
     sums = F.pad(rows, (0, 0, 0, -blocks.size % size)).unflatten(3, (-1, size)).sum(4)
     counts = F.pad(real, (0, -blocks.size % size)).unflatten(-1, (-1, size)).sum(-1).to(sums.dtype)
     return sums / counts.clamp(min=1)[:, None, ..., None], counts
+
+
+def _parts(x: Tensor, blocks: Blocking, layout: TokenLayout, parts: int, are_queries: bool) -> Slots:
+    """The same as slots: one mean each, weighing its tokens; queries of a block without any weigh 1 each."""
+    lengths = lengths_of(layout.valid, x.device)
+    means = block_means_in_triton(x, blocks, lengths, parts)
+    size = -(-blocks.size // parts)
+    first = torch.arange(0, blocks.size, size, dtype=torch.int32, device=x.device)
+    weight = (tokens_of(blocks, lengths, x.device)[:, None, :, None] - first).clamp(0, size).float()
+    if are_queries:
+        weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, 1.0)
+    at = torch.arange(means.shape[2], dtype=torch.int32, device=x.device).view(1, 1, blocks.count, -1)
+    at = at.expand_as(weight)
+    return Slots(means, at, torch.ones_like(at), weight)

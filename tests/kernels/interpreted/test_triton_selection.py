@@ -10,6 +10,7 @@ from kernel_cases import tensors
 
 from dit_accel.errors import PlanError
 from dit_accel.kernels import operations, ranking
+from dit_accel.kernels.block_statistics import block_spread_in_triton
 from dit_accel.kernels.moving import gather_tokens, scatter_in_triton
 from dit_accel.kernels.operations import register_operation, uses_triton, why_not
 from dit_accel.kernels.ranking import CutRanking, DigitRanking, SortedRanking, rank
@@ -18,7 +19,7 @@ from dit_accel.methods.registry import get_method
 from dit_accel.order import TokenOrder
 from dit_accel.plan import Blocking
 from dit_accel.selection import Threshold, TopK, TopP, block_means, select_plan
-from dit_accel.selection.covariance import covariance_norms, covariance_squares, error_scores
+from dit_accel.selection.covariance import covariance_norms, covariance_squares, error_scores, sample_tokens
 
 
 @pytest.fixture
@@ -112,6 +113,30 @@ def test_statistics_of_blocks(plain, valid, dtype):
     torch.testing.assert_close(norms, covariance_norms(k, v, blocks, layout), atol=exact, rtol=exact)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "dim", "dtype"), [([16, 16, 9], 24, torch.float32), ([70, 1, 33], 16, torch.float16)]
+)
+@pytest.mark.parametrize("step", [1, 4])
+def test_means_and_variances_come_from_one_pass(lengths, dim, dtype, step):
+    """A mean far from zero, where sums of squares would cancel; a block of two tiles; an item that ends in a block."""
+    blocks, valid = Blocking.from_lengths(lengths), (sum(lengths), lengths[0] - 5)
+    x = (tensors(batch=2, queries=sum(lengths), dim=dim)[0] + 300).to(dtype)
+    sampled, _ = sample_tokens(blocks, step)
+    lengths_on = torch.tensor(valid, dtype=torch.int32)
+    clean = x.double()
+    x[1, :, valid[1] :] = torch.nan
+    means, variance = block_spread_in_triton(x, blocks, lengths_on, step)
+    assert means.dtype == variance.dtype == torch.float32
+    for item, real in enumerate(valid):
+        for block, (start, length) in enumerate(zip(blocks.starts.tolist(), lengths, strict=False)):
+            token = torch.arange(start, max(start, min(start + length, real)))
+            some = token[torch.isin(token, sampled)]
+            for got, at, moment in ((means, token, torch.mean), (variance, some, torch.var)):
+                options = {"correction": 0} if moment is torch.var else {}
+                wanted = moment(clean[item][:, at], 1, **options) if len(at) else torch.zeros(x.shape[1], dim)
+                torch.testing.assert_close(got[item, :, block].double(), wanted.double(), atol=2e-4, rtol=2e-5)
+
+
 def squares_of_rows(k, v, lengths, valid):
     """Squared lengths of the rows of Σ (k - k̄) vᵀ, `[B, H, n, D]`, token by token from the definition."""
     squares = torch.zeros(*k.shape[:2], len(lengths), k.shape[-1], dtype=torch.float64)
@@ -155,7 +180,8 @@ def test_squares_of_covariances_are_those_of_the_definition(lengths, dim, dtype,
 
 def test_error_scores_are_the_same_in_triton(plain):
     q, k, v = (x.float() for x in tensors(batch=2, queries=57, dim=24))
-    blocks, layout = Blocking.uniform(57, 16), TokenLayout((1, 1, 57), valid=(57, 40))
+    # Of the longest one in two tokens is looked at.
+    blocks, layout = Blocking.from_lengths([16, 33, 8]), TokenLayout((1, 1, 57), valid=(57, 40))
     got = error_scores(q, k, v, blocks, layout)
     plain()
     torch.testing.assert_close(got, error_scores(q, k, v, blocks, layout), atol=1e-5, rtol=1e-5)
@@ -199,7 +225,7 @@ def test_a_method_runs_in_triton_from_order_to_output_and_gives_what_torch_gives
         return plan, order.restore(out)
 
     plan, out = attend("triton")
-    assert set(used) == {"move", "block means", "covariance squares", "rank"}
+    assert set(used) == {"move", "block means", "covariance squares", "block scores", "rank"}
     plain()
     expected_plan, expected = attend("torch")
     assert torch.equal(plan.to_mask(), expected_plan.to_mask())
@@ -227,7 +253,7 @@ def test_an_operation_that_is_wrong_is_barred_with_the_reason(monkeypatch, caplo
 
 def test_self_tests_find_a_wrong_kernel(monkeypatch):
     assert operations.operations(torch.device("cpu"), torch.float32) == dict.fromkeys(
-        ("block means", "covariance squares", "move", "rank")
+        ("block means", "block scores", "covariance squares", "move", "rank")
     )
     monkeypatch.setattr(CutRanking, "leading", lambda self, counts: self.first)
     assert ranking._check(torch.device("cpu"), torch.float32) == "it keeps others than the best"
