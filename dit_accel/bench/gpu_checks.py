@@ -60,7 +60,8 @@ class WrongResult(Exception):
 
 def check_tasks(arch: int, interpreted: bool = False) -> list[Task]:
     """Every tile of the table for `arch` with all features it serves, every variant, operation, and the rest."""
-    tasks: list[Task] = [{"kind": "operation", "name": name} for name in ("move", "block means", "covariance squares")]
+    names = ("move", "block means", "block scores", "covariance squares")
+    tasks: list[Task] = [{"kind": "operation", "name": name} for name in names]
     tasks += [{"kind": "operation", "name": "rank", "columns": columns} for columns in (40, 1182, 3000, 200_000)]
     for name in VARIANTS:
         for dim, dtype, sizes in (

@@ -7,13 +7,23 @@ import importlib
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_statistics import block_means_in_triton, covariance_squares_in_triton
+from dit_accel.kernels.block_statistics import block_spread_in_triton, covariance_squares_in_triton
 from dit_accel.kernels.moving import move
 from dit_accel.kernels.operations import why_not
 from dit_accel.kernels.ranking import DigitRanking, SortedRanking, rank
+from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
+from dit_accel.selection.samples import sampled_scores
+from dit_accel.selection.scores import antidiagonal_scores, subblock_scores
 
-_MODULES = ("triton_attention", "triton_ranking", "triton_selection", "triton_statistics", "triton_summaries")
+_MODULES = (
+    "triton_attention",
+    "triton_ranking",
+    "triton_scores",
+    "triton_selection",
+    "triton_statistics",
+    "triton_summaries",
+)
 
 
 def check_operation(name: str, columns: int, device: torch.device) -> str | None:
@@ -38,8 +48,11 @@ def check_operation(name: str, columns: int, device: torch.device) -> str | None
         moved = move(k, index, scatter=False)
         right = torch.equal(moved, k.gather(2, index.unsqueeze(-1).expand_as(k)))
         return None if right and torch.equal(move(moved, index, scatter=True), k) else "tokens in the wrong place"
+    blocks = Blocking.uniform(tokens + 7, 64)
+    if name == "block scores":
+        return _scores(k, v, blocks, (tokens + 7, tokens // 2))
     lengths = torch.tensor([tokens + 7, tokens // 2], dtype=torch.int32, device=device)
-    return _statistics(name, k, v, Blocking.uniform(tokens + 7, 64), lengths)
+    return _statistics(name, k, v, blocks, lengths)
 
 
 def _ranks(scores: Tensor) -> str | None:
@@ -56,22 +69,46 @@ def _ranks(scores: Tensor) -> str | None:
     return None if same else "shares are counted wrongly"
 
 
+def _scores(q: Tensor, k: Tensor, blocks: Blocking, valid: tuple[int, ...]) -> str | None:
+    """Every kind of score against torch in float64; 8 does not divide the length of either item."""
+    layout = TokenLayout((1, 1, q.shape[2]), valid=valid)
+
+    def sampled(q: Tensor, k: Tensor) -> Tensor:
+        generator = torch.Generator(q.device).manual_seed(0)
+        return sampled_scores(q, k, blocks, blocks, layout, (8, 16), generator)
+
+    for name, scores in {
+        "antidiagonal": lambda q, k: antidiagonal_scores(q, k, blocks, blocks, layout, 8),
+        "sub-block": lambda q, k: subblock_scores(q, k, blocks, blocks, layout, 2, 4),
+        "sampled": sampled,
+    }.items():
+        got, wanted = scores(q, k).double(), scores(q.double(), k.double())
+        # Below this a mass is 0 in fp32.
+        close = (got.clamp(min=-80) - wanted.clamp(min=-80)).abs().max()
+        if not torch.equal(got.isneginf(), wanted.isneginf()) or not float(close) < 2e-3:
+            return f"{name} scores are off by {float(close):.2g}"
+    return None
+
+
 def _statistics(name: str, k: Tensor, v: Tensor, blocks: Blocking, lengths: Tensor) -> str | None:
-    """Means or squares against float64, block by block."""
-    got = block_means_in_triton(k, blocks, lengths) if name == "block means" else None
-    squares = covariance_squares_in_triton(k, v, blocks, lengths) if got is None else None
+    """Means with variances or squares against float64, block by block."""
+    if name == "block means":
+        means, second = block_spread_in_triton(k, blocks, lengths)
+    else:
+        means, second = covariance_squares_in_triton(k, v, blocks, lengths)
     for item, length in enumerate(lengths.tolist()):
         for j in range(0, blocks.count, max(1, blocks.count // 20)):
             inside = slice(int(blocks.starts[j]), max(int(blocks.starts[j]), min(int(blocks.starts[j + 1]), length)))
             keys, values = k[item, :, inside].double(), v[item, :, inside].double()
             mean = keys.sum(1) / max(1, keys.shape[1])
-            if got is not None:
-                wrong = float((got[item, :, j] - mean).abs().max()) > 1e-4
+            delta = keys - mean.unsqueeze(1)
+            if name == "block means":
+                wanted, limit = delta.square().sum(1) / max(1, keys.shape[1]), 1e-3
             else:
-                assert squares is not None
-                wanted = ((keys - mean.unsqueeze(1)).transpose(-1, -2) @ values).square().sum(-1)
-                wrong = float((squares[item, :, j] - wanted).abs().max()) > 0.02 * float(wanted.max()) + 1e-6
-            if wrong:
+                wanted = (delta.transpose(-1, -2) @ values).square().sum(-1)
+                limit = 0.02 * float(wanted.max()) + 1e-6
+            wrong = float((means[item, :, j] - mean).abs().max()) > 1e-4
+            if wrong or float((second[item, :, j] - wanted).abs().max()) > limit:
                 return f"wrong in block {j} of item {item}"
     return None
 

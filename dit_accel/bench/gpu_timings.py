@@ -28,7 +28,8 @@ from dit_accel.orders.space import bisection_order
 from dit_accel.plan import Blocking
 from dit_accel.selection import TopK, pooled_scores, select_blocks, select_plan
 from dit_accel.selection.covariance import error_scores
-from dit_accel.selection.scores import antidiagonal_scores
+from dit_accel.selection.samples import sampled_scores
+from dit_accel.selection.scores import antidiagonal_scores, subblock_scores
 
 Task = dict[str, Any]
 _FIRST_SHAPES = ("wan-1.3b", "cogvideox", "wan-14b", "hunyuan", "flux-2k")
@@ -219,13 +220,21 @@ def _selection_steps(
     """The steps around attention by name, each a call without arguments."""
     scores = error_scores(q, k, v, blocks, layout)
     layer, row = (TopK(scope=scope, share=_DENSITY_OF_SELECTION, rounding="floor") for scope in ("layer", "row"))
-    where = {name: "Triton" if uses_triton(name, q) else "torch" for name in ("move", "rank", "block means")}
+    names = ("move", "rank", "block means", "block scores")
+    where = {name: "Triton" if uses_triton(name, q) else "torch" for name in names}
+    draw = torch.Generator(q.device).manual_seed(0)
     return {
         f"put q, k and v in order ({where['move']})": partial(order.apply, q, k, v),
         f"restore the output ({where['move']})": partial(order.restore, q),
         f"pooled scores ({where['block means']})": partial(pooled_scores, q, k, blocks, layout),
         "error scores": partial(error_scores, q, k, v, blocks, layout),
-        "antidiagonal scores": partial(antidiagonal_scores, q, k, blocks, blocks, layout, 16),
+        f"antidiagonal scores ({where['block scores']})": partial(
+            antidiagonal_scores, q, k, blocks, blocks, layout, 16
+        ),
+        f"sub-block scores ({where['block scores']})": partial(subblock_scores, q, k, blocks, blocks, layout, 4, 4),
+        f"sampled scores ({where['block scores']})": partial(
+            sampled_scores, q, k, blocks, blocks, layout, (16, 16), draw
+        ),
         f"top-k of rows ({where['rank']})": partial(select_blocks, scores, row),
         "top-k of the layer": partial(select_blocks, scores, layer),
         "scores to plan, per row": partial(select_plan, scores, row, blocks, blocks, layout),

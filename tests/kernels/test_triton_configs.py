@@ -91,6 +91,7 @@ def test_the_choice_and_the_kernel_know_neither_lengths_nor_counts():
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     from dit_accel.kernels.triton_attention import attention
     from dit_accel.kernels.triton_ranking import digit_counts, keep_leading
+    from dit_accel.kernels.triton_scores import partial_means, pool_slots, slot_scores
     from dit_accel.kernels.triton_selection import leading, move_rows, reaching
     from dit_accel.kernels.triton_statistics import quantize, quantize_values, statistics, value_range
     from dit_accel.kernels.triton_summaries import add_mixed, block_shares, seen_by_means
@@ -99,9 +100,11 @@ def test_the_choice_and_the_kernel_know_neither_lengths_nor_counts():
     # Strides of tensors, and the factor on the logits, follow from the model; everything else varies.
     fixed = {f"{name}_{axis}" for name in ("q", "k", "v", "out", "x", "part") for axis in "bhn"} | {"scale", "skip"}
     helpers = (leading, reaching, digit_counts, keep_leading, move_rows, add_mixed, block_shares, seen_by_means)
+    helpers += (partial_means, slot_scores, pool_slots)
+    first = ("scale", "k_b", "x_b", "v_b", "columns", "at_b")
     for kernel in (attention, statistics, quantize, value_range, quantize_values, *helpers):
         names = [p.name for p in kernel.params]
-        pointers = set(names[: min(names.index(n) for n in ("scale", "k_b", "x_b", "v_b", "columns") if n in names)])
+        pointers = set(names[: min(names.index(n) for n in first if n in names)])
         for parameter in kernel.params:
             if not parameter.is_constexpr and parameter.name not in fixed | pointers:
                 assert parameter.do_not_specialize, parameter.name
@@ -130,10 +133,13 @@ def test_every_tile_and_every_kernel_is_in_the_gate():
     from dit_accel.kernels import (
         triton_attention,
         triton_ranking,
+        triton_scores,
         triton_selection,
         triton_statistics,
         triton_summaries,
     )
+
+    modules = (triton_attention, triton_ranking, triton_scores, triton_selection, triton_statistics, triton_summaries)
 
     for arch, dim in itertools.product(TILES, (64, 128)):
         cases = shipped([arch], [dim])
@@ -145,7 +151,7 @@ def test_every_tile_and_every_kernel_is_in_the_gate():
         assert len({(case.tile.tma, case.tile.specialize, case.tile.fp32, case.tile.warps) for case in attention}) > 1
         assert all(from_json(case.to_json()) == case for case in cases)
         kernels = {case.launch().kernel for case in cases}
-        for module in (triton_attention, triton_ranking, triton_selection, triton_statistics, triton_summaries):
+        for module in modules:
             launched = {x for x in vars(module).values() if isinstance(x, JITFunction) and x.do_not_specialize}
             of_fp8 = {triton_statistics.value_range, triton_statistics.quantize_values}
             assert launched - (of_fp8 if arch < FROM_FP8 else set()) <= kernels, module.__name__
