@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_accel.errors import UnsupportedError, near_matches
+from dit_accel.kernels.products import are_wide, wide_products
 
 _HALF = (torch.float16, torch.bfloat16)
 _FROM_CUDNN_ON = [
@@ -24,6 +25,8 @@ _FROM_CUDNN_ON = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+# Queries from which on torch's attention on a CPU works on 256 at a time: in smaller products oneDNN loses its lead.
+_LARGE_TILES_FROM = 768
 
 
 @dataclass(frozen=True)
@@ -78,23 +81,30 @@ def preferred(q: Tensor) -> str:
     """What "auto" takes for q `[B, H, N, D]`.
 
     cuDNN on compute capability 9.x and 10.x: 690 to 700 TFLOP/s at head size 128 on an H200 against 330 for what torch
-    takes by itself (NVIDIA's cudnn-frontend results, torch issue 142132). Elsewhere torch's own choice: cuDNN was
-    slower than it on A100 and no faster on Ada.
+    takes by itself (NVIDIA's cudnn-frontend results, torch issue 142132). On a CPU with wide products those, from the
+    length on at which torch's attention multiplies large tiles (docs/kernels.md). Elsewhere torch's own choice: cuDNN
+    was slower than it on A100 and no faster on Ada.
     """
+    if not torch.compiler.is_compiling() and q.shape[2] >= _LARGE_TILES_FROM and _BACKENDS["onednn"].why_not(q) is None:
+        return "onednn"
     on_descriptors = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
     return "cudnn" if on_descriptors and _BACKENDS["cudnn"].why_not(q) is None else "sdpa"
 
 
 @contextmanager
 def fastest_first(q: Tensor) -> Iterator[None]:
-    """Have torch's own attention try first what "auto" takes, for calls inside on queries like q `[..., D]`.
+    """Have torch's own attention try first what "auto" takes, for calls inside on queries like q `[B, N, H, D]`.
 
     Where that kernel cannot serve a call (a mask, an odd head size), torch takes another, as without this.
     """
-    if preferred(q) != "cudnn":
-        yield
-        return
-    with sdpa_kernel(_FROM_CUDNN_ON, set_priority=True):
+    name = preferred(q.transpose(1, 2))
+    if name == "onednn":
+        with wide_products(q.device):
+            yield
+    elif name == "cudnn":
+        with sdpa_kernel(_FROM_CUDNN_ON, set_priority=True):
+            yield
+    else:
         yield
 
 
@@ -110,6 +120,22 @@ def _forced(kind: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, float], Tenso
 
 def _default(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def _wide(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Torch's attention in fp32, with the products of the library that has all of the vector units."""
+    with wide_products(q.device):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale).to(q.dtype)
+
+
+def _wide_why_not(q: Tensor) -> str | None:
+    if q.device.type != "cpu":
+        return f"it is for CPUs, the tensors are on {q.device.type}"
+    if q.dtype == torch.float64:
+        return "float64 products have one library alone"
+    if not are_wide(q.device):
+        return "products of oneDNN are not faster than those of torch here"
+    return None
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -153,6 +179,7 @@ def _efficient_why_not(q: Tensor) -> str | None:
 
 _BACKENDS = {
     "sdpa": DenseBackend(_default, lambda q: None),
+    "onednn": DenseBackend(_wide, _wide_why_not),
     "cudnn": DenseBackend(_forced(SDPBackend.CUDNN_ATTENTION), _cudnn_why_not),
     "flash": DenseBackend(_forced(SDPBackend.FLASH_ATTENTION), _needs(None, 256)),
     "efficient": DenseBackend(_forced(SDPBackend.EFFICIENT_ATTENTION), _efficient_why_not),

@@ -25,31 +25,6 @@ def to_blocks(x: Tensor, blocks: Blocking, real: Tensor | None = None) -> Tensor
     return out.index_copy_(2, slot_of_token(blocks, x.device), x).view(batch, heads, blocks.count, blocks.size, dim)
 
 
-def pair_blocks(k: Tensor, v: Tensor, blocks: Blocking, real: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Keys and values `[B, H, N, D]` side by side in blocks `[B, H, n, size, 2 * D]`, in one pass over each.
-
-    Args:
-        k, v: tokens.
-        blocks: partition of the token axis.
-        real: bool `[B or 1, n, size]`, which slots count; the others become zero, whatever they held. None: all.
-        dtype: of the result.
-    """
-    batch, heads, tokens, dim = k.shape
-    slots = blocks.count * blocks.size
-    out = torch.empty(batch, heads, slots, 2 * dim, dtype=dtype, device=k.device)
-    if blocks.is_uniform:
-        out[:, :, tokens:] = 0
-        out[:, :, :tokens, :dim] = k
-        out[:, :, :tokens, dim:] = v
-    else:
-        index = slot_of_token(blocks, k.device)
-        out.zero_()[..., :dim].index_copy_(2, index, k.to(dtype))
-        out[..., dim:].index_copy_(2, index, v.to(dtype))
-    if real is not None:
-        out.masked_fill_(~real.view(-1, 1, slots, 1), 0)
-    return out.view(batch, heads, blocks.count, blocks.size, 2 * dim)
-
-
 def from_blocks(x: Tensor, blocks: Blocking) -> Tensor:
     """Undo `to_blocks`: `[B, H, n, size, ...]` to tokens `[B, H, N, ...]`."""
     flat = x.flatten(2, 3)

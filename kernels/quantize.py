@@ -44,14 +44,13 @@ def weights_in_fp8(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The weights of a softmax as they are multiplied with values in e4m3.
 
     Args:
-        logits: `[..., L]`, natural logarithm; every row needs one above -inf, or what it gets is undefined.
+        logits: `[..., L]`, in units of log 2; every row needs one above -inf, or what it gets is undefined.
 
     Returns:
         Rounded weights `[..., L]`, of which the largest lies in (128, 256]; the sum of what they are before they are
-        rounded `[..., 1]`; and the log-sum-exp of the row `[..., 1]`.
+        rounded `[..., 1]`; and the natural log-sum-exp of the row `[...]`.
     """
-    scaled = logits / math.log(2)
-    top = scaled.amax(-1, keepdim=True).ceil() - _LOG2_OF_WEIGHTS
-    weights = (scaled - top).exp2()
+    top = logits.amax(-1, keepdim=True).ceil() - _LOG2_OF_WEIGHTS
+    weights = (logits - top).exp2()
     total = weights.sum(-1, keepdim=True)
-    return weights.to(torch.float8_e4m3fn).to(logits.dtype), total, (top + total.log2()) * math.log(2)
+    return weights.to(torch.float8_e4m3fn).to(logits.dtype), total, (top + total.log2()).squeeze(-1) * math.log(2)

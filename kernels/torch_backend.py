@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.chunk import attend_chunk
-from dit_accel.kernels.padding import from_blocks, pair_blocks, real_slots, to_blocks
+from dit_accel.kernels.padding import from_blocks, real_slots, to_blocks
+from dit_accel.kernels.products import is_bfloat16_fast, wide_products
 from dit_accel.kernels.quantize import mean_token, round_to_fp8, round_to_int8
 from dit_accel.kernels.registry import Backend, Request
 from dit_accel.kernels.remainder import Summary, add_remainder
@@ -30,13 +31,14 @@ _WHOLE, _PADDED, _PARTIAL, _VOID = range(4)
 
 @dataclass(frozen=True)
 class _Operands:
-    """What a chunk reads: q `[R, Tq, D]`; kv `[G * nk, Tk, 2 * D]`; real bool `[G * nk, Tk]`, None: every slot.
+    """What a chunk reads: q `[R, Tq, D]`; keys, values `[G * nk, Tk, D]`; real bool `[G * nk, Tk]`, None: every slot.
 
-    Key and value of a token stand side by side, so that one gather fetches both. `fp8`: weights are rounded to e4m3.
+    `fp8`: weights are rounded to e4m3; values in bfloat16 round them to that.
     """
 
     q: Tensor
-    kv: Tensor
+    keys: Tensor
+    values: Tensor
     real: Tensor | None
     scale: float
     fp8: bool = False
@@ -58,7 +60,10 @@ class _Rows:
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """See `BackendFunction`. q `[B, H, Nq, D]`; k, v `[B, H, Nk, D]`. Half precision is computed in fp32."""
+    """See `BackendFunction`. q `[B, H, Nq, D]`; k, v `[B, H, Nk, D]`.
+
+    Half precision is computed in fp32, but where bfloat16 products are faster, weights and values are multiplied so.
+    """
     plan, scale, precision, kv_len = call.plan, call.scale, call.precision or Precision(), call.kv_len
     batch, heads, tokens, dim = k.shape
     dtype, work = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -68,12 +73,15 @@ def run(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, T
     # taken from every value is taken from every output, since weights sum to one.
     shift = mean_token(k.to(work), real) if precision.qk == "int8" and precision.smooth_k else None
     offset = mean_token(v.to(work), real) if precision.pv == "fp8" else None
-    operands = _prepare(q, k if shift is None else k - shift, v if offset is None else v - offset, plan, scale, kv_len)
+    operands = _prepare(q, k if shift is None else k - shift, v if offset is None else v - offset, plan, scale, real)
     exact = _quantized(operands, precision, batch * heads)
+    if dtype == torch.bfloat16 and precision.pv == "input" and is_bfloat16_fast(q.device):
+        exact = replace(exact, values=exact.values.to(dtype))
     rows = _lists(plan, batch, heads, exact, precision.skip)
-    out, lse = _attend_exact(exact, rows, plan)
-    if call.remainder is not None:
-        _attend_rest(operands, out, lse, plan, call.remainder, batch, heads)
+    with wide_products(q.device):
+        out, lse = _attend_exact(exact, rows, plan)
+        if call.remainder is not None:
+            _attend_rest(operands, out, lse, plan, call.remainder, batch, heads)
     shape = (batch, heads, plan.q_blocks.count, plan.q_blocks.size)
     out, lse = from_blocks(out.view(*shape, dim), plan.q_blocks), from_blocks(lse.view(shape), plan.q_blocks)
     if offset is not None:
@@ -85,28 +93,26 @@ def run(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, T
 
 def _quantized(operands: _Operands, precision: Precision, groups: int) -> _Operands:
     """What the exact part computes with, for G = `groups` heads."""
-    q, (keys, values) = operands.q, operands.kv.split(operands.q.shape[-1], -1)
+    q, keys, values = operands.q, operands.keys, operands.values
     if precision.qk == "int8":
         q, keys = round_to_int8(q), round_to_int8(keys)
     if precision.pv == "fp8":
         # One scale for all blocks of a head.
         values = round_to_fp8(values.reshape(groups, -1, values.shape[-1])).view(values.shape)
-    if precision.qk == precision.pv == "input":
-        return operands
-    return replace(operands, q=q, kv=torch.cat([keys, values], -1), fp8=precision.pv == "fp8")
+    return replace(operands, q=q, keys=keys, values=values, fp8=precision.pv == "fp8")
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, kv_len: Tensor | None) -> _Operands:
-    """Tokens into blocks, in the dtype of q; what is not a real key becomes zero."""
+def _prepare(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, real: Tensor | None) -> _Operands:
+    """Tokens into blocks, in the dtype of q; what is not a real key, bool `[B, Nk]`, becomes zero."""
     batch, heads, tokens, dim = k.shape
     count, size = plan.k_blocks.count, plan.k_blocks.size
-    real = None
-    if kv_len is not None or count * size != tokens:
-        real = real_slots(plan.k_blocks, kv_len, k.device)
-    kv = pair_blocks(k, v, plan.k_blocks, None if kv_len is None else real, q.dtype).view(-1, size, 2 * dim)
-    if real is not None:
-        real = real.unsqueeze(1).expand(batch, heads, count, size).reshape(-1, size)
-    return _Operands(to_blocks(q, plan.q_blocks).view(-1, plan.q_blocks.size, dim), kv, real, scale)
+    keys, values = (to_blocks(x.to(q.dtype), plan.k_blocks, real).view(-1, size, dim) for x in (k, v))
+    slots = None
+    if real is not None or count * size != tokens:
+        slots = real_slots(plan.k_blocks, None if real is None else real.sum(-1), k.device)
+        slots = slots.unsqueeze(1).expand(batch, heads, count, size).reshape(-1, size)
+    queries = to_blocks(q, plan.q_blocks).view(-1, plan.q_blocks.size, dim)
+    return _Operands(queries, keys, values, slots, scale)
 
 
 def _lists(plan: BlockPlan, batch: int, heads: int, operands: _Operands, skip: float | None) -> _Rows:
@@ -146,7 +152,7 @@ def _skip_far_tiles(
     """
     lengths = plan.q_blocks.on(kinds.device)[1].long()
     for row in range(len(columns)):
-        keys = operands.kv[columns[row], :, : operands.q.shape[-1]]
+        keys = operands.keys[columns[row]]
         logits = operands.scale * torch.einsum("td,csd->tcs", operands.q[row, : lengths[row % len(lengths)]], keys)
         chunk = torch.tensor([row], device=kinds.device)
         keep = _keep(operands, items, plan, chunk, columns[chunk], kinds[chunk])[0, : len(logits)]
@@ -159,11 +165,12 @@ def _skip_far_tiles(
 def _attend_exact(operands: _Operands, rows: _Rows, plan: BlockPlan) -> tuple[Tensor, Tensor]:
     """Attention of every row over its list: `[R, Tq, D]` and `[R, Tq]`; 0 and -inf for a row without keys."""
     out, lse = torch.zeros_like(operands.q), operands.q.new_full(operands.q.shape[:2], -torch.inf)
-    chunks = list(_chunks(rows, operands.kv[0].numel() * operands.kv.element_size()))
+    blocks = (operands.keys, operands.values)
+    chunks = list(_chunks(rows, sum(x[0].numel() * x.element_size() for x in blocks)))
     longest = max((len(chunk) * wide for chunk, wide in chunks), default=0)
-    buffer = operands.kv.new_empty(longest, *operands.kv.shape[1:])
+    buffers = [x.new_empty(longest, *x.shape[1:]) for x in blocks]
     for chunk, wide in chunks:
-        part, part_lse = _attend_chunk(operands, rows, plan, chunk, wide, buffer)
+        part, part_lse = _attend_chunk(operands, rows, plan, chunk, wide, buffers)
         out.index_copy_(0, chunk, part)
         lse.index_copy_(0, chunk, part_lse)
     return out, lse
@@ -182,12 +189,14 @@ def _chunks(rows: _Rows, block_bytes: int) -> Iterator[tuple[Tensor, int]]:
 
 
 def _attend_chunk(
-    operands: _Operands, rows: _Rows, plan: BlockPlan, chunk: Tensor, wide: int, buffer: Tensor
+    operands: _Operands, rows: _Rows, plan: BlockPlan, chunk: Tensor, wide: int, buffers: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Attention of the rows `chunk` `[r]` over their first `wide` entries: `[r, Tq, D]` and `[r, Tq]`."""
-    index, dim = rows.columns[chunk, :wide], operands.q.shape[-1]
-    kv = torch.index_select(operands.kv, 0, index.flatten(), out=buffer[: index.numel()])
-    k, v = kv.view(len(chunk), -1, 2 * dim).split(dim, -1)
+    index = rows.columns[chunk, :wide]
+    k, v = (
+        torch.index_select(x, 0, index.flatten(), out=buffer[: index.numel()]).view(len(chunk), -1, x.shape[2])
+        for x, buffer in zip((operands.keys, operands.values), buffers, strict=True)
+    )
     whole = int(rows.whole[chunk].min())
     bias = None
     if whole < wide:
@@ -230,7 +239,7 @@ def _attend_rest(
 ) -> None:
     """Add what was not selected to `out` `[R, Tq, D]` and `lse` `[R, Tq]`, in place."""
     nq, nk, (_, size, dim) = plan.q_blocks.count, plan.k_blocks.count, operands.q.shape
-    k, v = operands.kv.view(batch * heads, nk, plan.k_blocks.size, 2 * dim).split(dim, -1)
+    k, v = (x.view(batch * heads, nk, plan.k_blocks.size, dim) for x in (operands.keys, operands.values))
     real = None if operands.real is None else operands.real.view(k.shape[:3])
     selected = plan.to_mask().expand(batch, heads, -1, -1).reshape(-1, nq, nk)
     q, out, lse = (x.view(batch * heads, nq, size, *x.shape[2:]) for x in (operands.q, out, lse))

@@ -149,9 +149,10 @@ def _compared(built: StepModel, method: Method, shape: Shape, options: Options) 
     dense(), fast()
     base, other = interleaved([dense, fast], options.rounds)
     ratio = ratios(base, other)
+    queries = torch.empty(1, 1, shape.layout.tokens, shape.head_dim, device=device, dtype=options.dtype)
     return {
         "density": seen[-1],
-        "dense_backend": preferred(torch.empty(1, 1, 1, shape.head_dim, device=device, dtype=options.dtype)),
+        "dense_backend": preferred(queries),
         "dense_s": Spread.of(base).median,
         "method_s": Spread.of(other).median,
         "ratio": ratio.median,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel.errors import ConfigError, PlanError, UnsupportedError
-from dit_accel.kernels import Remainder, backends, block_attention, merge, remainder, torch_backend
+from dit_accel.kernels import Remainder, backends, block_attention, chunk, merge, products, remainder, torch_backend
 from dit_accel.plan import Blocking, BlockPlan, BoxPredicate
 
 
@@ -185,6 +185,24 @@ def test_chunks_of_any_size_give_the_same(monkeypatch, chunk_bytes, share):
     whole = both(q, k, v, plan)
     monkeypatch.setattr(torch_backend, "_CHUNK_BYTES", chunk_bytes)
     torch.testing.assert_close(both(q, k, v, plan), whole)
+
+
+@pytest.mark.parametrize("library", ["onednn", "blas"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("logits", [1, 1 << 22])
+def test_both_libraries_agree_with_the_specification(monkeypatch, library, dtype, logits):
+    monkeypatch.setattr(products, "library", lambda: library)
+    monkeypatch.setattr(chunk, "_LOGITS", logits)
+    q, k, v = (x.to(dtype) for x in tensors(batch=2, queries=131, dim=72, factor=4.0))
+    blocks, valid = Blocking.from_lengths([31, 33, 32, 1, 34]), torch.tensor([131, 90])
+    window, _ = window_plan(blocks, blocks, reach=40)
+    for plan in (random_plan(blocks, blocks, axes=(2, 2)), window):
+        exact = block_attention(*(x.double() for x in (q, k, v)), plan, backend="reference", kv_len=valid)
+        got = block_attention(q, k, v, plan, backend="torch", kv_len=valid)
+        dense, wide = (
+            F.scaled_dot_product_attention(*(x.to(kind) for x in (q, k, v))) for kind in (dtype, torch.float64)
+        )
+        assert (got - exact).abs().max() <= 2 * (dense - wide).abs().max() + 1e-12
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from dit_accel import engine
 from dit_accel.errors import UnsupportedError
-from dit_accel.kernels import Precision, Remainder, backends, block_attention, dense, flex_backend
+from dit_accel.kernels import Precision, Remainder, backends, block_attention, dense, flex_backend, products
 from dit_accel.kernels.dense import dense_attention, dense_backends, exact_backends, preferred
 from dit_accel.kernels.registry import Request
 from dit_accel.methods.registry import get_method
@@ -118,10 +118,43 @@ def test_the_engine_runs_dense_steps_so_but_leaves_a_dense_method_alone(monkeypa
     assert len(entered) == inside
 
 
-def test_dense_attention_here_is_that_of_torch():
+def test_dense_attention_here_is_that_of_torch(monkeypatch):
+    monkeypatch.setattr(products, "library", lambda: "blas")
     q, k, v = (x.float() for x in tensors(queries=40, keys=60))
     assert preferred(q) == "sdpa"
     assert exact_backends(q) == ["sdpa"]
     assert dense_backends(q)["sdpa"] is None
+    assert "not faster" in dense_backends(q)["onednn"]
     torch.testing.assert_close(dense_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
     torch.testing.assert_close(dense_attention(q, k, v, scale=0.5), F.scaled_dot_product_attention(q, k, v, scale=0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (67, 130), (769, 65)])
+def test_dense_attention_by_wide_products(monkeypatch, dtype, queries, keys):
+    monkeypatch.setattr(products, "library", lambda: "onednn")
+    q, k, v = (x.to(dtype) for x in tensors(queries=queries, keys=keys, dim=40))
+    assert exact_backends(q) == ["sdpa", "onednn"]
+    assert preferred(q) == ("onednn" if queries >= 768 else "sdpa")
+    exact = dense_attention(*(x.double() for x in (q, k, v)), backend="sdpa")
+    budget = 2 * (dense_attention(q, k, v, backend="sdpa") - exact).abs().max() + 1e-6
+    got = dense_attention(q, k, v, backend="onednn")
+    assert got.dtype == dtype
+    assert (got - exact).abs().max() <= budget
+    assert "one library" in dense_backends(q.double())["onednn"]
+    assert "for CPUs" in dense_backends(q.to("meta"))["onednn"]
+
+
+def test_dense_steps_on_a_cpu_multiply_widely(monkeypatch):
+    entered = []
+
+    @contextmanager
+    def watched(device):
+        entered.append(device.type)
+        yield
+
+    monkeypatch.setattr(products, "library", lambda: "onednn")
+    monkeypatch.setattr(dense, "wide_products", watched)
+    for tokens, times in ((767, 0), (768, 1)):
+        with dense.fastest_first(torch.zeros(1, tokens, 2, 8)):
+            assert len(entered) == times

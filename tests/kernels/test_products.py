@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
+from dit_accel.errors import ConfigError
 from dit_accel.kernels import products
 from dit_accel.kernels.products import KeyMatrix
 from dit_accel.layout import TokenLayout
@@ -49,9 +52,81 @@ def test_without_the_library_the_same_blocks_are_chosen(monkeypatch):
     q, k = torch.randn(2, 1, 2, layout.tokens, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
     names = ("xattention", "subblock", "asa", "psa", "proxyattn", "adaspa")
     first, second = [], []
-    for plans, is_there in ((first, True), (second, False)):
-        monkeypatch.setattr(torch.backends.mkldnn, "enabled", is_there)
-        assert products.has_onednn(q) == (is_there and torch.backends.mkldnn.is_available())
+    for plans, name in ((first, "onednn"), (second, "blas")):
+        monkeypatch.setattr(products, "library", lambda name=name: name)
         plans += [get_method(name, block=16, density=0.3).plan(layout, q, k)[1].to_mask() for name in names]
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
+
+
+def chosen(monkeypatch, wanted=None, amd=True, exact=True):
+    """`library()` as in a fresh process, on an AMD processor or not, with a oneDNN that rounds nothing or not."""
+    monkeypatch.delenv(products.SETTING, raising=False)
+    if wanted is not None:
+        monkeypatch.setenv(products.SETTING, wanted)
+    monkeypatch.setattr(products, "_is_mkl_on_wide_amd", lambda: amd)
+    monkeypatch.setattr(products, "_is_exact", lambda: exact)
+    return products.library.__wrapped__()
+
+
+def test_the_library_follows_the_processor_unless_it_is_pinned(monkeypatch):
+    assert chosen(monkeypatch) == "onednn"
+    assert chosen(monkeypatch, "auto", amd=False) == "blas"
+    assert chosen(monkeypatch, "auto", exact=False) == "blas"
+    assert chosen(monkeypatch, "blas") == "blas"
+    assert chosen(monkeypatch, "onednn", amd=False) == "onednn"
+    with pytest.raises(ConfigError, match="rounds fp32 products"):
+        chosen(monkeypatch, "onednn", exact=False)
+    with pytest.raises(ConfigError, match="DIT_ACCEL_CPU_PRODUCTS: expected 'auto', 'onednn' or 'blas', got 'mkl'"):
+        chosen(monkeypatch, "mkl")
+
+
+def test_a_library_that_rounds_is_found_out(monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of PyTorch has no oneDNN")
+    monkeypatch.setattr(torch, "bmm", lambda a, b: (a.bfloat16() @ b.bfloat16()).float())
+    assert not products._is_exact()
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="PyTorch has no such switch before 2.9")
+def test_the_permission_ends_with_the_last_thread_inside(monkeypatch):
+    monkeypatch.setattr(products, "library", lambda: "onednn")
+    switch, cpu = torch.backends.mkldnn.matmul, torch.device("cpu")
+    before = switch.fp32_precision
+    with products.wide_products(cpu):
+        assert switch.fp32_precision == "bf16"
+        with products.wide_products(cpu):
+            pass
+        assert switch.fp32_precision == "bf16"
+    assert switch.fp32_precision == before
+
+    @products.wide_products(cpu)
+    def fails():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert switch.fp32_precision == before
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with products.wide_products(cpu):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with products.wide_products(cpu):
+        thread.start()
+        assert inside.wait(10)
+    assert switch.fp32_precision == "bf16"
+    leave.set()
+    thread.join()
+    assert switch.fp32_precision == before
+
+
+def test_other_devices_and_a_library_switched_off_are_left_alone(monkeypatch):
+    monkeypatch.setattr(products, "library", lambda: "onednn")
+    assert products.are_wide(torch.device("cpu")) == torch.backends.mkldnn.enabled
+    assert not products.are_wide(torch.device("cuda"))
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not products.are_wide(torch.device("cpu"))
