@@ -81,6 +81,7 @@ class Engine:
         self.siblings: Siblings[Engine] = Siblings(self)
         self._layer_of = {module: index for index, module in enumerate(layers)}
         self.methods = LayerMethods(method, schedule, len(layers))
+        self.methods.check_model([getattr(module, "heads", None) for module in layers])
         self._planner = Planner(schedule, seed)
         self.standing = Standing(self.methods.all, schedule.min_tokens, hoist)
 
@@ -116,7 +117,8 @@ class Engine:
         """
         copied = memo[id(self)] = Engine.__new__(Engine)
         settings = (self.component, self.backend, self.break_even, self.seed, self.standing.is_allowed)
-        copied.__init__(self.method, self.schedule, copy.deepcopy([*self._layer_of], memo), *settings)  # type: ignore[misc]
+        # Known to `memo` before the layers are copied, whose processors hold this engine.
+        Engine.__init__(copied, self.method, self.schedule, copy.deepcopy([*self._layer_of], memo), *settings)
         copy.deepcopy(self.siblings, memo).join(copied)
         return copied
 

@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dit_accel.errors import ConfigError
 from dit_accel.head_densities import merged, without_density
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method
+from dit_accel.reuse import check_representatives
 from dit_accel.schedule import Schedule
 from dit_accel.shard import HeadShard
 
@@ -49,6 +51,25 @@ class LayerMethods:
         self._methods = [method_of_layer(method, schedule, layer) for layer in range(layers)]
         self.are_dense = schedule.head_table is None and all(method.name == "dense" for method in self._methods)
         self._heads: dict[tuple[int, int, HeadShard, torch.device], list[LayerGroup]] = {}
+
+    def check_model(self, heads: Sequence[int | None]) -> None:
+        """Refuse what is for another model, before it runs.
+
+        Args:
+            heads: attention heads of every layer; None: not known.
+
+        Raises:
+            ConfigError: parameters, representatives or a head table for another number of heads.
+        """
+        table, groups = self._schedule.head_table, self._schedule.head_groups
+        for method, count in zip(self._methods, heads, strict=True):
+            if count is None:
+                continue
+            if table is not None:
+                table.check_size(len(self._methods), count)
+                continue
+            check_representatives(count, groups or count)
+            method.check_model(count if method.is_static else groups or count)
 
     def of_layer(self, layer: int) -> Method:
         """The method of a layer; heads of a table that name none run under it."""
@@ -100,11 +121,20 @@ def method_of_layer(method: Method, schedule: Schedule, layer: int) -> Method:
     return method if not changed else get_method(method.name, **{**method.model_dump(exclude_unset=True), **changed})
 
 
-def check_overrides(method: Method, schedule: Schedule) -> None:
-    """Refuse overrides that `method` does not take, whatever the number of layers.
+def check_policy(method: Method, schedule: Schedule) -> None:
+    """Refuse a schedule that does not go with `method`, whatever the model.
 
     Raises:
-        ConfigError: unknown parameter, wrong type, value out of range.
+        ConfigError: an override that the method does not take, or a plan for several layers whose heads have no union.
     """
-    for layer in {start for override in schedule.overrides for start, _ in override.layers}:
+    changes = {layer for override in schedule.overrides for bounds in override.layers for layer in bounds}
+    for layer in changes:
         method_of_layer(method, schedule, layer)
+    if schedule.layer_heads == "union":
+        for start, end in schedule.layer_groups:
+            for layer in {start, *(layer for layer in changes if start < layer < end)}:
+                if method_of_layer(method, schedule, layer).orders_each_head:
+                    raise ConfigError(
+                        "schedule.layer_heads",
+                        f"'union' needs one order for all heads, and method {method.name!r} orders each: use 'index'",
+                    )

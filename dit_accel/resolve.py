@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from dit_accel.errors import ConfigError
-from dit_accel.layer_methods import check_overrides
+from dit_accel.layer_methods import check_policy
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method
 from dit_accel.presets import Preset
@@ -40,13 +40,13 @@ def resolve_policy(
     if isinstance(method, Method):
         if parameters:
             method = get_method(method.name, **{**method.model_dump(exclude_unset=True), **parameters})
-        check_overrides(method, timetable)
+        check_policy(method, timetable)
         return method, timetable
     chosen: dict[str, Any] = {}
     if preset is not None and method in (None, preset.method.name):
         method, chosen = preset.method.name, dict(preset.method.parameters)
     policy = get_method(str(method or "dense"), **{**chosen, **parameters})
-    check_overrides(policy, timetable)
+    check_policy(policy, timetable)
     return policy, timetable
 
 
@@ -77,5 +77,5 @@ def second_schedule(
         raise ConfigError("schedule_2", "is for the second of two experts, and this pipeline has no transformer_2")
     fields = schedule_2.model_dump(exclude_unset=True) if isinstance(schedule_2, Schedule) else dict(schedule_2)
     second = Schedule.make("schedule_2", **{**fields, **timing})
-    check_overrides(method, second)
+    check_policy(method, second)
     return second

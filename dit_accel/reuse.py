@@ -26,11 +26,19 @@ def representative_heads(x: Tensor, groups: int) -> Tensor:
     Raises:
         ConfigError: the heads do not divide into `groups`.
     """
-    heads = x.shape[1]
-    if heads % groups:
-        raise ConfigError("schedule.head_groups", f"expected a divisor of the {heads} heads, got {groups}")
+    check_representatives(x.shape[1], groups)
     x = x if x.dtype == torch.float64 else x.float()
     return x.unflatten(1, (groups, -1)).mean(2)
+
+
+def check_representatives(heads: int, groups: int) -> None:
+    """Refuse a number of representatives that does not divide the heads.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if heads % groups:
+        raise ConfigError("schedule.head_groups", f"expected a divisor of the {heads} heads, got {groups}")
 
 
 def for_all_heads(order: TokenOrder | None, plan: BlockPlan, heads: int) -> tuple[TokenOrder | None, BlockPlan]:

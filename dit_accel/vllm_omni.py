@@ -47,7 +47,8 @@ def sparse_attention(
     """Self-attention over video tokens in raster order.
 
     Every call stands alone: the server tells no layer and no guidance branch, so nothing is kept between calls but
-    the plans of static methods. A call whose geometry the server does not publish, or whose sequence holds more than
+    the plans of static methods. It advertises no `capabilities`, so that the server refuses masks itself. A call whose
+    geometry the server does not publish, or whose sequence holds more than
     the video, runs dense and says so once.
 
     Args:
@@ -81,9 +82,6 @@ def sparse_attention(
     ordered = (q, k, v) if order is None else order.apply(q, k, v)
     out = method.compute(*ordered, plan, call, softmax_scale, params.get("backend", "auto"))
     return (out if order is None else order.restore(out)).transpose(1, 2)
-
-
-sparse_attention.capabilities = {"supports_attention_mask": False}  # type: ignore[attr-defined]
 
 
 def _planned(method: Method, call: CallContext, q: Tensor, k: Tensor, v: Tensor) -> tuple[TokenOrder | None, BlockPlan]:

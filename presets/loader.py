@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from dit_accel.errors import ConfigError
 from dit_accel.extras import EXTRAS_MODELS
-from dit_accel.layer_methods import check_overrides
+from dit_accel.layer_methods import check_policy
 from dit_accel.methods.registry import config_error, get_method
 from dit_accel.presets.compose import preset_data, preset_names
 from dit_accel.presets.files import merge, read_yaml
@@ -97,7 +97,7 @@ def _check(where: str, data: dict[str, Any]) -> Preset:
     try:
         method = get_method(preset.method.name, **preset.method.parameters)
         for timetable in (preset.schedule, preset.schedule_2 or preset.schedule):
-            check_overrides(method, timetable)
+            check_policy(method, timetable)
         check_size(preset.model, preset.generation)
         check_task(preset.task, preset.model.boundary, preset.generation, preset.schedule_2 is not None)
         preset.extras.check()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -53,22 +54,44 @@ class Muon(torch.optim.Optimizer):
         self.is_stacked, self.is_half = is_stacked, is_half
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update all weights that have a gradient."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update all weights that have a gradient.
+
+        Args:
+            closure: computes the loss and its gradients anew, before the update. Default None: they are there.
+
+        Returns:
+            The loss of the closure; None without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
-            weights = [weight for weight in group["params"] if weight.grad is not None]
-            stacks: dict[object, list[nn.Parameter]] = defaultdict(list)
-            for number, weight in enumerate(weights):
-                stacks[weight.flatten(1).shape if self.is_stacked else number].append(weight)
-            for stack in stacks.values():
-                gathered = torch.stack([self._accumulate(weight, group["momentum"]) for weight in stack])
-                updates = orthogonalize(gathered, is_half=self.is_half)
-                for weight, update in zip(stack, updates, strict=True):
-                    rows, columns = update.shape
-                    scale = max(1.0, rows / columns) ** 0.5
-                    weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_(update.view_as(weight), alpha=-group["lr"] * scale)
+            self._update(group)
+        return loss
+
+    def _update(self, group: dict[str, Any]) -> None:
+        """One step of the weights of a group."""
+        weights = [weight for weight in group["params"] if weight.grad is not None]
+        stacks: dict[object, list[nn.Parameter]] = defaultdict(list)
+        for number, weight in enumerate(weights):
+            stacks[weight.flatten(1).shape if self.is_stacked else number].append(weight)
+        for stack in stacks.values():
+            gathered = torch.stack([self._accumulate(weight, group["momentum"]) for weight in stack])
+            updates = orthogonalize(gathered, is_half=self.is_half)
+            for weight, update in zip(stack, updates, strict=True):
+                rows, columns = update.shape
+                scale = max(1.0, rows / columns) ** 0.5
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update.view_as(weight), alpha=-group["lr"] * scale)
 
     def _accumulate(self, weight: nn.Parameter, momentum: float) -> Tensor:
         """Take the gradient into the momentum of a weight; what both say together, as a matrix."""

@@ -233,6 +233,26 @@ def test_a_contact_sheet_has_a_row_per_clip():
     assert (sheet[44:] == 200).all()
 
 
+def test_muon_takes_a_closure():
+    torch.manual_seed(0)
+    start, target = torch.randn(12, 20), torch.randn(12, 20)
+    weights = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    closed, plain = (Muon([weight]) for weight in weights)
+
+    def loss_of(weight):
+        weight.grad = None
+        loss = (weight - target).square().sum()
+        loss.backward()
+        return loss.item()
+
+    losses = [closed.step(lambda: loss_of(weights[0])) for _ in range(3)]
+    assert losses[2] < losses[1] < losses[0]
+    for _ in range(3):
+        loss_of(weights[1])
+        assert plain.step() is None
+    assert torch.equal(*weights)
+
+
 def test_muon_in_stacks_steps_as_one_weight_at_a_time():
     torch.manual_seed(0)
     shapes = [(12, 20), (20, 12), (12, 20), (12, 5, 4)]

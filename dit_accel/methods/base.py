@@ -49,6 +49,21 @@ class Method(BaseModel):
         return self.is_static
 
     @property
+    def orders_each_head(self) -> bool:
+        """Whether heads may stand in orders of their own: no block of one is a block of another then. Default False."""
+        return False
+
+    def check_model(self, heads: int) -> None:
+        """Refuse a model before it runs: parameters per head, files that are not there. Default: any will do.
+
+        Args:
+            heads: attention heads of a layer, or how many representatives stand for them.
+
+        Raises:
+            ConfigError: a parameter is for another model.
+        """
+
+    @property
     def decides_for_branches(self) -> bool:
         """Whether the first guidance branch of a step chooses the blocks for all. Default False.
 

@@ -171,6 +171,18 @@ class Composed(Method):
         return self.ordering.is_static
 
     @property
+    def orders_each_head(self) -> bool:
+        """Yes, where the order is not the same for all heads."""
+        return not self.ordering.is_static
+
+    def check_model(self, heads: int) -> None:
+        """Refuse orders and densities per head that are for another number of heads."""
+        if self.order_ == "axes" and len(self.axes) not in (1, heads):
+            raise ConfigError(f"method.{self.name}.axes", f"expected 1 or {heads} orders, got {len(self.axes)}")
+        if self.densities is not None and len(self.densities) not in (1, heads):
+            raise ConfigError(f"method.{self.name}.densities", f"expected {heads} values, got {len(self.densities)}")
+
+    @property
     def decides_for_branches(self) -> bool:
         """As chosen."""
         return self.across_branches
@@ -179,10 +191,9 @@ class Composed(Method):
         """As chosen; None for the raster. q, k, v `[B, H, N, D]`.
 
         Raises:
-            ConfigError: as many axes as the model has not heads.
+            ConfigError: parameters per head that are for another number of heads.
         """
-        if self.order_ == "axes" and len(self.axes) not in (1, q.shape[1]):
-            raise ConfigError(f"method.{self.name}.axes", f"expected 1 or {q.shape[1]} orders, got {len(self.axes)}")
+        self.check_model(q.shape[1])
         return self.ordering.order(q, k, call)
 
     def blocks(self, layout: TokenLayout) -> Blocking:

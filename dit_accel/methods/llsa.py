@@ -49,6 +49,11 @@ class LLSA(Method):
     keep: Size = 8
     levels: Literal[1, 2] = 2
 
+    @property
+    def has_static_order(self) -> bool:
+        """Yes: a curve."""
+        return True
+
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
         """The Z-order curve."""
         return morton_order(call.layout)

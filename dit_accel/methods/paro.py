@@ -40,6 +40,12 @@ class PARO(Composed):
     plan_file: str | None = None
     remainder_: RemainderName = Field(default="drop", alias="remainder")
 
+    def check_model(self, heads: int) -> None:
+        """Refuse axes, densities and a plan that are for another number of heads."""
+        super().check_model(heads)
+        if self.plan_file is not None and (made := _load(self.plan_file).indices.shape[1]) not in (1, heads):
+            raise ConfigError("method.paro.plan_file", f"expected a plan for {heads} heads, got one for {made}")
+
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
         """The plan of the file, or the choice of this call. q, k `[B, H, N, D]`."""
         if self.plan_file is None:
@@ -56,4 +62,6 @@ class PARO(Composed):
 
 @lru_cache(maxsize=64)
 def _load(path: str) -> BlockPlan:
+    if not Path(path).is_file():
+        raise ConfigError("method.paro.plan_file", f"{path}: there is no such file")
     return BlockPlan.load(Path(path))

@@ -43,6 +43,12 @@ class SLA(Composed):
     projections: str | None = None
     over: Over = "all"
 
+    def check_model(self, heads: int) -> None:
+        """Refuse projections that cannot be read."""
+        super().check_model(heads)
+        if self.projections is not None:
+            load_projections(self.projections)
+
     @property
     def completes(self) -> bool:
         """With projections, the linear branch is added after the kernel."""

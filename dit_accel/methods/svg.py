@@ -59,6 +59,11 @@ class SVG(Method):
     rim: Literal["exact", "whole"] = "exact"
     block: BlockSize = 64
 
+    @property
+    def orders_each_head(self) -> bool:
+        """Yes."""
+        return True
+
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
         """Raster for spatial heads, token-major for temporal ones, decided here. q, k, v `[B, H, N, D]`."""
         temporal = self.classify(q, k, v, call)

@@ -71,6 +71,11 @@ class SVG2(BlockSelection):
     iterations: Count = 1
     block: BlockSize = 64
 
+    @property
+    def orders_each_head(self) -> bool:
+        """Yes."""
+        return True
+
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
         """Video tokens by cluster, queries and keys each by their own; text stays. q, k, v `[B, H, N, D]`."""
         sides = (

@@ -42,12 +42,16 @@ class XAttention(PoolingMethod):
     stride: Size = 16
     block: BlockSize = 128
 
+    def check_model(self, heads: int) -> None:
+        """Refuse thresholds that are for another number of heads."""
+        if isinstance(self.threshold, tuple) and len(self.threshold) != heads:
+            raise ConfigError(
+                "method.xattention.threshold", f"expected {heads} values, one per head, got {len(self.threshold)}"
+            )
+
     def scores(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor:
         """Log-mass by antidiagonals. q, k `[B, H, N, D]`."""
-        if isinstance(self.threshold, tuple) and len(self.threshold) != q.shape[1]:
-            raise ConfigError(
-                "method.xattention.threshold", f"expected {q.shape[1]} values, one per head, got {len(self.threshold)}"
-            )
+        self.check_model(q.shape[1])
         return antidiagonal_scores(q, k, q_blocks, k_blocks, call.layout, self.stride, self.padding)
 
     def budget(self, q: Tensor, k: Tensor, call: CallContext) -> Budget:

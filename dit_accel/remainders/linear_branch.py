@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -59,8 +60,10 @@ def load_projections(path: str) -> dict[int, tuple[Tensor, Tensor]]:
     that a whole checkpoint will do.
 
     Raises:
-        ConfigError: there is no such pair of tensors.
+        ConfigError: there is no such file, or no such pair of tensors in it.
     """
+    if not Path(path).is_file():
+        raise ConfigError("method.sla.projections", f"{path}: there is no such file")
     found: dict[int, dict[str, Tensor]] = {}
     for name, tensor in load_file(path).items():
         match = re.search(r"(\d+)\.(?:.*\.)?proj_l\.(weight|bias)$", name)
