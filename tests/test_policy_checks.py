@@ -102,8 +102,13 @@ def test_only_layers_of_a_group_count():
     ("name", "parameters", "timing", "message"),
     [
         ("composed", {"order": "axes", "axes": ["fhw", "hwf"]}, {}, "method.composed.axes: expected 1 or 4"),
-        ("composed", {"densities": [0.1, 0.2, 0.3]}, {}, "method.composed.densities: expected 4 values, got 3"),
-        ("composed", {"densities": [0.1] * 4}, {"head_groups": 2}, "densities: expected 2 values, got 4"),
+        (
+            "composed",
+            {"densities": [0.1, 0.2, 0.3]},
+            {},
+            "method.composed.densities: expected one value per head, 4, got 3",
+        ),
+        ("composed", {"densities": [0.1] * 4}, {"head_groups": 2}, "densities: expected one value per head, 2, got 4"),
         ("xattention", {"threshold": [0.9, 0.8]}, {}, "method.xattention.threshold: expected 4 values"),
         ("composed", {}, {"head_groups": 3}, "schedule.head_groups: expected a divisor of the 4 heads, got 3"),
         ("composed", {}, {"head_table": {"modes": {"a": {}}, "heads": [["a"] * 3] * 2}}, "the table is for 3 heads"),

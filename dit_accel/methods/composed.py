@@ -180,7 +180,9 @@ class Composed(Method):
         if self.order_ == "axes" and len(self.axes) not in (1, heads):
             raise ConfigError(f"method.{self.name}.axes", f"expected 1 or {heads} orders, got {len(self.axes)}")
         if self.densities is not None and len(self.densities) not in (1, heads):
-            raise ConfigError(f"method.{self.name}.densities", f"expected {heads} values, got {len(self.densities)}")
+            raise ConfigError(
+                f"method.{self.name}.densities", f"expected one value per head, {heads}, got {len(self.densities)}"
+            )
 
     @property
     def decides_for_branches(self) -> bool:
