@@ -80,6 +80,12 @@ def deciding_rows(method: Method, state: RunState, layout: TokenLayout, rows: in
     return slice(rows - share, rows) if valid == valid[-share:] * state.branches_in_batch else None
 
 
+def of_rows(qkv: tuple[Tensor, Tensor, Tensor], rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v `[B, H, N, D]` of some batch rows."""
+    q, k, v = qkv
+    return q[rows], k[rows], v[rows]
+
+
 def layout_of_rows(layout: TokenLayout, rows: slice | None) -> TokenLayout:
     """The geometry of some batch rows; None: of all."""
     return layout if rows is None or layout.valid is None else replace(layout, valid=layout.valid[rows])

@@ -21,7 +21,7 @@ from dit_accel.layout import TextPosition, TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.parts import Part, join, of_heads
 from dit_accel.plan_picture import PlanPicture, picture
-from dit_accel.planner import QKV, Planner
+from dit_accel.planner import QKV, Planner, PlanRequest
 from dit_accel.report import CallRecord
 from dit_accel.schedule import Schedule
 from dit_accel.shard import HeadShard, TokenShard
@@ -239,9 +239,10 @@ class Engine:
         """Order, plan and backend of one group of heads; q, k, v `[B, H, N, D]` of all heads."""
         state, (method, heads, key) = self.running, group
         qkv, standing = of_heads(qkv, heads), self.standing.order(layout)
-        planned, qkv = self._planner.plan(method, layer, layout, state, qkv, record, standing, tokens, key)
+        wanted = PlanRequest(method, layer, layout, state, standing, tokens, key)
+        planned, qkv = self._planner.plan(wanted, qkv, record)
         request = request_of(qkv[0], planned.plan, method.remainder, method.completes, method.precision)
-        call = self._planner.call(layer, layout, state, len(qkv[0]), key)
+        call = self._planner.call(wanted, len(qkv[0]))
         backend = choose_backend(self.backend, request)
         limit = backend.break_even if self.break_even is None else self.break_even
         # An explicit backend computes every head, and padding needs the lengths that only it knows.
@@ -257,7 +258,8 @@ class Engine:
     def _search(self, groups: Groups, layer: int, layout: TokenLayout, qkv: QKV, record: CallRecord) -> None:
         for member, heads, key in groups:
             taken, standing = of_heads(qkv, heads), self.standing.order(layout)
-            self._planner.search(member, layer, layout, self.running, taken, record, standing, key)
+            wanted = PlanRequest(member, layer, layout, self.running, standing, group=key)
+            self._planner.search(wanted, taken, record)
 
     def _reason(self, layer: int, state: RunState, layout: TokenLayout, k: Tensor) -> str | None:
         if self.is_dense:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_accel.branches import choice_of_other_branch, deciding_rows, keep_choice, layout_of_rows
+from dit_accel.branches import choice_of_other_branch, deciding_rows, keep_choice, layout_of_rows, of_rows
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.order import TokenOrder, relative
 from dit_accel.plan import BlockPlan
 from dit_accel.report import CallRecord
-from dit_accel.reuse import for_all_heads, for_all_rows, for_other_layers, overlap, representative_heads
+from dit_accel.reuse import for_all, for_other_layers, overlap, representative_heads
 from dit_accel.rows import rows_of_order, rows_of_plan
 from dit_accel.schedule import Schedule
 from dit_accel.shard import TokenShard
@@ -25,6 +25,39 @@ from dit_accel.state import CallContext, RunState
 # A head table may give every layer a dozen modes.
 _STATIC_PLANS_KEPT = 32
 QKV = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class PlanRequest:
+    """The call that a plan is for: everything but its tensors.
+
+    Args:
+        method: decides order and blocks.
+        layer: index of the attention layer.
+        layout: token geometry.
+        state: the forward pass.
+        standing: the shared order in which tokens stand, and not in the raster. The order of `method` must be static,
+            and becomes what takes them from there to that of the method. Default None: they stand in the raster.
+        shard: whose tokens alone q holds; the method must be static. Default None: all.
+        group: tells apart the groups of heads that keep things apart; one that is the same in all layers shares with
+            all of them.
+    """
+
+    method: Method
+    layer: int
+    layout: TokenLayout
+    state: RunState
+    standing: TokenOrder | None = None
+    shard: TokenShard | None = None
+    group: Hashable = None
+
+    def key(self, q: Tensor) -> tuple[Any, ...]:
+        """What a plan that depends on q and k must agree in to serve this call; q `[B, H, N, D]`."""
+        return (self.method, self.layout, q.shape[:2], self.standing)
+
+    def static_key(self, q: Tensor) -> tuple[Any, ...]:
+        """What a plan that depends on the layout alone must agree in; q `[B, H, N, D]`."""
+        return (self.method, self.layout, q.device, self.standing, self.shard)
 
 
 @dataclass(frozen=True)
@@ -74,34 +107,16 @@ class Planner:
         self._memory.clear()
         self._made.clear()
 
-    def plan(
-        self,
-        method: Method,
-        layer: int,
-        layout: TokenLayout,
-        state: RunState,
-        qkv: QKV,
-        record: CallRecord,
-        standing: TokenOrder | None = None,
-        shard: TokenShard | None = None,
-        group: Hashable = None,
-    ) -> tuple[Planned, QKV]:
-        """Order and plan, new or kept, and q, k, v `[B, H, N, D]` in that order; times go to `record`.
-
-        Where tokens stand in the shared order `standing` and not in the raster, the order of `method` must be static,
-        and it becomes what takes them from there to that of the method. Where q holds the tokens of `shard` alone, the
-        method must be static, and the plan is that of those tokens. Groups of heads that keep things apart have a
-        `group` each.
-        """
-        device = qkv[0].device
-        kept = self._kept(method, layer, layout, state, qkv[0], standing, shard, group)
+    def plan(self, request: PlanRequest, qkv: QKV, record: CallRecord) -> tuple[Planned, QKV]:
+        """Order and plan, new or kept, and q, k, v `[B, H, N, D]` in that order; times go to `record`."""
+        device, shard = qkv[0].device, request.shard
+        kept = self._kept(request, qkv[0])
         if kept is None:
             # A static method looks at no query, so that keys may stand for those that are elsewhere.
-            whole = qkv if shard is None else (qkv[1], *qkv[1:])
-            kept, ordered = self._make(method, layer, layout, state, whole, record, standing, group)
+            kept, ordered = self._make(request, qkv if shard is None else (qkv[1], *qkv[1:]), record)
             if shard is not None:
-                kept, ordered = kept.of_tokens(shard.tokens(layout)), None
-            self._keep(method, layer, layout, state, qkv[0], kept, record, standing, shard, group)
+                kept, ordered = kept.of_tokens(shard.tokens(request.layout)), None
+            self._keep(request, qkv[0], kept, record)
             if ordered is not None:
                 return kept, ordered
         if kept.order is not None:
@@ -109,44 +124,21 @@ class Planner:
                 qkv = kept.order.apply(*qkv)
         return kept, qkv
 
-    def search(
-        self,
-        method: Method,
-        layer: int,
-        layout: TokenLayout,
-        state: RunState,
-        qkv: QKV,
-        record: CallRecord,
-        standing: TokenOrder | None = None,
-        group: Hashable = None,
-    ) -> None:
+    def search(self, request: PlanRequest, qkv: QKV, record: CallRecord) -> None:
         """Make the plan of a call that runs dense, for the steps that follow, unless the one that is kept will do."""
-        if not method.is_static and self._kept(method, layer, layout, state, qkv[0], standing, group=group) is None:
-            planned, _ = self._make(method, layer, layout, state, qkv, record, standing, group)
-            self._keep(method, layer, layout, state, qkv[0], planned, record, standing, group=group)
+        if not request.method.is_static and self._kept(request, qkv[0]) is None:
+            planned, _ = self._make(request, qkv, record)
+            self._keep(request, qkv[0], planned, record)
 
-    def _make(
-        self,
-        method: Method,
-        layer: int,
-        layout: TokenLayout,
-        state: RunState,
-        qkv: QKV,
-        record: CallRecord,
-        standing: TokenOrder | None,
-        group: Hashable,
-    ) -> tuple[Planned, QKV | None]:
+    def _make(self, request: PlanRequest, qkv: QKV, record: CallRecord) -> tuple[Planned, QKV | None]:
         """A new plan, and q, k, v in its order where they had to be put so (None: representatives stood for them)."""
-        device, (batch, heads), groups = qkv[0].device, qkv[0].shape[:2], self.schedule.head_groups
-        rows = deciding_rows(method, state, layout, batch)
-        call = self.call(layer, layout_of_rows(layout, rows), state, batch, group)
-        q, k, v = qkv if rows is None else (x[rows] for x in qkv)
-        if groups not in (None, heads) and not method.is_static:
-            with record.timed("select", device):
-                q, k, v = (representative_heads(x, groups) for x in (q, k, v))
+        method, device, (batch, heads) = request.method, qkv[0].device, qkv[0].shape[:2]
+        rows = deciding_rows(method, request.state, request.layout, batch)
+        call = self.call(replace(request, layout=layout_of_rows(request.layout, rows)), batch)
+        q, k, v = self._representatives(method, qkv if rows is None else of_rows(qkv, rows), record)
         with record.timed("order", device):
             order = method.order(q, k, v, call)
-            order = order if standing is None else relative(order, standing)
+            order = order if request.standing is None else relative(order, request.standing)
             order = None if order is None else order.to(device)
             q, k, v = (q, k, v) if order is None else order.apply(q, k, v)
         with record.timed("select", device):
@@ -156,67 +148,47 @@ class Planner:
                 plan = method.select(q, k, call)
                 if rows is None:
                     keep_choice(method, q, call, plan)
-            if q.shape[1] != heads:
-                order, plan = for_all_heads(order, plan, heads)
-            if len(q) != batch:
-                order, plan = for_all_rows(order, plan, batch)
+            order, plan = for_all(order, plan, tuple(q.shape[:2]), (batch, heads))
             record.measures.update(call.measures)
             planned = Planned(order, plan.to(device), _density(plan, device, method.is_static))
         return planned, (q, k, v) if q.shape[:2] == (batch, heads) else None
 
-    def _kept(
-        self,
-        method: Method,
-        layer: int,
-        layout: TokenLayout,
-        state: RunState,
-        q: Tensor,
-        standing: TokenOrder | None = None,
-        shard: TokenShard | None = None,
-        group: Hashable = None,
-    ) -> Planned | None:
-        if method.is_static:
-            found = self._static.get((method, layout, q.device, standing, shard))
+    def _representatives(self, method: Method, qkv: QKV, record: CallRecord) -> QKV:
+        """The heads that plans are made for, `[B, g, N, D]`."""
+        groups = self.schedule.head_groups
+        if groups in (None, qkv[0].shape[1]) or method.is_static:
+            return qkv
+        with record.timed("select", qkv[0].device):
+            q, k, v = (representative_heads(x, groups) for x in qkv)
+        return q, k, v
+
+    def _kept(self, request: PlanRequest, q: Tensor) -> Planned | None:
+        if request.method.is_static:
+            found = self._static.get(key := request.static_key(q))
             if found is not None:
-                self._static.move_to_end((method, layout, q.device, standing, shard))
+                self._static.move_to_end(key)
             return found
-        made = self._made.get(self._slot(layer, state, group))
-        if (
-            made is None
-            or made.key != (method, layout, q.shape[:2], standing)
-            or not self.schedule.keeps(made.step, state.step)
-        ):
+        made, layer, step = self._made.get(self._slot(request)), request.layer, request.state.step
+        if made is None or made.key != request.key(q) or not self.schedule.keeps(made.step, step):
             return None
         return made.planned if layer == made.layer else made.for_others
 
-    def _keep(
-        self,
-        method: Method,
-        layer: int,
-        layout: TokenLayout,
-        state: RunState,
-        q: Tensor,
-        planned: Planned,
-        record: CallRecord,
-        standing: TokenOrder | None = None,
-        shard: TokenShard | None = None,
-        group: Hashable = None,
-    ) -> None:
-        if method.is_static:
-            self._static[method, layout, q.device, standing, shard] = planned
+    def _keep(self, request: PlanRequest, q: Tensor, planned: Planned, record: CallRecord) -> None:
+        if request.method.is_static:
+            self._static[request.static_key(q)] = planned
             if len(self._static) > _STATIC_PLANS_KEPT:
                 self._static.popitem(last=False)
             return
-        layers = self.schedule.layer_group(layer)
+        layer, layers = request.layer, self.schedule.layer_group(request.layer)
         if layers is None and not self.schedule.keeps_plans:
             return
-        slot, key = self._slot(layer, state, group), (method, layout, q.shape[:2], standing)
+        slot, key = self._slot(request), request.key(q)
         old = self._made.get(slot)
         with record.timed("select", q.device):
             if old is not None and old.key == key and old.layer == layer and _comparable(old.planned, planned):
                 record.measures["overlap"] = overlap(planned.plan, old.planned.plan)
             others = planned if layers is None else self._for_others(planned)
-        self._made[slot] = _Made(state.step, layer, key, planned, others)
+        self._made[slot] = _Made(request.state.step, layer, key, planned, others)
 
     def _for_others(self, planned: Planned) -> Planned:
         order, plan = for_other_layers(planned.order, planned.plan, self.schedule.layer_heads)
@@ -224,24 +196,23 @@ class Planner:
             return planned
         return Planned(order, plan, _density(plan, plan.indices.device, static=False))
 
-    def _slot(self, layer: int, state: RunState, group: Hashable) -> tuple[Any, ...]:
+    def _slot(self, request: PlanRequest) -> tuple[Any, ...]:
         """Where a plan is kept: per layer or group of layers, branch, and group of heads."""
-        layers = self.schedule.layer_group(layer)
-        return (layer if layers is None else layers, state.branch, group)
+        layers = self.schedule.layer_group(request.layer)
+        return (request.layer if layers is None else layers, request.state.branch, request.group)
 
-    def call(self, layer: int, layout: TokenLayout, state: RunState, rows: int, group: Hashable = None) -> CallContext:
-        """What a method is told about a call of a layer, with what it kept from earlier ones of as many batch rows.
+    def call(self, request: PlanRequest, rows: int) -> CallContext:
+        """What a method is told about a call, with what it kept from earlier ones of as many batch rows.
 
-        (A step cache may run one of two batched guidance branches; what was kept for both does not fit it.) Groups of
-        heads keep apart what they remember; one that is the same in all layers shares with all of them.
+        (A step cache may run one of two batched guidance branches; what was kept for both does not fit it.)
         """
-        common = (group, rows)
+        state, layer, common = request.state, request.layer, (request.group, rows)
         key = (state.branch, *common)
         memory = self._memory.setdefault((layer, *key), {})
         shared = self._memory.setdefault(("shared", *key), {})
         branches = self._memory.setdefault(("branches", layer, *common), {})
         return CallContext(
-            layout, layer, state.step, state.noise, state.branch, memory, shared, self.seed, branches=branches
+            request.layout, layer, state.step, state.noise, state.branch, memory, shared, self.seed, branches=branches
         )
 
 

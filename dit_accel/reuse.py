@@ -41,22 +41,25 @@ def check_representatives(heads: int, groups: int) -> None:
         raise ConfigError("schedule.head_groups", f"expected a divisor of the {heads} heads, got {groups}")
 
 
-def for_all_heads(order: TokenOrder | None, plan: BlockPlan, heads: int) -> tuple[TokenOrder | None, BlockPlan]:
-    """Order and plan of the representatives as those of all `heads` heads, each as its group's representative."""
+def for_all(
+    order: TokenOrder | None, plan: BlockPlan, made: tuple[int, ...], wanted: tuple[int, int]
+) -> tuple[TokenOrder | None, BlockPlan]:
+    """Order and plan of representatives as those of all batch rows and heads.
+
+    Args:
+        order, plan: what was made.
+        made: for how many rows and heads.
+        wanted: for how many they shall be. Rows follow those that decided for them again and again; a head gets what
+            the representative of its run of neighbours has.
+    """
+    if made == wanted:
+        return order, plan
 
     def spread(x: Tensor) -> Tensor:
-        return x if x.shape[1] == 1 else x.repeat_interleave(heads // x.shape[1], 1)
+        rows, heads = (1 if x.shape[axis] == 1 else wanted[axis] // x.shape[axis] for axis in (0, 1))
+        return x.repeat_interleave(heads, 1).repeat(rows, *[1] * (x.ndim - 1))
 
     return _changed(order, spread), plan.each_tensor(spread)
-
-
-def for_all_rows(order: TokenOrder | None, plan: BlockPlan, rows: int) -> tuple[TokenOrder | None, BlockPlan]:
-    """Order and plan of some batch rows as those of all `rows`, which follow the same ones again and again."""
-
-    def repeated(x: Tensor) -> Tensor:
-        return x if x.shape[0] == 1 else x.repeat(rows // x.shape[0], *[1] * (x.ndim - 1))
-
-    return _changed(order, repeated), plan.each_tensor(repeated)
 
 
 def _changed(order: TokenOrder | None, change: Callable[[Tensor], Tensor]) -> TokenOrder | None:

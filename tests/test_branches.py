@@ -13,7 +13,7 @@ from dit_accel.acceleration import accelerate
 from dit_accel.engine import Engine
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
-from dit_accel.planner import Planner
+from dit_accel.planner import Planner, PlanRequest
 from dit_accel.report import CallRecord
 from dit_accel.samples.captured_attention import synthetic
 from dit_accel.samples.tiny_random import tiny_arguments, tiny_pipeline
@@ -45,13 +45,13 @@ class Run:
     def plan(self, layout, qkv, step=0, branch="cond"):
         state = RunState(layout.grid, step, 1.0, branch, batch=len(qkv[0]))
         record = CallRecord("transformer", 0, step, branch, 0, "", None)
-        planned, ordered = self.planner.plan(self.method, 0, layout, state, qkv, record)
+        planned, ordered = self.planner.plan(PlanRequest(self.method, 0, layout, state), qkv, record)
         return planned.order, planned.plan, ordered
 
     def out(self, layout, qkv, branch="cond"):
         order, plan, ordered = self.plan(layout, qkv, 0, branch)
         state = RunState(layout.grid, 0, 1.0, branch, batch=len(qkv[0]))
-        context = self.planner.call(0, layout, state, len(qkv[0]))
+        context = self.planner.call(PlanRequest(self.method, 0, layout, state), len(qkv[0]))
         return order.restore(self.method.compute(*ordered, plan, context, backend="torch"))
 
 
@@ -107,7 +107,7 @@ def test_rows_decide_for_themselves_where_none_can_for_all(case):
     if case == "one branch of two":  # as a step cache does, behind the back of the pipeline
         state = RunState(GRID, 0, 1.0, branch, batch=4)
         record = CallRecord("transformer", 0, 0, branch, 0, "", None)
-        plan = run.planner.plan(method, 0, layout, state, rows, record)[0].plan
+        plan = run.planner.plan(PlanRequest(method, 0, layout, state), rows, record)[0].plan
     else:
         plan = run.plan(layout, rows, branch=branch)[1]
     assert plan.indices.shape[0] == 2
@@ -137,10 +137,10 @@ def test_a_choice_holds_for_as_long_as_the_schedule_says():
 
 
 def test_what_branches_share_is_kept_per_layer_and_forgotten_with_the_rest():
-    planner, layout = Planner(Schedule()), TokenLayout(GRID)
+    planner, method, layout = Planner(Schedule()), get_method("aurora"), TokenLayout(GRID)
 
     def kept(layer, branch):
-        return planner.call(layer, layout, RunState(layout.grid, 0, 1.0, branch), 1)
+        return planner.call(PlanRequest(method, layer, layout, RunState(layout.grid, 0, 1.0, branch)), 1)
 
     kept(0, "cond").branches["order"] = "made"
     assert kept(0, "uncond").branches == {"order": "made"}

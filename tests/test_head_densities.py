@@ -14,6 +14,7 @@ from dit_accel.head_table import HeadGroup
 from dit_accel.layer_methods import LayerMethods
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
+from dit_accel.planner import PlanRequest
 from dit_accel.schedule import Schedule
 from dit_accel.shard import HeadShard
 from dit_accel.state import RunState
@@ -95,7 +96,10 @@ def test_densities_are_one_per_head():
 
 def test_another_density_at_a_later_step_goes_on_with_the_order(monkeypatch):
     ordered, made = counted(monkeypatch, name="order"), engine(["few"] * 4, [(1, ["some", "many", "few", "few"])])
-    memory = [made._planner.call(0, layout, made.running, 1, group.key).branches for layout, group in _calls(made)]
+    memory = [
+        made._planner.call(PlanRequest(group.method, 0, layout, made.running, group=group.key), 1).branches
+        for layout, group in _calls(made)
+    ]
     assert memory[0] is memory[1]
     assert memory[0]["order"] is not None
     assert len(ordered) == 2

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method, list_methods, method_class
-from dit_accel.planner import Planner
+from dit_accel.planner import Planner, PlanRequest
 from dit_accel.report import CallRecord
 from dit_accel.schedule import Schedule
 from dit_accel.state import CallContext, RunState
@@ -171,7 +171,11 @@ def test_layers_and_branches_share_one_plan():
     planner, method, record = Planner(Schedule()), get_method("sliding_tile"), CallRecord("", 0, 0, "", 0, "", None)
     layout = TokenLayout((4, 8, 8))
     found = {
-        id(planner.plan(method, layer, layout, RunState(layout.grid, 0, 1.0, branch), tensors(layout), record)[0])
+        id(
+            planner.plan(
+                PlanRequest(method, layer, layout, RunState(layout.grid, 0, 1.0, branch)), tensors(layout), record
+            )[0]
+        )
         for layer in range(3)
         for branch in ("cond", "uncond")
     }
