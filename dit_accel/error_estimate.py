@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dit_accel.transfer import to_device
 from dit_accel.widest import widest
 
 CONFIDENCE = 0.95
@@ -49,14 +50,15 @@ def sample_rows(out: Tensor, lengths: tuple[int, ...], rows: int, seed: int) -> 
     """
     device, (batch, heads, tokens, _) = out.device, out.shape
     wide = widest(device)
-    length = torch.tensor(lengths, device=device).view(-1, 1, 1)
+    length = to_device(torch.tensor(lengths), device).view(-1, 1, 1)
     size = torch.linalg.vector_norm(out, dim=-1, dtype=torch.float32).square()
     if min(lengths) < tokens:
         size = size.masked_fill(torch.arange(tokens, device=device) >= length, 0)
     reached = size.nan_to_num(0, 0, 0).cumsum(-1, dtype=wide)
     total = reached[..., -1:].clamp(min=torch.finfo(wide).tiny)
     generator = torch.Generator().manual_seed(seed)
-    draw = torch.rand(2, batch, heads, rows, generator=generator, dtype=torch.float64).to(device, wide)
+    draw = torch.rand(2, batch, heads, rows, generator=generator, dtype=torch.float64)
+    draw = to_device(draw.to(wide), device)
     by_size = rows // 2
     even = (torch.arange(rows - by_size, device=device) + draw[0, ..., by_size:]) / (rows - by_size) * length
     large = (torch.arange(by_size, device=device) + draw[1, ..., :by_size]) / by_size * total
@@ -94,7 +96,7 @@ def _exact_rows(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Te
     """Dense attention of a few rows q `[B, H, R, D]`, by PyTorch."""
     if min(lengths) == k.shape[2]:
         return F.scaled_dot_product_attention(q, k, v)
-    real = torch.arange(k.shape[2], device=k.device) < torch.tensor(lengths, device=k.device).unsqueeze(-1)
+    real = torch.arange(k.shape[2], device=k.device) < to_device(torch.tensor(lengths), k.device).unsqueeze(-1)
     padding = ~real[:, None, :, None]
     return F.scaled_dot_product_attention(
         q, k.masked_fill(padding, 0), v.masked_fill(padding, 0), attn_mask=real[:, None, None, :]

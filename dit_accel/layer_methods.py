@@ -15,6 +15,7 @@ from dit_accel.methods.registry import get_method
 from dit_accel.reuse import check_representatives
 from dit_accel.schedule import Schedule
 from dit_accel.shard import HeadShard
+from dit_accel.transfer import to_device
 
 
 class LayerGroup(NamedTuple):
@@ -107,7 +108,7 @@ class LayerMethods:
 def _of_shard(method: Method, heads: tuple[int, ...], shard: HeadShard, device: torch.device) -> LayerGroup:
     """The heads of a shard, counted from its first, that run under a method."""
     whole = len(heads) == shard.count
-    index = None if whole else torch.tensor(heads, device=device)
+    index = None if whole else to_device(torch.tensor(heads), device)
     return LayerGroup(method, index, (without_density(method), None if whole else heads))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_accel.errors import ConfigError, PlanError
 from dit_accel.plan import Blocking
+from dit_accel.transfer import to_device
 
 TextPosition = Literal["none", "before", "after"]
 
@@ -95,7 +96,7 @@ class TokenLayout:
         """Valid keys per batch item, int32 `[B]` on `device`, as kernels take them; None when nothing is padded."""
         if not self.is_padded or self.valid is None:
             return None
-        return torch.tensor(self.valid, dtype=torch.int32, device=device)
+        return to_device(torch.tensor(self.valid, dtype=torch.int32), device)
 
     def video_slice(self) -> slice:
         """The video tokens, as a slice of the token axis."""

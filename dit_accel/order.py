@@ -15,6 +15,7 @@ from dit_accel.errors import PlanError
 from dit_accel.kernels.moving import gather_tokens, scatter_in_triton
 from dit_accel.kernels.operations import uses_triton
 from dit_accel.layout import TokenLayout
+from dit_accel.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,7 @@ class TokenOrder:
         """The same order with its indices on `device`; itself when they are there."""
         if self.query.device == torch.device(device):
             return self
-        return TokenOrder(self.query.to(device), None if self.key is None else self.key.to(device))
+        return TokenOrder(to_device(self.query, device), None if self.key is None else to_device(self.key, device))
 
 
 def permute(x: Tensor, index: Tensor) -> Tensor:

@@ -15,9 +15,14 @@ from torch import Tensor
 from dit_accel.blocking import Blocking
 from dit_accel.errors import PlanError
 from dit_accel.predicate import BoxPredicate
+from dit_accel.transfer import to_device
 from dit_accel.widest import widened
 
 __all__ = ["BlockPlan", "Blocking", "BoxPredicate"]
+
+# Bytes of lists that are made without asking how long they must be: what the wait costs a short call is worth more than
+# the memory, and beside a long call it is nothing.
+_UNASKED = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +72,8 @@ class BlockPlan:
         k_blocks: Blocking,
         whole: Tensor | None = None,
         predicate: BoxPredicate | None = None,
+        *,
+        longest: int | None = None,
     ) -> BlockPlan:
         """Make a plan from a bool block mask `[nq, nk]`, `[H, nq, nk]` or `[B, H, nq, nk]` (True = attend).
 
@@ -75,9 +82,12 @@ class BlockPlan:
             q_blocks, k_blocks: the partitions.
             whole: bool like `mask`, the selected blocks that are attended whole; needs `predicate` for the others.
             predicate: decides token by token in the partial blocks; left out when there are none.
+            longest: the caller knows that every row selects one to so many blocks: lists of that length, where they
+                take 16 MiB or less, are made without asking the device. Default None: lists are as long as the longest
+                row, for which the host waits until the device has done all work before.
 
         Raises:
-            PlanError: the mask does not fit the blocks, or a row selects nothing.
+            PlanError: the mask does not fit the blocks, or, seen where the device is asked, a row selects nothing.
         """
         mask = _four_axes(mask)
         if mask.shape[2:] != (q_blocks.count, k_blocks.count):
@@ -85,10 +95,11 @@ class BlockPlan:
                 f"BlockPlan.from_mask: expected [..., {q_blocks.count}, {k_blocks.count}], got {tuple(mask.shape)}"
             )
         counts = mask.sum(-1, dtype=torch.int32)
-        # The host waits for the device once, for both numbers.
-        fewest, most = torch.stack([counts.min(), counts.max()]).tolist()
-        if fewest < 1:
-            raise PlanError("BlockPlan.from_mask: every query block must select at least one key block")
+        if longest is None or mask.device.type == "cpu" or 4 * counts.numel() * longest > _UNASKED:
+            # The host waits for the device once, for both numbers.
+            fewest, longest = (int(n) for n in torch.stack([counts.min(), counts.max()]).tolist())
+            if fewest < 1:
+                raise PlanError("BlockPlan.from_mask: every query block must select at least one key block")
         full_counts = None
         place = mask.cumsum(-1)
         whole = None if whole is None else _four_axes(whole) & mask
@@ -97,7 +108,7 @@ class BlockPlan:
             full_counts = whole.sum(-1, dtype=torch.int32)
             place = torch.where(whole, whole.cumsum(-1), full_counts.unsqueeze(-1) + (mask & ~whole).cumsum(-1))
         # Column 0 takes what is not selected.
-        indices = counts.new_zeros(*counts.shape, most + 1)
+        indices = counts.new_zeros(*counts.shape, longest + 1)
         columns = torch.arange(k_blocks.count, dtype=torch.int32, device=mask.device).expand_as(mask)
         indices = indices.scatter_(-1, place.masked_fill_(~mask, 0), columns)[..., 1:].contiguous()
         return cls(q_blocks, k_blocks, indices, counts, full_counts, None if full_counts is None else predicate)
@@ -187,9 +198,9 @@ class BlockPlan:
             return self
         return replace(
             self,
-            indices=self.indices.to(device),
-            counts=self.counts.to(device),
-            full_counts=None if self.full_counts is None else self.full_counts.to(device),
+            indices=to_device(self.indices, device),
+            counts=to_device(self.counts, device),
+            full_counts=None if self.full_counts is None else to_device(self.full_counts, device),
             predicate=None if self.predicate is None else self.predicate.to(device),
         )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import PlanError
+from dit_accel.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +129,8 @@ class BoxPredicate:
 
     def to(self, device: torch.device | str) -> BoxPredicate:
         """The same predicate with its tensors on `device`."""
-        ball = None if self.ball is None else self.ball.to(device)
-        lower, upper, coordinates = (x.to(device) for x in (self.lower, self.upper, self.coordinates))
+        ball = None if self.ball is None else to_device(self.ball, device)
+        lower, upper, coordinates = (to_device(x, device) for x in (self.lower, self.upper, self.coordinates))
         return replace(self, lower=lower, upper=upper, coordinates=coordinates, ball=ball)
 
 

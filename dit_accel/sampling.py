@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_accel.layout import TokenLayout
 from dit_accel.selection.choose import generator_for
+from dit_accel.transfer import to_device
 
 # Logits of one chunk of heads; at 720p a single head of 64 rows has 4.8 million.
 _CHUNK_LOGITS = 1 << 25
@@ -36,7 +37,7 @@ def real_keys(layout: TokenLayout, device: torch.device | str) -> Tensor | None:
     """Bool `[B, 1, 1, N]`: keys that are not padding; None when nothing is padded."""
     if not layout.is_padded or layout.valid is None:
         return None
-    lengths = torch.tensor(layout.valid, device=device).view(-1, 1, 1, 1)
+    lengths = to_device(torch.tensor(layout.valid), device).view(-1, 1, 1, 1)
     return torch.arange(layout.tokens, device=device) < lengths
 
 
@@ -52,7 +53,7 @@ def sampled_logits(q: Tensor, k: Tensor, rows: Tensor, layout: TokenLayout) -> I
         The heads, and their logits, fp32 (fp64 for fp64) `[B, h, m, N]`.
     """
     work = q.dtype if q.dtype == torch.float64 else torch.float32
-    real, rows = real_keys(layout, q.device), rows.to(q.device)
+    real, rows = real_keys(layout, q.device), to_device(rows, q.device)
     step = max(1, _CHUNK_LOGITS // (q.shape[0] * len(rows) * k.shape[2]))
     for first in range(0, q.shape[1], step):
         heads = slice(first, min(first + step, q.shape[1]))

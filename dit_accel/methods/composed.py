@@ -38,6 +38,7 @@ from dit_accel.selection.covariance import covariance_scores, error_scores
 from dit_accel.selection.neighbours import touching_blocks
 from dit_accel.selection.scores import antidiagonal_scores, subblock_scores
 from dit_accel.state import CallContext
+from dit_accel.transfer import to_device
 
 Score = Literal["pooled", "isolated", "covariance", "error", "antidiagonal", "subblock"]
 RemainderName = Literal["drop", "pooled", "taylor", "rectified", "history"]
@@ -253,7 +254,7 @@ class Composed(Method):
         if sink or layout.prefix_frames:
             # An order by content leaves the keys of conditioning frames where they are.
             mask = mask | sink_blocks(layout, k_blocks, sink, order).unsqueeze(-2)
-        return mask.to(device)
+        return to_device(mask, device)
 
     def _budget(self, scores: Tensor, forced: Tensor) -> Budget:
         if self.tau is not None:

@@ -27,6 +27,7 @@ from dit_accel.selection import (
     sink_blocks,
 )
 from dit_accel.state import CallContext
+from dit_accel.transfer import to_device
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
@@ -99,7 +100,7 @@ class BlockSelection(Method):
         if not self.sink_frames and not call.layout.prefix_frames:
             return None
         sink = sink_blocks(call.layout, k_blocks, self.sink_frames, self.key_order(call))
-        return sink.unsqueeze(-2).to(q.device)
+        return sink.unsqueeze(-2)
 
     def perturbed(self, scores: Tensor, call: CallContext) -> Tensor:
         """Scores with the routing noise."""
@@ -194,8 +195,8 @@ class DynamicMethod(BlockSelection):
         sink = super().forced(q, k, call, q_blocks, k_blocks)
         if not self.keep_self:
             return sink
-        own = own_blocks(q_blocks, k_blocks).to(q.device)
-        return own if sink is None else own | sink
+        own = own_blocks(q_blocks, k_blocks)
+        return own if sink is None else to_device(own, sink.device) | sink
 
 
 class PoolingMethod(DynamicMethod):

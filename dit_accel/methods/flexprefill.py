@@ -17,6 +17,7 @@ from dit_accel.selection.budgets import Budget
 from dit_accel.selection.samples import probe_blocks, probe_profiles
 from dit_accel.selection.scores import log_mass
 from dit_accel.state import CallContext
+from dit_accel.transfer import to_device
 from dit_accel.widest import widened
 
 
@@ -82,9 +83,9 @@ class FlexPrefill(DynamicMethod):
             return super().select(q, k, call)
         q_blocks, k_blocks = self.blocks(call.layout)
         pooled = self.perturbed(pooled_scores(q, k, q_blocks, call.layout, k_blocks), call)
-        always = call.layout.text_blocks(k_blocks).to(q.device)
+        always = to_device(call.layout.text_blocks(k_blocks), q.device)
         forced = self.forced(q, k, call, q_blocks, k_blocks)
-        always = always if forced is None else always | forced
+        always = always if forced is None else always | to_device(forced, q.device)
         vertical, slash, trusted = self._profiles(q, k, call, q_blocks, k_blocks)
         by_profile = _by_profiles(vertical, slash, TopP(mass=self.mass, least=self.least, most=self.most))
         by_map = select_blocks(pooled, self.budget(q, k, call), always)
@@ -99,11 +100,12 @@ class FlexPrefill(DynamicMethod):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mass by key block `[B, H, nk]`, by distance `[B, H, nq + nk - 1]`, and which heads are trusted `[B, H]`."""
         layout = call.layout
-        probed = probe_blocks(layout, q_blocks, self.probes).to(q.device)
+        probed = probe_blocks(layout, q_blocks, self.probes)
         profile = probe_profiles(q, k, q_blocks, k_blocks, layout, self.probes, self.probe_rows)
         mean_q, _ = block_means(q, q_blocks, layout.valid)
         mean_k, counts = block_means(k, k_blocks, layout.valid)
-        estimate = mean_q[:, :, probed] * q.shape[-1] ** -0.5 @ mean_k.transpose(-1, -2) + counts.log().unsqueeze(-2)
+        seen = mean_q[:, :, to_device(probed, q.device)] * q.shape[-1] ** -0.5
+        estimate = seen @ mean_k.transpose(-1, -2) + counts.log().unsqueeze(-2)
         vertical = profile.mean(2)
         distance = jensen_shannon_distance(estimate.softmax(-1).mean(2), vertical)
         slash = vertical.new_zeros(*vertical.shape[:2], q_blocks.count + k_blocks.count - 1)

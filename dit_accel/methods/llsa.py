@@ -22,6 +22,7 @@ from dit_accel.remainders.mean_keys import join_means
 from dit_accel.remainders.partial import PartialAttention
 from dit_accel.selection import TopK, block_means, own_blocks, plan_of_mask, select_blocks, sink_blocks
 from dit_accel.state import CallContext
+from dit_accel.transfer import to_device
 
 
 @register("llsa")
@@ -66,6 +67,7 @@ class LLSA(Method):
         if self.levels == 2:
             nodes, node = self._nodes(layout, blocks)
             best = self._best(_products(q, k, nodes, layout), nodes, layout)
+            node = to_device(node, q.device)
             allowed = best[..., node, :][..., node]
         mask = self._best(fine.masked_fill(~allowed, -torch.inf), blocks, layout)
         return plan_of_mask(mask, blocks, blocks, layout, ~fine.isneginf())

@@ -18,6 +18,7 @@ from dit_accel.selection import Budget, TopK, generator_for, plan_of_mask, real_
 from dit_accel.selection.budgets import per_head
 from dit_accel.selection.samples import sampled_scores
 from dit_accel.state import CallContext
+from dit_accel.transfer import to_device
 from dit_accel.widest import widened, widest
 
 _LEAST_EXACT = 0.06
@@ -79,21 +80,21 @@ class PSA(PoolingMethod):
         forced = self.forced(q, k, call, q_blocks, k_blocks)
         budget = self.limit(scores, q, k, call, forced)
         share = budget.share if isinstance(budget, TopK) else 1.0
-        ends = torch.tensor(self.ends, dtype=widest(q.device), device=q.device)
+        ends = to_device(torch.tensor(self.ends, dtype=widest(q.device)), q.device)
         if self.density is not None:
             ends = _scaled(ends, per_head(share, scores))
         levels = self._levels(scores, ends.broadcast_to(*scores.shape[:2], 1, 4), forced)
         levels = torch.minimum(levels, coarsest_levels(k, k_blocks, layout, self.similarity).unsqueeze(-2))
         exact = levels == 1
         if forced is not None:
-            exact = exact | forced
+            exact = exact | to_device(forced, exact.device)
         exact = plan_of_mask(exact, q_blocks, k_blocks, layout, real_blocks(k_blocks, layout, q.device)).to_mask()
         return pyramid_plan(levels.masked_fill(exact, 1), q_blocks, k_blocks)
 
     def _levels(self, scores: Tensor, ends: Tensor, forced: Tensor | None) -> Tensor:
         """Levels by rank, those forced first, uint8 like `scores`; `ends` `[B, H, 1, 4]`."""
         real = ~scores.isneginf()
-        ranked = scores if forced is None else scores.masked_fill(forced & real, torch.inf)
+        ranked = scores if forced is None else scores.masked_fill(to_device(forced, scores.device) & real, torch.inf)
         order = ranked.argsort(dim=-1, descending=True, stable=True)
         total = real.sum(-1, keepdim=True)
         if self.rule == "count":
@@ -107,7 +108,7 @@ class PSA(PoolingMethod):
         number = torch.arange(order.shape[-1], device=order.device).expand_as(order)
         rank = torch.empty_like(order).scatter_(-1, order, number)
         place = (rank.unsqueeze(-1) >= last.unsqueeze(-2)).sum(-1)
-        table = torch.tensor([*LEVELS, 0], dtype=torch.uint8, device=order.device)
+        table = to_device(torch.tensor([*LEVELS, 0], dtype=torch.uint8), order.device)
         return table[place].masked_fill(~real, 0)
 
     @property
@@ -123,7 +124,7 @@ class PSA(PoolingMethod):
 def _density_of(ends: Tensor) -> Tensor:
     """Products per pair of tokens for ends of the levels `[..., 4]`."""
     widths = torch.diff(ends, prepend=torch.zeros_like(ends[..., :1]))
-    return (widths / torch.tensor(LEVELS, dtype=ends.dtype, device=ends.device)).sum(-1)
+    return (widths / to_device(torch.tensor(LEVELS, dtype=ends.dtype), ends.device)).sum(-1)
 
 
 def _scaled(ends: Tensor, density: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from dit_accel.plan import Blocking, BlockPlan, BoxPredicate
 from dit_accel.sampling import sample_rows, sampled_logits
 from dit_accel.state import CallContext
 from dit_accel.static_masks import band, half_width, inside_band, spans, token_major, token_major_places, with_text
+from dit_accel.transfer import to_device
 
 _KIND = "svg.kind"
 _PROFILE_BLOCK = 128
@@ -68,7 +69,8 @@ class SVG(Method):
         """Raster for spatial heads, token-major for temporal ones, decided here. q, k, v `[B, H, N, D]`."""
         temporal = self.classify(q, k, v, call)
         call.memory[_KIND] = temporal
-        orders = torch.stack([torch.arange(call.layout.tokens), self.temporal_order(call.layout)]).to(q.device)
+        orders = torch.stack([torch.arange(call.layout.tokens), self.temporal_order(call.layout)])
+        orders = to_device(orders, q.device)
         return TokenOrder(orders[temporal.long()])
 
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
@@ -93,7 +95,7 @@ class SVG(Method):
         """Mean squared error of the sampled rows under the spatial and the temporal mask, `[B, H, 2]`."""
         layout = call.layout
         rows = sample_rows(layout, self.rows, call.seed, call.layer, call.step)
-        masks = self.profile_masks(layout, rows).to(q.device)
+        masks = to_device(self.profile_masks(layout, rows), q.device)
         found = []
         for heads, logits in sampled_logits(q, k, rows, layout):
             values = v[:, heads].to(logits.dtype)

@@ -19,6 +19,7 @@ from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.selection import Budget, TopP, block_means, generator_for, plan_of_mask, real_tokens, select_blocks
 from dit_accel.selection.scores import log_mass
 from dit_accel.state import CallContext
+from dit_accel.transfer import to_device
 
 _TOLERANCE = 1e-4
 
@@ -137,7 +138,7 @@ class SVG2(BlockSelection):
         chosen = select_blocks(scores, self.budget(q, k, call), text).to(rows.dtype)
         cover = ((rows > 0).to(rows.dtype) @ chosen @ (columns > 0).to(rows.dtype).transpose(-1, -2)) > 0
         forced = self.forced(q, k, call, q_blocks, k_blocks)
-        cover = cover if forced is None else cover | forced
+        cover = cover if forced is None else cover | to_device(forced, cover.device)
         plan = plan_of_mask(cover, q_blocks, k_blocks, call.layout, (columns.sum(-1) > 0).unsqueeze(-2))
         pairs = (rows.sum(2).unsqueeze(-2) @ chosen @ columns.sum(2).unsqueeze(-1)).sum((-1, -2))
         exact = (pairs / (rows.sum((2, 3)) * columns.sum((2, 3)))).mean()

@@ -16,6 +16,7 @@ from dit_accel.sampling import sample_rows, sampled_logits
 from dit_accel.selection import plan_of_mask, sink_blocks
 from dit_accel.selection.scores import block_sums
 from dit_accel.state import CallContext
+from dit_accel.transfer import to_device
 from dit_accel.widest import widened, widest
 
 _SEARCH_STEPS = 12
@@ -58,11 +59,13 @@ class VerticalSlash(Method):
         blocks, rows = layout.blocks(self.block), sample_rows(layout, self.rows, call.seed, call.layer, call.step)
         columns, diagonals = line_scores(q, k, rows, layout, self.block)
         video = ~layout.text_blocks(blocks)
-        sink = sink_blocks(layout, blocks, self.sink_frames)[video].to(q.device)
+        sink = sink_blocks(layout, blocks, self.sink_frames)[video]
         count = columns.shape[-1]
         low = (torch.arange(2 * count) - count) * self.block
         near = (low <= self.near) & (low + self.block - 1 >= -self.near)
-        column, diagonal = _ranks(columns, sink), _ranks(diagonals, near.to(q.device))
+        column, diagonal = (
+            _ranks(x, to_device(forced, q.device)) for x, forced in ((columns, sink), (diagonals, near))
+        )
         column, touched = self._lines(column, diagonal, int(sink.sum()), int(near.sum()))
         index = torch.arange(count, device=q.device)
         mask = touched[..., index.unsqueeze(-1) - index + count - 1] | column.unsqueeze(-2)
@@ -138,8 +141,8 @@ def line_scores(q: Tensor, k: Tensor, rows: Tensor, layout: TokenLayout, block: 
     blocks = Blocking.uniform(layout.video, block)
     distance = (rows - layout.video_start).unsqueeze(-1) - torch.arange(layout.video)
     bins = (distance.div(block, rounding_mode="floor") + blocks.count).flatten()
-    pairs = bins.bincount(minlength=2 * blocks.count).clamp(min=1).to(q.device)
-    bins = bins.to(q.device)
+    pairs = to_device(bins.bincount(minlength=2 * blocks.count).clamp(min=1), q.device)
+    bins = to_device(bins, q.device)
     columns, diagonals = [], []
     for _, logits in sampled_logits(q, k, rows, layout):
         mass = logits.softmax(-1)[..., layout.video_slice()]
@@ -159,5 +162,5 @@ def _ranks(scores: Tensor, forced: Tensor) -> Tensor:
 
 def _real_blocks(blocks: Blocking, layout: TokenLayout, device: torch.device) -> Tensor:
     """Bool `[B or 1, 1, 1, n]`: blocks that hold a real token."""
-    lengths = torch.tensor(layout.valid or (layout.tokens,), device=device).view(-1, 1, 1, 1)
+    lengths = to_device(torch.tensor(layout.valid or (layout.tokens,)), device).view(-1, 1, 1, 1)
     return blocks.on(device)[0] < lengths

@@ -26,6 +26,7 @@ from dit_accel.selection import (
     select_blocks,
 )
 from dit_accel.state import CallContext
+from dit_accel.transfer import to_device
 
 _KERNEL_BLOCK = 64
 
@@ -120,8 +121,8 @@ class VMoBA(BlockSelection):
     def forced(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor | None:
         """The own box, text, and the sink."""
         sink = super().forced(q, k, call, q_blocks, k_blocks)
-        always = (own_blocks(q_blocks, k_blocks) | call.layout.text_blocks(k_blocks)).to(q.device)
-        return always if sink is None else always | sink
+        always = own_blocks(q_blocks, k_blocks) | call.layout.text_blocks(k_blocks)
+        return always if sink is None else to_device(always, sink.device) | sink
 
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
         """Boxes, then the kernel blocks that make them up. q, k `[B, H, N, D]` in the order of the layer."""
@@ -129,6 +130,6 @@ class VMoBA(BlockSelection):
         scores = self.perturbed(self.scores(q, k, call, rows, boxes), call)
         forced = self.forced(q, k, call, rows, boxes)
         chosen = select_blocks(scores, self.limit(scores, q, k, call, forced), forced, normalisation=self.normalisation)
-        owner = boxes.block_of_token()[columns.starts[:-1]].to(q.device)
+        owner = to_device(boxes.block_of_token()[columns.starts[:-1]], q.device)
         real = real_blocks(columns, call.layout, q.device)
         return plan_of_mask(chosen[..., owner], rows, columns, call.layout, real)

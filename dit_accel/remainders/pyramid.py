@@ -21,6 +21,7 @@ from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.remainders.partial import PartialAttention
 from dit_accel.reuse import union_of_heads
 from dit_accel.selection import gather_blocks
+from dit_accel.transfer import to_device
 from dit_accel.widest import widened
 
 LEVELS = (1, 2, 4, 8)
@@ -40,8 +41,10 @@ class PyramidPlan(BlockPlan):
         """The same plan with its tensors on `device`."""
         if self.indices.device == torch.device(device):
             return self
-        levels = None if self.levels is None else self.levels.to(device)
-        return replace(self, indices=self.indices.to(device), counts=self.counts.to(device), levels=levels)
+        levels = None if self.levels is None else to_device(self.levels, device)
+        return replace(
+            self, indices=to_device(self.indices, device), counts=to_device(self.counts, device), levels=levels
+        )
 
     def each_tensor(self, change: Callable[[Tensor], Tensor]) -> PyramidPlan:
         """The same plan after `change` of all that has axes of batch and heads, `[B', H', ...]`."""
@@ -61,7 +64,7 @@ def finest_of_heads(plan: PyramidPlan) -> PyramidPlan:
 
 def pyramid_plan(levels: Tensor, q_blocks: Blocking, k_blocks: Blocking) -> PyramidPlan:
     """The plan for a level map uint8 `[B, H, nq, nk]`; each row needs a block at level 1."""
-    plan = BlockPlan.from_mask(levels == 1, q_blocks, k_blocks)
+    plan = BlockPlan.from_mask(levels == 1, q_blocks, k_blocks, longest=k_blocks.count)
     return PyramidPlan(q_blocks, k_blocks, plan.indices, plan.counts, levels=levels)
 
 
@@ -127,11 +130,13 @@ def _at_level(part: PartialAttention, mask: Tensor, level: int) -> tuple[Tensor,
     q, plan, layout = part.q, part.plan, part.layout
     lengths = -(-plan.k_blocks.lengths // level)
     group = torch.arange(int(lengths.max()))
-    kept = (group < lengths.unsqueeze(-1)).flatten().nonzero().squeeze(-1).to(q.device)
+    kept = (group < lengths.unsqueeze(-1)).flatten().nonzero().squeeze(-1)
+    kept = to_device(kept, q.device)
     # A row without blocks at this level gets a key that does not count.
     keys, values = (F.pad(_pooled(x, plan.k_blocks, level, layout)[:, :, kept], (0, 0, 0, 1)) for x in (part.k, part.v))
     columns = Blocking.from_lengths(torch.cat([lengths, torch.ones(1, dtype=torch.int64)]))
-    coarse = BlockPlan.from_mask(torch.cat([mask, ~mask.any(-1, keepdim=True)], -1), plan.q_blocks, columns)
+    mask = torch.cat([mask, ~mask.any(-1, keepdim=True)], -1)
+    coarse = BlockPlan.from_mask(mask, plan.q_blocks, columns, longest=columns.count)
     real = torch.full((len(q),), len(kept), device=q.device)
     return block_attention(q, keys, values, coarse, scale=part.scale, kv_len=real, return_lse=True)
 

@@ -13,6 +13,7 @@ from dit_accel.plan import Blocking
 from dit_accel.remainders.partial import PartialAttention
 from dit_accel.selection import block_means, gather_blocks, pooled_scores, real_tokens
 from dit_accel.selection.scores import block_sums, log_mass
+from dit_accel.transfer import to_device
 
 
 def isolated_scores(q: Tensor, k: Tensor, blocks: Blocking, layout: TokenLayout) -> Tensor:
@@ -29,7 +30,7 @@ def isolated_scores(q: Tensor, k: Tensor, blocks: Blocking, layout: TokenLayout)
     peak = logits.amax(-1, keepdim=True)
     mass = torch.zeros_like(scores[..., :1]).expand(*scores.shape[:3], layout.tokens).clone()
     mass[..., text] = (logits - peak).exp()
-    columns = layout.text_blocks(blocks).to(k.device)
+    columns = to_device(layout.text_blocks(blocks), k.device)
     exact = log_mass(block_sums(mass, blocks), ~scores.isneginf()) + peak
     return torch.where(columns, exact, scores)
 

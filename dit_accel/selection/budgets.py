@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dit_accel.errors import ConfigError
 from dit_accel.kernels.ranking import Ranking, rank
+from dit_accel.transfer import to_device
 from dit_accel.widest import widened, widest
 
 Rounding = Literal["round", "floor", "ceil", "plus_one"]
@@ -86,6 +87,17 @@ class Budget(ABC):
         kept = self.wanted(ranked).clamp(min=low).clamp(max=high)
         return kept.clamp(min=ranked.forced).clamp(max=ranked.available)
 
+    def longest(self, blocks: int) -> int:
+        """How many of `blocks` candidates a row keeps at most, unless more are forced: known before any score is."""
+        return self._within(blocks, blocks)
+
+    def _within(self, wanted: int, blocks: int) -> int:
+        """`wanted` within the limits, of a row of `blocks` candidates; a row may hold all that a wider scope keeps."""
+        if self.scope != "row":
+            return blocks
+        low, high = (max(1, _rounded_on_host(limit, blocks, "floor")) for limit in (self.least, self.most))
+        return min(max(wanted, low), high)
+
     @abstractmethod
     def wanted(self, ranked: Ranked) -> Tensor:
         """How many leading candidates the rule itself asks for, int64 `[...]`."""
@@ -110,6 +122,14 @@ class TopK(Budget):
         if self.count is not None:
             return torch.full_like(ranked.total, self.count)
         return rounded(self.share, ranked.total, self.rounding)
+
+    def longest(self, blocks: int) -> int:
+        """See `Budget`; shares that are on a device are not asked for."""
+        if self.count is not None:
+            return self._within(min(self.count, blocks), blocks)
+        if isinstance(self.share, Tensor) and self.share.device.type != "cpu":
+            return super().longest(blocks)
+        return self._within(_rounded_on_host(self.share, blocks, self.rounding), blocks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +178,12 @@ def rounded(share: Share, total: Tensor, rounding: Rounding) -> Tensor:
     return (exact + {"floor": _SLACK, "round": 0.5 + _SLACK, "plus_one": 1 + _SLACK}[rounding]).floor().long()
 
 
+def _rounded_on_host(share: Share, blocks: int, rounding: Rounding) -> int:
+    """The largest number of blocks that a share, on the host, gives any head."""
+    share = float(share.max()) if isinstance(share, Tensor) else share
+    return int(rounded(share, torch.full((1, 1), blocks), rounding))
+
+
 def per_head(value: Share, like: Tensor) -> Tensor:
     """A number, or one value per head `[H]` or `[B, H]`, as fp64 that broadcasts against `like` `[B, H, ...]`."""
     if not isinstance(value, Tensor):
@@ -165,7 +191,7 @@ def per_head(value: Share, like: Tensor) -> Tensor:
     heads = like.shape[1]
     if value.ndim not in (1, 2) or value.shape[-1] not in (1, heads):
         raise ConfigError("budget", f"expected one value per head, [{heads}] or [B, {heads}], got {tuple(value.shape)}")
-    value = value.to(like.device, widest(like.device))
+    value = to_device(value.to(widest(like.device)), like.device)
     value = value.unsqueeze(0) if value.ndim == 1 else value
     return value.reshape(*value.shape, *[1] * (like.ndim - 2))
 

@@ -110,10 +110,26 @@ def select_plan(
     always = to_device(layout.text_blocks(k_blocks), device).expand(1, 1, q_blocks.count, -1)
     always = always if forced is None else always | to_device(forced, device)
     mask = select_blocks(scores, budget, always, beside=beside, normalisation=normalisation)
-    return plan_of_mask(mask, q_blocks, k_blocks, layout, ~scores.isneginf())
+    longest = _longest(budget, k_blocks.count, forced, beside)
+    return plan_of_mask(mask, q_blocks, k_blocks, layout, ~scores.isneginf(), longest)
 
 
-def plan_of_mask(mask: Tensor, q_blocks: Blocking, k_blocks: Blocking, layout: TokenLayout, real: Tensor) -> BlockPlan:
+def _longest(budget: Budget, blocks: int, forced: Tensor | None, beside: Tensor | None) -> int:
+    """How many blocks a row holds at most, where text adds none; masks that are on a device are not asked for."""
+    if any(mask is not None and mask.device.type != "cpu" for mask in (forced, beside)):
+        return blocks
+    least, more = (0 if mask is None else int(mask.sum(-1).max()) for mask in (forced, beside))
+    return max(budget.longest(blocks), least) + more
+
+
+def plan_of_mask(
+    mask: Tensor,
+    q_blocks: Blocking,
+    k_blocks: Blocking,
+    layout: TokenLayout,
+    real: Tensor,
+    longest: int | None = None,
+) -> BlockPlan:
     """A plan from the selected blocks `[B, H, nq, nk]`: text rows and columns whole, padding never but for itself.
 
     Args:
@@ -121,12 +137,16 @@ def plan_of_mask(mask: Tensor, q_blocks: Blocking, k_blocks: Blocking, layout: T
         q_blocks, k_blocks: the partitions, made by `layout.blocks`.
         layout: token geometry.
         real: bool that broadcasts against `mask`, key blocks that hold a real token.
+        longest: how many blocks a row of `mask` selects at most. Default: all.
     """
-    device = mask.device
+    device, own = mask.device, own_blocks(q_blocks, k_blocks)
     text_rows = to_device(layout.text_blocks(q_blocks), device).unsqueeze(-1)
     mask = (mask | text_rows | to_device(layout.text_blocks(k_blocks), device)) & real
-    mask |= ~mask.any(-1, keepdim=True) & to_device(own_blocks(q_blocks, k_blocks), device)
-    return BlockPlan.from_mask(mask, q_blocks, k_blocks)
+    mask |= ~mask.any(-1, keepdim=True) & to_device(own, device)
+    if longest is None or layout.text:
+        longest = k_blocks.count
+    longest = min(max(longest, int(own.sum(-1).max())), k_blocks.count)
+    return BlockPlan.from_mask(mask, q_blocks, k_blocks, longest=longest)
 
 
 def adapt_heads(

@@ -8,6 +8,7 @@ from torch import Tensor
 from dit_accel.layout import TokenLayout
 from dit_accel.order import TokenOrder
 from dit_accel.plan import Blocking
+from dit_accel.transfer import to_device
 
 
 def own_blocks(q_blocks: Blocking, k_blocks: Blocking, reach: int = 0) -> Tensor:
@@ -39,8 +40,8 @@ def sink_blocks(layout: TokenLayout, blocks: Blocking, frames: int, order: Token
     frame = torch.full((layout.tokens,), layout.frames, dtype=torch.int64)
     frame[layout.video_slice()] = layout.coordinates[:, 0].long()
     if order is not None:
-        frame = frame.to(order.key_index.device)[order.key_index]
-    owner = blocks.block_of_token().to(frame.device).expand_as(frame)
+        frame = to_device(frame, order.key_index.device)[order.key_index]
+    owner = to_device(blocks.block_of_token(), frame.device).expand_as(frame)
     earliest = torch.full((*frame.shape[:-1], blocks.count), layout.frames, device=frame.device)
     earliest = earliest.scatter_reduce(-1, owner, frame, "amin")
     return earliest < max(frames, layout.prefix_frames)

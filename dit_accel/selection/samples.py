@@ -132,7 +132,7 @@ def sampled_scores(
         `[B, H, nq, nk]`.
     """
     (q_at, q_empty, _), (k_at, k_empty, real) = (
-        _places(q.shape[1], blocks, layout, count, generator, padding)
+        _places(q, blocks, layout, count, generator, padding)
         for blocks, count in ((q_blocks, samples[0]), (k_blocks, samples[1]))
     )
     if pools_in_triton(q, q.dtype, max(samples)):
@@ -152,11 +152,11 @@ def sampled_scores(
 
 
 def _places(
-    heads: int, blocks: Blocking, layout: TokenLayout, count: int, generator: torch.Generator, padding: Padding
+    q: Tensor, blocks: Blocking, layout: TokenLayout, count: int, generator: torch.Generator, padding: Padding
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sampled tokens int64 `[B or 1, H, n, count]`, bool like them, which are none, and `[B or 1, n]`, real blocks."""
-    size, device = blocks.size, generator.device
-    draw = torch.rand(heads, size, generator=generator, device=device)
+    size, device = blocks.size, q.device
+    draw = torch.rand(q.shape[1], size, generator=generator, device=device)
     place = draw.argsort(-1)[:, : min(count, size)].sort(-1).values
     starts, lengths = (part.long() for part in blocks.on(device))
     left, valid = lengths.unsqueeze(0), lengths_of(layout.valid, device)

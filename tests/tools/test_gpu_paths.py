@@ -6,15 +6,14 @@ from functools import cache
 
 import pytest
 import torch
+from host_waits import device_without_memory
 
-from dit_accel.kernels import operations, triton_backend, triton_launch
-from dit_accel.kernels.aot_cases import recording
+from dit_accel.kernels import triton_backend
 from dit_accel.kernels.registry import Request
 from dit_accel.kernels.spec import AttentionCall
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
-from dit_accel.orders import content, ordering
-from dit_accel.plan import BlockPlan
+from dit_accel.orders import content
 from dit_accel.presets import list_presets, load_preset
 from dit_accel.state import CallContext
 
@@ -49,35 +48,24 @@ def test_the_attention_of_every_preset_runs_in_triton(monkeypatch, capability):
     assert not declined
 
 
-@pytest.fixture
-def device_without_memory(monkeypatch):
-    """Kernels are recorded on tensors without memory, from which nothing can be read; plans are not shortened."""
-    monkeypatch.setattr(triton_launch, "_architecture", lambda device: 90)
-    monkeypatch.setattr(operations, "why_not", lambda *arguments: None)
-    # Random numbers are the device's own, which has no generator here.
-    monkeypatch.setattr(ordering, "generator_for", lambda device, *key: None)
-    monkeypatch.setattr(content, "drawn_centroids", lambda x, count, generator: x[:, :, :count])
-    monkeypatch.setattr(BlockPlan, "from_mask", lambda mask, q, k, *_: BlockPlan.full(q, k, mask.device))
-    with recording() as launches:
-        yield launches
-
-
 @pytest.mark.parametrize("text", [0, 40])
 @pytest.mark.parametrize(
     ("parameters", "ranking"), [({}, {"leading"}), ({"scope": "layer"}, {"digit_counts", "keep_leading"})]
 )
-def test_the_default_method_reads_nothing_back_from_the_device(device_without_memory, text, parameters, ranking):
-    """Were a number needed on the host, a tensor without memory would refuse; the length of a plan alone is."""
+def test_the_default_method_runs_in_triton_from_order_to_output(monkeypatch, text, parameters, ranking):
     layout = TokenLayout((9, 16, 24), text, "after" if text else "none")
     q, k, v = (torch.empty(1, 3, layout.tokens, 128, dtype=torch.bfloat16, device="meta") for _ in range(3))
-    method, call = get_method("aurora", **parameters), CallContext(layout)
-    order, plan = method.plan(layout, q, k, v, call)
-    if order is not None:
-        q, k, v = order.to("meta").apply(q, k, v)
-    chosen = len(device_without_memory)
-    out, lse = triton_backend.run(q, k, v, AttentionCall(plan, 128**-0.5, method.remainder, method.precision))
+    method = get_method("aurora", **parameters)
+    monkeypatch.setattr(content, "drawn_centroids", lambda x, count, generator: x[:, :, :count])
+    with device_without_memory(monkeypatch) as launches:
+        order, plan = method.plan(layout, q, k, v, CallContext(layout))
+        if order is not None:
+            q, k, v = order.to("meta").apply(q, k, v)
+        chosen = len(launches)
+        out, lse = triton_backend.run(q, k, v, AttentionCall(plan, 128**-0.5, method.remainder, method.precision))
     assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
-    names = [made.kernel.__name__ for made in device_without_memory]
-    # Scores need one pass over the blocks or more; the ranking of a row is a kernel, that of a layer found by counting.
-    assert {"move_rows", "statistics", *ranking} <= set(names[:chosen])
+    names = [made.kernel.__name__ for made in launches]
+    # One pass over the queries and one over keys and values; a row is ranked in registers, a layer by counting.
+    assert names[:chosen].count("statistics") == 2
+    assert {"move_rows", "slot_scores", *ranking} <= set(names[:chosen])
     assert "attention" in names[chosen:]
