@@ -39,10 +39,10 @@ def test_draft_runs_on_grids_that_patches_do_not_divide_and_leaves_no_row_empty(
 
 def test_draft_finds_attention_that_stays_in_its_patch():
     layout = TokenLayout((2, 16, 32))
-    q, k, v = tensors(layout)
+    q, k, v = (x.double() for x in tensors(layout))
     patch = layout.coordinates.long() // torch.tensor([1, 8, 16])
     index = patch[:, 0] * 4 + patch[:, 1] * 2 + patch[:, 2]
-    far = 30 * F.one_hot(index, 16).float()
+    far = 30 * F.one_hot(index, 16).double()
     out = attend(get_method("draft", density=1 / 8), layout, q + far, k + far, v)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q + far, k + far, v))
 

@@ -48,7 +48,7 @@ def test_labels_are_the_nearest_and_centroids_the_means(chunk, monkeypatch):
 
 
 def test_the_way_of_other_devices_gives_the_same_means():
-    from dit_accel import clustering
+    from dit_accel.orders import clustering
 
     x, owner = blobs()
     expected = clustering._means(x, owner, 4)
