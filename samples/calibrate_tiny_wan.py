@@ -1,8 +1,8 @@
 """Does a calibrated preset beat uniform ones at equal time? `python samples/calibrate_tiny_wan.py`.
 
-Calibrates the small model on captions it was trained on, for budgets of time up to that of the slowest candidate that
-saves any, then compares these presets with every candidate alone on held-out captions, from the
-same seeds, interleaved. Sparse candidates also run alone with twice as many dense steps. Each uniform preset is
+Calibrates the small model on captions it was trained on, for budgets of time from that of the fastest candidate to
+that of the slowest that saves any, then compares these presets with every candidate alone on held-out captions, from
+the same seeds, interleaved. One candidate also runs alone with twice as many dense steps. Each uniform preset is
 compared at its own time with the line through the calibrated ones.
 
 A run that was killed, or whose time was up, goes on where it stopped when it is started again. At the end the page
@@ -38,8 +38,8 @@ from dit_accel.presets import Preset, load_preset
 from dit_accel.schedule import Schedule
 
 UNIFORM = tuple(text for text in DEFAULT_CANDIDATES if text.startswith(("composed", "aurora")))
-BUDGETS = 4
-RANGES = 3
+BUDGETS = 6
+PARTS = 1  # steps differ by far more than layers do
 SAVES = 0.9  # a budget like the dearest candidate's must not buy dense attention
 
 
@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--later",
         nargs="*",
-        default=UNIFORM[2:4],
+        default=["aurora:density=0.1"],
         help="those that also run alone with twice as many dense steps",
     )
     parser.add_argument("--calibration-prompts", type=int, default=3)
@@ -77,7 +77,9 @@ def calibrated(pipe: Any, base: Preset, arguments: argparse.Namespace, weights: 
     """Calibrate once and solve for budgets among the times of the candidates; the presets written."""
     methods = {text: parse_candidate(text, base).method for text in (*arguments.candidates, "dense")}
     prompts = calibration_prompts(base, [], arguments.calibration_prompts, 1000)
-    plan = Plan(base, methods, prompts, base.generation, 1000, weights=weights, ranges=RANGES)
+    ranges = arguments.steps - max(1, arguments.steps // 5)  # every step that is not dense
+    sizes = {"ranges": ranges, "parts": PARTS, "alone": True}
+    plan = Plan(base, methods, prompts, base.generation, 1000, weights=weights, **sizes)
     held = measure(pipe, plan, arguments.output / f"statistics-{weights}.safetensors", tell)
     among = palettes(plan)
     alone = [assign(held, max_density=1.0, among=[only(index, among)]) for index in range(len(methods))]
@@ -93,12 +95,12 @@ def calibrated(pipe: Any, base: Preset, arguments: argparse.Namespace, weights: 
 
 
 def budgets(times: Sequence[float | None]) -> list[float]:
-    """Budgets of time from that of the second fastest candidate to that of the slowest that saves time, evenly.
+    """Budgets of time from that of the fastest candidate to that of the slowest that saves time, evenly.
 
-    Within the time of the fastest there is nothing to choose. Where none saves any, the least that can be asked for.
+    Within less time there is nothing to choose. Where none saves any, the least that can be asked for.
     """
     known = sorted(each for each in times if each is not None)
-    saving = [each for each in known if each < SAVES][1:] or known[:1]
+    saving = [each for each in known if each < SAVES] or known[:1]
     steps = [saving[0] + (saving[-1] - saving[0]) * number / (BUDGETS - 1) for number in range(BUDGETS)]
     return list(dict.fromkeys(math.ceil(1000 * each) / 1000 for each in steps))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.calibrate.run import Plan, check_seen
-from dit_accel.calibrate.solve import Assignment, solve
+from dit_accel.calibrate.solve import Assignment, shared_cost, solve
 from dit_accel.calibrate.statistics import Statistics
 from dit_accel.errors import ConfigError
 from dit_accel.estimate import token_grid
@@ -84,8 +84,8 @@ def assign(
             dense attention's.
         among: palettes; the best of their solutions is taken. Default: all candidates, in orders of their own.
         starts: first steps of the later ranges.
-        weighted: let errors count, under `max_density` and `max_time`, for what they do to the picture, where it was
-            probed.
+        weighted: let errors count, under `max_density` and `max_time`, for what they do to the picture, where that was
+            seen: by probes, for layers and steps, and by candidates alone, for kinds of candidates.
 
     Raises:
         ConfigError: nothing was measured, because the schedule keeps every call dense; or see `solve`.
@@ -93,9 +93,15 @@ def assign(
     check_seen(held)
     if sum(budget is not None for budget in (max_error, max_density, max_time)) > 1:
         raise ConfigError("budget", "expected one of error, density and time, got several")
+    if max_time is not None and not held.has_times:
+        raise ConfigError("--max-time", "the statistics hold no times: candidates have not run alone")
     seen = held.calls > 0
+    share = held.calls / held.calls.sum()
     weight = held.weight() if weighted else None
-    terms = _Terms(held, seen, held.calls[seen] / held.calls.sum(), None if weight is None else weight[seen])
+    effect = held.effect(share if weight is None else weight) if weighted else None
+    if effect is not None and weight is None:
+        weight = share
+    terms = _Terms(held, seen, share[seen], None if weight is None else weight[seen], effect)
     among = among or (Palette(tuple(range(held.error.shape[-1])), hoisted=False),)
     tried: list[tuple[float, Assignment]] = []
     for palette in among:
@@ -113,12 +119,16 @@ def assign(
 
 @dataclass(frozen=True)
 class _Terms:
-    """What was measured, the calls seen, bool `[P, L]`, their shares in the means, and what their errors count for."""
+    """What was measured, the calls seen, bool `[P, L]`, their shares in the means, and what errors count for.
+
+    `weight`: of the calls seen; `effect`: of candidates, `[C]`.
+    """
 
     held: Statistics
     seen: Tensor
     share: Tensor
     weight: Tensor | None
+    effect: Tensor | None
 
     def solve(
         self, palette: Palette, max_error: float | None, max_density: float | None, max_time: float | None
@@ -126,15 +136,17 @@ class _Terms:
         """The best solution from a palette, with candidates numbered as in `held`, and what it is judged by."""
         held, seen, members = self.held, self.seen, torch.tensor(palette.members)
         error, density = held.mean_error()[seen], held.mean_density()[seen]
+        counts = error if self.effect is None or max_error is not None else error * self.effect
         heads, group = density, None
         if max_time is not None:
             heads, group = (time[seen] for time in held.mean_time(palette.hoisted))
         found = solve(
-            error[..., members],
+            counts[..., members],
             heads[..., members],
             max_error=max_error,
             max_cost=max_density if max_time is None else max_time,
             fixed=None if group is None else group[..., members],
+            kinds=[held.kinds[index] for index in palette.members],
             share=self.share,
             weight=self.weight,
             option="--density" if max_time is None else "--max-time",
@@ -142,16 +154,16 @@ class _Terms:
         choice = members[found.choice]
         taken = choice.unsqueeze(-1)
         wrong = error.gather(-1, taken).sum((1, 2))
-        change = None if self.weight is None else float(wrong @ self.weight)
-        judged = found.error if change is None else change
+        change = None if self.weight is None else float(counts.gather(-1, taken).sum((1, 2)) @ self.weight)
+        reached = float(wrong @ self.share) ** 0.5
         cost = float(density.gather(-1, taken).mean((1, 2)) @ self.share)
         time = _time(held, seen, choice, self.share, palette.hoisted) if held.has_times else None
-        found = replace(found, choice=choice, cost=cost, time=time, change=change)
-        return cost if max_error is not None else judged, found
+        found = replace(found, choice=choice, error=reached, cost=cost, time=time, change=change)
+        return cost if max_error is not None else (reached if change is None else change), found
 
 
 def _time(held: Statistics, seen: Tensor, choice: Tensor, share: Tensor, hoisted: bool) -> float:
     """Predicted time of attention, as a share of dense attention's; choice int64 `[I, H]` of the calls seen."""
     heads, group = (time[seen] for time in held.mean_time(hoisted))
-    used = torch.zeros_like(group).scatter_(1, choice, 1.0)
-    return float((heads.gather(-1, choice.unsqueeze(-1)).mean((1, 2)) + (group * used).sum(1)) @ share)
+    alone = heads.gather(-1, choice.unsqueeze(-1)).mean((1, 2))
+    return float((alone + shared_cost(group, choice, held.kinds)) @ share)

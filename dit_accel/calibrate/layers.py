@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,8 +39,6 @@ class LayerObserver(Observer):
     Raises:
         ConfigError: a static method, whose plans all layers share anyway.
     """
-
-    takes_time: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -5,12 +5,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_accel.calibrate.clock import layer_times
 from dit_accel.calibrate.statistics import Statistics
 from dit_accel.engine import DenseCall
 from dit_accel.layout import TokenLayout
@@ -39,9 +38,6 @@ class Observer:
         starts: first steps of the later ranges of steps that are kept apart.
     """
 
-    takes_time: ClassVar[bool] = True
-    """Whether each layer's first call is also timed, whole, under every candidate."""
-
     def __init__(
         self,
         candidates: Sequence[Method],
@@ -57,7 +53,6 @@ class Observer:
         self._generator = torch.Generator().manual_seed(seed)
         self._memory: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._generation = -1
-        self._timed: set[tuple[str, int]] = set()
         self._static: OrderedDict[tuple[int, TokenLayout], Planned] = OrderedDict()
 
     @torch.no_grad()
@@ -79,10 +74,6 @@ class Observer:
         sums.error[at, layer] += (wrong / whole).double().cpu()
         sums.density[at, layer] += density.double().cpu()
         sums.calls[at, layer] += 1
-        if self.takes_time and (seen.component, layer) not in self._timed:
-            self._timed.add((seen.component, layer))
-            sums.time[layer] += layer_times(self.candidates, seen)
-            sums.timings[layer] += 1
 
     def _measure(self, seen: DenseCall, real: Tensor) -> tuple[Tensor, Tensor]:
         """Squared errors and densities of one call, `[H, candidates]` each.
@@ -119,10 +110,12 @@ class Observer:
 
     def _call(self, index: int, seen: DenseCall) -> CallContext:
         """The call as the engine would describe it to a candidate, with what the candidate keeps over steps."""
-        state, key = seen.state, (index, seen.component, seen.state.branch)
-        memory = self._memory.setdefault((*key, seen.layer), {})
-        shared = self._memory.setdefault(key, {})
-        return CallContext(seen.layout, seen.layer, state.step, state.noise, state.branch, memory, shared)
+        state, key = seen.state, (index, seen.component)
+        own = [(*key, state.branch, seen.layer), (*key, state.branch), (*key, seen.layer)]
+        memory, shared, branches = (self._memory.setdefault(each, {}) for each in own)
+        call = CallContext(seen.layout, seen.layer, state.step, state.noise, state.branch, memory, shared)
+        call.branches = branches
+        return call
 
     def _plan(self, index: int, method: Method, seen: DenseCall, call: CallContext) -> Planned:
         """Order and plan on the device; those of a static method are kept."""

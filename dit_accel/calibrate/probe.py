@@ -38,7 +38,7 @@ def probe(
         clips: dense pictures by number of prompt, float `[T, H, W, 3]` in [0, 1]. Default: they are made anew.
     """
     clips = {} if clips is None else clips
-    cells = list(product(range(len(plan.prompts)), range(plan.ranges), range(held.change.shape[1])))
+    cells = list(product(range(len(plan.prompts)), range(plan.ranges), range(held.change.shape[2])))
     todo = [] if held.probe is None else [cell for cell in cells if cell not in held.probed]
     for place, (number, at, part) in enumerate(todo):
         tell(f"probe {len(cells) - len(todo) + place + 1} of {len(cells)}")
@@ -46,7 +46,7 @@ def probe(
             clips[number] = _generate(pipe, plan, number, inputs, method="dense")
         made = _generate(pipe, plan, number, inputs, **_erring(plan, held, at, part))
         held = held.copy()
-        held.change[at, part] += float(np.square(made - clips[number]).mean())
+        held.change[number, at, part] = float(np.square(made - clips[number]).mean())
         held.probed.append((number, at, part))
         held.save(path, plan.plain_settings())
     return held
@@ -60,7 +60,7 @@ def _generate(pipe: Any, plan: Plan, number: int, inputs: dict[str, Any] | None,
 def _erring(plan: Plan, held: Statistics, at: int, part: int) -> dict[str, Any]:
     """What makes one part of the layers run the probe's candidate in one range of steps."""
     count, steps = held.calls.shape[1], plan.generation.num_inference_steps
-    layers = layer_parts(count, held.change.shape[1])[part]
+    layers = layer_parts(count, held.change.shape[2])[part]
     first, second = (
         schedule and only(schedule, steps, plan.steps_of(at), count, layers)
         for schedule in (plan.preset.schedule, plan.preset.schedule_2)

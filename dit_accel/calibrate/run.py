@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dit_accel.acceleration import accelerate
+from dit_accel.calibrate.alone import run_alone
 from dit_accel.calibrate.layers import LayerGroups, LayerObserver, solve_groups
 from dit_accel.calibrate.observer import Observer
 from dit_accel.calibrate.probe import probe
@@ -19,11 +20,13 @@ from dit_accel.calibrate.statistics import Statistics, layer_parts
 from dit_accel.errors import ConfigError
 from dit_accel.families.registry import family_of
 from dit_accel.generation import call_pipeline
+from dit_accel.head_densities import without_density
 from dit_accel.methods.base import Method
 from dit_accel.presets import Generation, Preset
 from dit_accel.schedule import Schedule
 
 DEFAULT_CANDIDATES = (
+    "composed:order=raster,density=0.05,remainder=drop",
     "composed:density=0.1",
     "composed:density=0.2",
     "aurora:density=0.05",
@@ -55,6 +58,8 @@ class Plan:
         ranges: ranges of steps that are measured and solved apart; those that are dense in all layers belong to none.
         parts: consecutive parts of the layers whose effect on the picture is probed, one generation for each part and
             range of steps of every prompt. Default 0: errors of all layers and steps count alike.
+        alone: also run every candidate alone, for its time and what it does to the picture: a generation for each and
+            prompt. Statistics without these runs serve a plan with them, which adds them. Default False.
     """
 
     preset: Preset
@@ -68,6 +73,7 @@ class Plan:
     weights: str = ""
     ranges: int = 1
     parts: int = 0
+    alone: bool = False
 
     def steps_of(self, at: int) -> range:
         """The steps of one of the ranges, of those that some schedule does not keep dense as equal as can be."""
@@ -91,6 +97,12 @@ class Plan:
         if self.ranges > 1 and not all(found):
             raise ConfigError("--step-ranges", f"expected no more than the steps that are not dense, got {self.ranges}")
         return tuple(steps.start for steps in found[1:])
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """A number for each candidate, the same for those whose heads run in one call: all but density is alike."""
+        left = [without_density(method) for method in self.candidates.values()]
+        return tuple(left.index(each) for each in left)
 
     def plain_settings(self) -> dict[str, Any]:
         """Plain values that say whether statistics belong to this plan, as JSON gives them back."""
@@ -161,6 +173,7 @@ def measure(
     if held is None:
         raise ValueError("calibration needs at least one prompt")
     held = probe(pipe, plan, held, path, tell, inputs, clips)
+    held = run_alone(pipe, plan, held, path, tell, inputs) if plan.alone else held
     tell(f"measured {len(held.done)} prompts in {held.seconds:.0f} s; statistics: {path}")
     return held
 
@@ -171,7 +184,8 @@ def _empty(pipe: Any, plan: Plan) -> Statistics:
     if plan.layer_reuse:
         return Statistics.empty(len(layers), 1, plan.layer_reuse + 1)
     parts = len(layer_parts(len(layers), plan.parts))
-    return Statistics.empty(len(layers), layers[0].module.heads, len(plan.candidates), plan.ranges, parts)
+    sizes = (len(layers), layers[0].module.heads, len(plan.candidates), plan.ranges, parts, len(plan.prompts))
+    return Statistics.empty(*sizes, kinds=plan.kinds)
 
 
 def _progress(number: int, prompt: str, plan: Plan, held: Statistics | None) -> str:

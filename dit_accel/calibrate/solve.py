@@ -1,15 +1,16 @@
 """The cheapest assignment of candidates to heads under a budget of error, or the most faithful one under one of cost.
 
-An item is a layer in a range of steps. What its heads may take together are its options: one candidate for all, or two
-that share the heads, or any candidate per head; each option has an error and a cost, which includes what every further
-group of heads costs. Items and options are a multiple-choice knapsack: the options on the lower convex hull of (cost,
+An item is a layer in a range of steps. Candidates of one kind run in one call; kinds that share a layer cost extra.
+What the heads of an item may take together are its options: those of one kind, of two kinds, or any, each a walk along
+the heads' hulls. Items and options are a multiple-choice knapsack: the options on the lower convex hull of (cost,
 error) are walked over all items in the order of error saved per cost, which is at most one step of one item away from
-the optimum. Then single items change as long as that helps. Every uniform assignment is a start of its own, so none
-of them is better by the same figures.
+the optimum. Then single items change as long as that helps. Every uniform assignment is a start of its own, so none of
+them is better by the same figures.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
@@ -62,6 +63,7 @@ def solve(
     max_error: float | None = None,
     max_cost: float | None = None,
     fixed: Tensor | None = None,
+    kinds: Sequence[int] | None = None,
     share: Tensor | None = None,
     weight: Tensor | None = None,
     option: str = "--density",
@@ -74,8 +76,9 @@ def solve(
         max_error: budget for the root of the mean over items of the squared relative error. The cheapest assignment
             within it is taken.
         max_cost: budget for the mean cost over all heads. The most faithful assignment within it is taken.
-        fixed: what an item pays for every candidate that some of its heads take, `[items, candidates]`, beside the mean
-            over its heads. Default: nothing; every head then takes what is best for it.
+        fixed: what an item pays for every kind that only some of its heads take, `[items, candidates]`, alike for all
+            candidates of a kind. Default: nothing; every head then takes what is best for it.
+        kinds: the kind of each candidate. Default: each is one of its own.
         share: share of each item in the means, `[items]`, sums to 1. Default: the same for all.
         weight: what the squared error of an item counts for under `max_cost`, `[items]`. Default: its share.
         option: how the user gives the budget of cost, for messages.
@@ -90,7 +93,8 @@ def solve(
     share = torch.full((items,), 1 / items, dtype=torch.float64) if share is None else share.double()
     weight = share if weight is None or max_cost is None else weight.double()
     paid = None if fixed is None else fixed.double() * share[:, None]
-    options = _options(error * weight[:, None, None], cost.mul(share[:, None, None]) / cost.shape[1], paid)
+    kinds = tuple(range(candidates)) if kinds is None else tuple(kinds)
+    options = _options(error * weight[:, None, None], cost.mul(share[:, None, None]) / cost.shape[1], paid, kinds)
     limit = max_cost if max_cost is not None else (max_error or 0.0) ** 2
     value, spent = (options.error, options.cost) if max_cost is not None else (options.cost, options.error)
     starts = [_walk(options, items, max_error, max_cost), *_uniform(options, items, candidates)]
@@ -115,35 +119,45 @@ def _check(reached: Assignment, max_error: float | None, max_cost: float | None,
         )
 
 
-def _options(error: Tensor, cost: Tensor, fixed: Tensor | None) -> _Options:
+def _options(error: Tensor, cost: Tensor, fixed: Tensor | None, kinds: tuple[int, ...]) -> _Options:
     """The options of all items that no other option of the item beats, from errors and costs `[I, H, C]`."""
     items, heads, candidates = error.shape
     rows = torch.arange(items)
     uniform = torch.arange(candidates).repeat_interleave(heads).view(candidates, heads)
     found = [(rows.repeat_interleave(candidates), uniform.repeat(items, 1))]
-    if fixed is not None and heads > 1:
-        for first, second in combinations(range(candidates), 2):
-            shared = _shared(error[..., [first, second]], cost[..., [first, second]])
-            choice = torch.where(shared, second, first).flatten(0, 1)
-            found.append((rows.repeat_interleave(heads - 1), choice))
-    each = [_per_head(error[i], cost[i]) for i in range(items)]
-    found.append((torch.repeat_interleave(rows, torch.tensor([len(c) for c in each])), torch.cat(each)))
+    for members in _palettes(kinds, fixed is None or heads == 1):
+        index = torch.tensor(members)
+        each = [index[_per_head(error[i][:, index], cost[i][:, index])] for i in range(items)]
+        found.append((torch.repeat_interleave(rows, torch.tensor([len(c) for c in each])), torch.cat(each)))
     item, choice = torch.cat([i for i, _ in found]), torch.cat([c for _, c in found])
     chosen = choice.unsqueeze(-1)
     wrong = error[item].gather(-1, chosen).sum((1, 2))
     paid = cost[item].gather(-1, chosen).sum((1, 2))
     if fixed is not None:
-        used = torch.zeros(len(item), candidates, dtype=torch.bool).scatter_(1, choice, True)
-        paid = paid + (fixed[item] * used).sum(-1)
+        paid = paid + shared_cost(fixed[item], choice, kinds)
     return _undominated(_Options(item, choice, wrong, paid), items)
 
 
-def _shared(error: Tensor, cost: Tensor) -> Tensor:
-    """Which heads take the second of two candidates, bool `[I, H - 1, H]`: one head, two, and so on, best first."""
-    heads = error.shape[1]
-    saved, paid = error[..., 0] - error[..., 1], cost[..., 1] - cost[..., 0]
-    rank = (saved / paid.clamp(min=1e-12)).argsort(-1, descending=True).argsort(-1)
-    return rank[:, None, :] < torch.arange(1, heads)[None, :, None]
+def _palettes(kinds: tuple[int, ...], any_mixture: bool) -> list[list[int]]:
+    """Candidates that the heads of an item may take together: of each kind, of each two, and all of them."""
+    different = list(dict.fromkeys(kinds))
+    subsets = [] if any_mixture else [{one} for one in different] + [{*pair} for pair in combinations(different, 2)]
+    members = [[index for index, kind in enumerate(kinds) if kind in subset] for subset in subsets]
+    every = list(range(len(kinds)))
+    return [each for each in members if len(each) > 1 and each != every] + [every]
+
+
+def shared_cost(fixed: Tensor, choice: Tensor, kinds: Sequence[int]) -> Tensor:
+    """What items pay for the kinds that share them, `[K]`; none where all heads take one kind.
+
+    Args:
+        fixed: for every candidate, alike within a kind, `[K, C]`.
+        choice: the candidate of each head, int64 `[K, H]`.
+        kinds: the kind of each candidate.
+    """
+    lead = torch.tensor([list(kinds).index(kind) for kind in kinds])
+    used = torch.zeros(fixed.shape, dtype=torch.bool).scatter_(1, lead[choice], True)
+    return torch.where(used.sum(-1) > 1, (fixed * used).sum(-1), 0.0)
 
 
 def _per_head(error: Tensor, cost: Tensor) -> Tensor:
@@ -214,12 +228,12 @@ def _uniform(options: _Options, items: int, candidates: int) -> list[Tensor]:
 
 def _improve(value: Tensor, spent: Tensor, item: Tensor, chosen: Tensor, limit: float) -> Tensor:
     """Change the item that lowers `value` most while `spent` keeps the limit, until none does."""
-    chosen = chosen.clone()
+    chosen, least = chosen.clone(), 1e-12 * float(value.max())  # what rounding may feign
     while True:
         gain = value - value[chosen][item]
         gain = gain.masked_fill(spent - spent[chosen][item] > limit - spent[chosen].sum(), 0.0)
         best = int(gain.argmin())
-        if float(gain[best]) >= -1e-15:
+        if float(gain[best]) >= -least:
             return chosen
         chosen[item[best]] = best
 

@@ -14,53 +14,71 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dit_accel.calibrate.clock import TIMES
 from dit_accel.errors import ConfigError
 
-FORMAT = "dit_accel.calibration/3"
+FORMAT = "dit_accel.calibration/4"
 
-_SUMS = ("error", "density", "calls", "time", "timings", "change")
+_TENSORS = ("error", "density", "calls", "change", "alone_change", "time", "dense_time")
 _EXACT = 1e-6
 
 
 @dataclass
 class Statistics:
-    """Sums over the calls seen, fp64 on the CPU. Axes: P ranges of steps, L layers, H heads, C candidates, G parts.
+    """Sums over the calls seen, and what runs showed, fp64 on the CPU.
+
+    Axes: N prompts, P ranges of steps, L layers, H heads, C candidates, G parts of the layers.
 
     Args:
         error: squared error of a head under a candidate, relative to the squared output of all heads of its layer,
-            `[P, L, H, C]`.
-        density: share of pairs that the candidate computed, `[P, L, H, C]`.
+            `[P, L, H, C]`, summed.
+        density: share of pairs that the candidate computed, `[P, L, H, C]`, summed.
         calls: calls seen, `[P, L]`.
-        time: times of the layer under a candidate, see `layer_times`, `[L, 4, C]`.
-        timings: calls that were timed, `[L]`.
         change: mean squared change of the picture when a part of the layers runs the probe candidate in a range of
-            steps and all else runs dense, `[P, G]`; G is 0 where no probes are made.
+            steps and all else runs dense, `[N, P, G]`; G is 0 where no probes are made.
+        alone_change: the same when a candidate runs in all heads, layers and steps, `[N, C]`.
+        time: time of attention as a share of dense attention's, `[N, 3, C]`: under a candidate, without ordering; of
+            ordering; with the first candidate of a kind in every second head, dense in the others, ordering included.
+        dense_time: time of dense attention per time of all else in its step, `[N]`.
+        kinds: for each candidate a number that candidates share whose heads run in one call.
         done: prompts that are in the sums.
         probed: prompt, range of steps and part of each probe that is in `change`.
+        alone: prompts under which all candidates have run alone.
         seconds: time that the prompts took.
     """
 
     error: Tensor
     density: Tensor
     calls: Tensor
-    time: Tensor
-    timings: Tensor
     change: Tensor
+    alone_change: Tensor
+    time: Tensor
+    dense_time: Tensor
+    kinds: tuple[int, ...]
     done: list[int] = field(default_factory=list)
     probed: list[tuple[int, int, int]] = field(default_factory=list)
+    alone: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
     @classmethod
-    def empty(cls, layers: int, heads: int, candidates: int, ranges: int = 1, parts: int = 0) -> Statistics:
-        """All sums zero."""
+    def empty(
+        cls,
+        layers: int,
+        heads: int,
+        candidates: int,
+        ranges: int = 1,
+        parts: int = 0,
+        prompts: int = 1,
+        kinds: tuple[int, ...] | None = None,
+    ) -> Statistics:
+        """Nothing seen. `kinds`: default: each candidate is one of its own."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64)
 
         sums = (zeros(ranges, layers, heads, candidates), zeros(ranges, layers, heads, candidates))
-        times = (zeros(layers, len(TIMES), candidates), zeros(layers))
-        return cls(*sums, zeros(ranges, layers), *times, zeros(ranges, parts))
+        runs = (zeros(prompts, ranges, parts), zeros(prompts, candidates), zeros(prompts, 3, candidates))
+        kinds = tuple(range(candidates)) if kinds is None else kinds
+        return cls(*sums, zeros(ranges, layers), *runs, zeros(prompts), kinds)
 
     def mean_error(self) -> Tensor:
         """Mean over the calls of the squared relative error, fp64 `[P, L, H, C]`.
@@ -75,29 +93,25 @@ class Statistics:
 
     @property
     def has_times(self) -> bool:
-        """Whether every layer that was seen was timed."""
-        return bool((self.timings[self.calls.sum(0) > 0] > 0).all())
+        """Whether candidates have run alone."""
+        return bool(self.alone)
 
     def mean_time(self, hoisted: bool = False) -> tuple[Tensor, Tensor]:
-        """Time of heads as a share of that of dense attention in their layer, and what each group of heads adds.
-
-        Layers are timed by one call each and do the same work per pair, so both rest on the median over the layers: a
-        layer that happened to be timed well would attract what it is not good for.
+        """Time of heads as a share of dense attention's, and what each kind adds to a layer that it shares with others.
 
         Args:
-            hoisted: without the order, which is then applied once per pass.
+            hoisted: without ordering, which is then done once per pass.
 
         Returns:
-            fp64 `[P, L, H, C]`, in proportion to the densities of the heads; fp64 `[P, L, C]`. The mean of the first
-            over the heads and the second make the time of a layer under one candidate.
+            fp64 `[P, L, H, C]`, in proportion to the densities of the heads; fp64 `[P, L, C]`, the same for candidates
+            of one kind. The mean of the first over the heads is the time of a layer.
         """
-        timed = self.timings > 0
-        time = self.time[timed] / self.timings[timed][:, None, None]
-        whole, half = (time[:, at] if hoisted else time[:, at] + time[:, at + 1] for at in (0, 2))
-        alone, density, seen = whole.quantile(0.5, 0), self.mean_density(), self.calls > 0
-        group = torch.minimum((2 * half - whole).quantile(0.5, 0).clamp(min=0), alone)
+        rest, order, mixed = self.time[self.alone].median(0).values
+        alone, density, seen = rest + (0.0 if hoisted else order), self.mean_density(), self.calls > 0
+        leads = torch.tensor([self.kinds.index(kind) for kind in self.kinds])
+        group = torch.where(mixed > 0, mixed - (rest + order + 1) / 2, 0.0).clamp(min=0)[leads]
         over_all = density[seen].mean((0, 1)).clamp(min=1e-12)
-        return (alone - group) * density / over_all, group.expand(*self.calls.shape, -1)
+        return alone * density / over_all, group.expand(*self.calls.shape, -1)
 
     @property
     def probe(self) -> int | None:
@@ -107,28 +121,54 @@ class Statistics:
         return ranked[len(ranked) // 2] if ranked else None
 
     def weight(self) -> Tensor | None:
-        """Mean squared change of the picture per squared relative error of a layer, fp64 `[P, L]`; None: not probed."""
+        """Mean squared change of the picture per squared relative error of a layer, fp64 `[P, L]`; None: not probed.
+
+        Prompts count alike, however much their pictures change.
+        """
         if not self.probed or self.probe is None:
             return None
+        change = self.change[sorted({number for number, _, _ in self.probed})]
+        scale = change.mean((1, 2), keepdim=True).clamp(min=1e-30)
+        change = (change / scale).mean(0) * scale.log().mean().exp()
         caused = self.mean_error()[..., self.probe].sum(2)
         weights = torch.zeros_like(caused)
-        for part, layers in enumerate(layer_parts(caused.shape[1], self.change.shape[1])):
-            change = self.change[:, part] / len({number for number, _, _ in self.probed})
-            weights[:, layers] = (change / caused[:, layers].sum(1).clamp(min=1e-12))[:, None]
+        for part, layers in enumerate(layer_parts(caused.shape[1], self.change.shape[2])):
+            weights[:, layers] = (change[:, part] / caused[:, layers].sum(1).clamp(min=1e-12))[:, None]
         return weights
+
+    def effect(self, weight: Tensor) -> Tensor | None:
+        """What candidates of a kind change the picture by, over what their errors, so weighed, add up to, fp64 `[C]`.
+
+        Guidance multiplies what differs between its branches, and errors of different calls may be alike; kinds differ
+        in both. None where no candidate has run alone.
+
+        Args:
+            weight: what the squared error of a layer counts for, `[P, L]`.
+        """
+        if not self.alone:
+            return None
+        predicted = (self.mean_error().sum(2) * weight[..., None]).sum((0, 1))
+        found = self.alone_change[self.alone].clamp(min=1e-12).log().mean(0).exp() / predicted.clamp(min=1e-30)
+        errs = self.mean_error().sum(2)[self.calls > 0].mean(0) > _EXACT
+        effect = torch.ones_like(found)
+        for kind in set(self.kinds):
+            mine = torch.tensor([each == kind for each in self.kinds]) & errs
+            if mine.any():
+                effect[mine] = found[mine].log().mean().exp()
+        return effect
 
     def copy(self) -> Statistics:
         """Sums that can be added to without touching these."""
-        sums = {name: getattr(self, name).clone() for name in _SUMS}
-        return replace(self, **sums, done=list(self.done), probed=list(self.probed))
+        tensors = {name: getattr(self, name).clone() for name in _TENSORS}
+        return replace(self, **tensors, done=list(self.done), probed=list(self.probed), alone=list(self.alone))
 
     def save(self, path: Path, settings: dict[str, Any]) -> None:
         """Write to `path`, complete or not at all, with the settings that the sums belong to."""
-        tensors = {name: getattr(self, name) for name in _SUMS}
-        told = {"done": self.done, "probed": self.probed, "seconds": self.seconds}
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        told = {"done": self.done, "probed": self.probed, "alone": self.alone, "seconds": self.seconds}
         temporary = path.with_name(path.name + ".tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
-        head = json.dumps({"format": FORMAT, "settings": settings, **told})
+        head = json.dumps({"format": FORMAT, "settings": settings, "kinds": self.kinds, **told})
         save_file(tensors, temporary, metadata={"head": head})
         os.replace(temporary, path)
 
@@ -142,7 +182,7 @@ class Statistics:
         try:
             with safe_open(str(path), framework="pt") as file:
                 head = json.loads((file.metadata() or {})["head"])
-                sums = [file.get_tensor(name) for name in _SUMS] if head.get("format") == FORMAT else []
+                sums = [file.get_tensor(name) for name in _TENSORS] if head.get("format") == FORMAT else []
         except (SafetensorError, KeyError, ValueError, OSError) as fault:
             raise ConfigError(str(path), f"cannot be read as statistics of a calibration: {fault}") from None
         found = head.get("settings", {})
@@ -153,8 +193,10 @@ class Statistics:
                 str(path), f"holds another calibration (differs in {what}); use another file or remove it"
             )
         probed = [(int(number), int(at), int(part)) for number, at, part in head["probed"]]
-        named = dict(zip(_SUMS, sums, strict=True))
-        return cls(**named, done=list(head["done"]), probed=probed, seconds=float(head["seconds"]))
+        named = dict(zip(_TENSORS, sums, strict=True))
+        done, alone = list(head["done"]), list(head["alone"])
+        kinds, seconds = tuple(head["kinds"]), float(head["seconds"])
+        return cls(**named, kinds=kinds, done=done, probed=probed, alone=alone, seconds=seconds)
 
 
 def layer_parts(layers: int, parts: int) -> list[slice]:

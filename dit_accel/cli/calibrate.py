@@ -18,7 +18,7 @@ def calibrate(
     ] = None,
     preset: Annotated[str, typer.Option(help="Preset that gives model, sizes and schedule.")] = "tiny-wan",
     candidates: Annotated[
-        list[str] | None, typer.Option(help="METHOD[:KEY=VALUE,...], once per candidate. Default: a palette of ten.")
+        list[str] | None, typer.Option(help="METHOD[:KEY=VALUE,...], once per candidate. Default: a palette of eleven.")
     ] = None,
     prompts: Annotated[list[str] | None, typer.Option(help="Prompts. Default: captions (small model).")] = None,
     num_prompts: Annotated[int, typer.Option(help="How many captions.", min=1)] = 2,
@@ -92,7 +92,8 @@ def calibrate(
     pipe = load_pipeline(model or base.repository, device, dtype)
     inputs = read_inputs(base, given)
     common = (base, methods, texts, generation, seed, share, every, layer_reuse, fingerprint(pipe))
-    plan = Plan(*common) if layer_reuse else Plan(*common, step_ranges or (3 if probes else 1), probes)
+    ranges = step_ranges or (3 if probes else 1)
+    plan = Plan(*common) if layer_reuse else Plan(*common, ranges, probes, alone=max_time is not None)
     path = output.with_suffix(".safetensors")
 
     def tell(line: str) -> None:

@@ -21,6 +21,7 @@ class AtEqualTime:
         gain: median over the prompts of what the line is closer by, dB; None likewise.
         wins: prompts on which the line is closer.
         prompts: of all.
+        is_same: some preset of the line makes the very same pictures.
     """
 
     candidate: str
@@ -30,6 +31,7 @@ class AtEqualTime:
     gain: float | None
     wins: int
     prompts: int
+    is_same: bool = False
 
 
 def at_equal_time(rows: Sequence[Mapping[str, Any]], line: Sequence[str], others: Sequence[str]) -> list[AtEqualTime]:
@@ -64,6 +66,7 @@ def at_equal_time(rows: Sequence[Mapping[str, Any]], line: Sequence[str], others
                 gain=median(gains) if gains else None,
                 wins=sum(gain > 0 for gain in gains),
                 prompts=len(near[name]),
+                is_same=any(near[name] == psnr for _, psnr in points),
             )
         )
     return found
@@ -85,16 +88,20 @@ def equal_time_table(found: Sequence[AtEqualTime], what: str) -> str:
     text = [f"| uniform | ratio | PSNR dB | {what} at that time | closer by | on prompts |", "|---" * 6 + "|"]
     for row in found:
         cells = [row.candidate, f"{row.ratio:.2f}x", f"{row.psnr:.2f}"]
-        if row.line_psnr is None or row.gain is None:
+        if row.is_same:
+            cells += ["the same preset", "", ""]
+        elif row.line_psnr is None or row.gain is None:
             cells += [f"none is as fast as {row.ratio:.2f}x", "", ""]
         else:
             cells += [f"{row.line_psnr:.2f}", f"{row.gain:+.2f} dB", f"{row.wins} of {row.prompts}"]
         text.append(f"| {' | '.join(cells)} |")
-    judged = [row for row in found if row.gain is not None]
+    judged = [row for row in found if row.gain is not None and not row.is_same]
     lost = [row.candidate for row in judged if row.gain is not None and row.gain <= 0]
-    fast = [row.candidate for row in found if row.gain is None]
+    same = [row.candidate for row in found if row.is_same]
+    fast = [row.candidate for row in found if row.gain is None and not row.is_same]
     verdict = f"At equal time the {what} presets are closer to dense than {len(judged) - len(lost)} of {len(judged)} "
     verdict += "uniform presets"
     verdict += f"; not closer than {', '.join(lost)}" if lost else ""
+    verdict += f"; the same as one of them: {', '.join(same)}" if same else ""
     verdict += f"; not compared, for they are faster than every {what} preset: {', '.join(fast)}" if fast else ""
     return "\n".join([*text, "", verdict + "."]) + "\n"

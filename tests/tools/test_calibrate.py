@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from calibration_cases import LAYOUT, METHODS, SIZES, small_plan
 
 import dit_accel
+from dit_accel.calibrate import alone
 from dit_accel.calibrate import run as calibration
+from dit_accel.calibrate.alone import DENSE, runs_of, times_beside_the_rest
 from dit_accel.calibrate.assign import assign
-from dit_accel.calibrate.clock import layer_times
 from dit_accel.calibrate.observer import Observer, take_query_blocks
 from dit_accel.calibrate.probe import only
 from dit_accel.calibrate.run import measure
@@ -24,6 +26,7 @@ from dit_accel.errors import ConfigError
 from dit_accel.kernels import block_attention
 from dit_accel.methods.registry import get_method
 from dit_accel.presets import Generation, load_preset
+from dit_accel.report import CallRecord
 from dit_accel.samples.tiny_random import random_wan_pipeline
 from dit_accel.schedule import Schedule
 from dit_accel.state import CallContext, RunState
@@ -182,22 +185,72 @@ def test_ranges_of_steps_part_those_that_are_not_dense():
         _ = small_plan(ranges=3).starts
 
 
-def test_times_are_those_of_the_whole_layer_and_of_half_its_heads():
-    seen = dense_call()
-    found = layer_times(list(METHODS.values()), seen)
-    assert found.shape == (4, len(METHODS))
-    assert (found[[0, 2]] > 0).all()
-    assert found[1, 3] == found[3, 3] == 0  # dense has no order
-    assert found[1, 0] > 0  # tiles have
+def call_of(step, layer, order=0.0, select=0.0, attend=0.0):
+    record = CallRecord("transformer", layer, step, "cond", 0, "dense", None)
+    record._marks = {"order": [order], "select": [select], "attend": [attend]}
+    return record
 
 
-def test_every_layer_is_timed_once_per_prompt(tmp_path):
-    found = measure(random_wan_pipeline(), small_plan(share=1.0), tmp_path / "s.safetensors", lambda line: None)
-    seen = found.calls.sum(0) > 0
-    assert found.timings[seen].tolist() == [2.0] * int(seen.sum())
-    assert (found.time[seen][:, [0, 2]] > 0).all()
-    again = Statistics.load(tmp_path / "s.safetensors", small_plan(share=1.0).settings())
+def test_times_are_those_of_the_measured_calls_beside_the_rest_of_their_step():
+    # The machine is half as fast in the last step; the first is dense, and so is layer 1.
+    calls = [call_of(0, 0, attend=900.0), call_of(1, 0, 10.0, 20.0, 70.0), call_of(1, 1, attend=400.0)]
+    calls += [call_of(2, 0, 20.0, 40.0, 140.0), call_of(2, 1, attend=800.0)]
+    whole, order = times_beside_the_rest(calls, [1.5, 1.5, 3.0], {(1, 0), (2, 0)})
+    assert (whole, order) == (pytest.approx(0.09), pytest.approx(0.01))
+
+
+def test_every_candidate_runs_alone_and_a_killed_calibration_goes_on(tmp_path, monkeypatch):
+    methods = {"few": get_method("composed", tile=(2, 3, 3), density=0.3), "bands": METHODS["bands"]}
+    methods |= {"more": get_method("composed", tile=(2, 3, 3), density=0.6), "dense": METHODS["dense"]}
+    plan, pipe, path = small_plan(candidates=methods, alone=True), random_wan_pipeline(), tmp_path / "s.safetensors"
+    assert plan.kinds == (0, 1, 0, 3)
+    runs = [(run.candidate, run.mixed) for run in runs_of(plan, plan.kinds) if run.prompt == 0]
+    assert runs == [(DENSE, False), (0, False), (1, False), (2, False), (0, True), (1, True)]
+    made, real = [], alone._generate
+
+    def counted(pipe, plan, held, run, inputs):
+        made.append(run)
+        if len(made) == 8:
+            raise KeyboardInterrupt
+        return real(pipe, plan, held, run, inputs)
+
+    monkeypatch.setattr(alone, "_generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        measure(pipe, plan, path, lambda line: None)
+    found = measure(pipe, plan, path, lambda line: None)
+    assert [run.prompt for run in made] == [0] * 6 + [1] * 2 + [1] * 6
+    assert found.alone == [0, 1]
+    assert (found.time[:, 0] > 0).all()
+    assert found.time[:, 0, 3].tolist() == [1.0, 1.0]
+    assert (found.time[:, 1, [0, 2]] > 0).all()  # tiles are put in order
+    assert (found.time[:, 1, 3] == 0).all()
+    assert (found.time[:, 2, :2] > 0).all()
+    assert found.alone_change[:, 3].tolist() == [0.0, 0.0]
+    assert (found.alone_change[:, :3] > 0).all()
+    again = Statistics.load(path, plan.settings())
     assert torch.equal(again.time, found.time)
+    assert (again.kinds, again.alone) == (plan.kinds, [0, 1])
+
+
+def test_branches_share_what_the_method_shares():
+    """The second branch errs as it does under the choice of the first."""
+    method = get_method("aurora", block=16, query_block=32, clusters=4, density=0.3)
+    statistics = Statistics.empty(1, 3, 1)
+    observer, call = Observer([method], Schedule(), statistics), CallContext(LAYOUT)
+    observer(dense_call(seed=0))
+    one = statistics.error.clone()
+    second = dense_call(seed=1)
+    second = replace(second, state=replace(second.state, branch="uncond"))
+    observer(second)
+    q, k, v = tensors(seed=0)
+    method.plan(LAYOUT, q, k, v, call)
+    q, k, v = second.q, second.k, second.v
+    other = CallContext(LAYOUT, branch="uncond", branches=call.branches)
+    order, plan = method.plan(LAYOUT, q, k, v, other)
+    out = order.restore(method.compute(*order.apply(q, k, v), plan, other))
+    real = (torch.arange(LAYOUT.tokens) < torch.tensor(LAYOUT.valid).unsqueeze(-1))[:, None]
+    expected = ((out - second.out).square().sum(-1) * real).sum((0, 2)) / (second.out.square().sum(-1) * real).sum()
+    torch.testing.assert_close((statistics.error - one)[0, 0, :, 0].float(), expected, rtol=1e-4, atol=1e-9)
 
 
 def test_the_preset_runs_and_keeps_the_predicted_density(tmp_path):

@@ -69,12 +69,16 @@ def test_an_impossible_budget_says_what_is_possible():
 
 def held(error, density=None, layers=2, heads=2, **sums):
     """Statistics of one range of steps, one call per layer, from errors per candidate."""
-    made = Statistics.empty(layers, heads, len(error), len(sums.get("calls", [0])), sums.pop("parts", 0))
+    kinds, probed, alone = sums.pop("kinds", None), sums.pop("probed", []), sums.pop("alone", [])
+    ranges = len(sums.get("calls", [0]))
+    made = Statistics.empty(layers, heads, len(error), ranges, sums.pop("parts", 0), sums.pop("prompts", 1), kinds)
     made.error[:] = torch.tensor(error)
     made.density[:] = torch.tensor(density or [0.4] * len(error))
     made.calls[:] = 1
+    made.alone_change[:] = made.error.sum(2).mean((0, 1))
     for name, values in sums.items():
         getattr(made, name)[:] = torch.tensor(values, dtype=torch.float64)
+    made.probed, made.alone = probed, alone
     return made
 
 
@@ -93,50 +97,64 @@ def test_layers_that_were_never_seen_do_not_count():
         assign(found, max_error=0.1, max_time=0.1)
 
 
-def times(*whole, order=0.0, group=0.0):
-    """Times of one layer: each group of heads costs `group`, the rest is in proportion to the heads."""
-    half = [(each + group) / 2 for each in whole]
-    return [list(whole), [order] * len(whole), half, [order / 2] * len(whole)]
+def timed(*rest, order=0.0, group=0.0):
+    """Times of one prompt: of attention without ordering, of ordering, and with dense heads in the same layer."""
+    mixed = [(each + order + 1) / 2 + group for each in rest]
+    return {"time": [[list(rest), [order] * len(rest), mixed]], "alone": [0]}
 
 
 def test_a_budget_of_time_takes_the_faithful_among_the_fast():
     """Two candidates of equal density: the one that is closer takes three times as long."""
-    found = held([0.04, 0.01, 0.0], time=times(0.2, 0.6, 1.0), timings=1.0)
+    found = held([0.04, 0.01, 0.0], **timed(0.2, 0.6, 1.0))
     assert assign(found, max_time=0.3).time == pytest.approx(0.3)
     assert sorted(assign(found, max_time=0.3).choice.flatten().tolist()) == [0, 0, 0, 1]
     assert assign(found, max_time=1.0).choice.unique().tolist() == [2]
     with pytest.raises(ConfigError, match=r"--max-time: expected at least 0\.2"):
         assign(found, max_time=0.1)
+    with pytest.raises(ConfigError, match="no times"):
+        assign(held([0.04, 0.0]), max_time=0.5)
 
 
-def test_a_group_of_heads_costs_what_two_halves_take_more_than_the_whole():
-    found = held([0.04, 0.0], time=times(0.2, 0.6, group=0.1), timings=1.0, layers=1)
+def test_kinds_that_share_a_layer_cost_more_than_each_in_the_whole_layer():
+    found = held([0.04, 0.0], **timed(0.2, 0.6, group=0.05), layers=1)
     heads, group = found.mean_time()
-    assert group.flatten().tolist() == pytest.approx([0.1, 0.1])
-    assert heads[0, 0, 0].tolist() == pytest.approx([0.1, 0.5])
+    assert group.flatten().tolist() == pytest.approx([0.05, 0.05])
+    assert heads[0, 0, 0].tolist() == pytest.approx([0.2, 0.6])
     assert assign(found, max_time=0.6).time == pytest.approx(0.6)
-    # Both methods in one layer: (0.1 + 0.5) / 2 and a group for each.
+    # Both in one layer: (0.2 + 0.6) / 2 and 0.05 for each.
     assert sorted(assign(found, max_time=0.5).choice.flatten().tolist()) == [0, 1]
     assert assign(found, max_time=0.5).time == pytest.approx(0.5)
     assert assign(found, max_time=0.49).choice.unique().tolist() == [0]
 
 
+def test_heads_of_one_kind_run_in_one_call_and_cost_nothing_more():
+    found = held([0.04, 0.0], **timed(0.2, 0.6, group=0.05), layers=1, kinds=(0, 0))
+    assert sorted(assign(found, max_time=0.4).choice.flatten().tolist()) == [0, 1]
+    assert assign(found, max_time=0.4).time == pytest.approx(0.4)
+
+
+def test_what_a_kind_costs_was_measured_with_its_first_candidate():
+    found = held([0.04, 0.01, 0.0], **timed(0.2, 0.4, 0.6, group=0.05), layers=1, kinds=(0, 0, 2))
+    found.time[0, 2, 1] = 0.0
+    assert found.mean_time()[1].flatten().tolist() == pytest.approx([0.05] * 3)
+
+
 def test_an_order_that_all_share_costs_the_layers_nothing():
-    found = held([0.04, 0.01, 0.0], time=times(0.2, 0.3, 0.6, order=0.1), timings=1.0, layers=1)
+    found = held([0.04, 0.01, 0.0], **timed(0.1, 0.2, 0.5, order=0.1), layers=1)
     assert assign(found, max_time=0.4).choice.unique().tolist() == [1]
     shared = [Palette((0, 2), hoisted=True), Palette((0, 1, 2), hoisted=False)]
-    best = assign(found, max_time=0.6, among=shared)
+    best = assign(found, max_time=0.5, among=shared)
     assert best.choice.unique().tolist() == [2]
-    assert best.time == pytest.approx(0.6)
+    assert best.time == pytest.approx(0.5)
 
 
-def test_one_layer_that_was_timed_well_attracts_nothing():
-    found = held([0.04, 0.0], layers=3, timings=1.0)
-    for layer, (group, order) in enumerate(((0.0, 0.0), (0.1, 0.2), (0.2, 0.4))):
-        found.time[layer] = torch.tensor(times(0.2, 0.6, group=group, order=order), dtype=torch.float64)
+def test_a_run_that_was_timed_well_attracts_nothing():
+    found = held([0.04, 0.0], layers=1, prompts=3, alone=[0, 1, 2])
+    for number, (rest, group, order) in enumerate(((0.0, 0.0, 0.1), (0.2, 0.1, 0.2), (0.3, 0.2, 0.9))):
+        found.time[number] = torch.tensor(timed(rest, 0.6, order=order, group=group)["time"][0], dtype=torch.float64)
     heads, group = found.mean_time()
-    torch.testing.assert_close(group, torch.full((1, 3, 2), 0.1, dtype=torch.float64))
-    torch.testing.assert_close(heads[0, :, 0], torch.tensor([[0.3, 0.7]] * 3, dtype=torch.float64))
+    torch.testing.assert_close(heads[0, :, 0], torch.tensor([[0.4, 0.8]], dtype=torch.float64))
+    assert group[0, 0, 0] == pytest.approx(0.1)
 
 
 def test_palettes_are_the_candidates_of_one_order_and_all():
@@ -148,7 +166,7 @@ def test_palettes_are_the_candidates_of_one_order_and_all():
 
 
 def test_heads_share_the_time_of_their_layer_by_density():
-    found = held([0.0], time=times(0.5), timings=1.0, layers=1)
+    found = held([0.0], **timed(0.5), layers=1)
     found.density[0, 0, :, 0] = torch.tensor([0.1, 0.3])
     assert found.mean_time()[0].flatten().tolist() == pytest.approx([0.25, 0.75])
 
@@ -157,35 +175,60 @@ def test_heads_share_the_time_of_their_layer_by_density():
 def test_no_uniform_assignment_within_the_budget_is_better(seed):
     generator = torch.Generator().manual_seed(seed)
     error, cost = torch.rand(2, 6, 3, 4, generator=generator)
-    group, weight = 0.2 * torch.rand(6, 4, generator=generator), torch.rand(6, generator=generator)
+    group, weight = 0.2 * torch.rand(6, 2, generator=generator), torch.rand(6, generator=generator)
+    group, kinds = group.repeat_interleave(2, 1), (0, 0, 2, 2)
     share = weight.flip(0) / weight.sum()
-    alone = (cost.mean(1) + group).mul(share[:, None]).sum(0)
+    alone = cost.mean(1).mul(share[:, None]).sum(0)
     worth = (error.sum(1) * weight[:, None]).sum(0)
     for limit in alone.tolist():
-        found = solve(error, cost, max_cost=limit + 1e-9, fixed=group, share=share, weight=weight)
+        found = solve(error, cost, max_cost=limit + 1e-9, fixed=group, kinds=kinds, share=share, weight=weight)
         value = (error.gather(-1, found.choice.unsqueeze(-1)).sum((1, 2)) * weight).sum()
         assert value <= worth[alone <= limit + 1e-9].min() + 1e-6
-        used = torch.zeros(6, 4).scatter_(1, found.choice, 1.0)
-        paid = cost.gather(-1, found.choice.unsqueeze(-1)).mean((1, 2)) + (group * used).sum(1)
+        used = torch.stack([(found.choice < 2).any(1), (found.choice >= 2).any(1)], 1)
+        paid = cost.gather(-1, found.choice.unsqueeze(-1)).mean((1, 2))
+        paid += (group[:, ::2].sum(1) * used.all(1)).float()
         assert found.cost == pytest.approx(float(paid @ share), abs=1e-6)
 
 
 def test_probes_let_errors_count_for_what_they_do_to_the_picture():
     """Both layers err alike; one of them changes the picture nine times as much."""
-    found = held([0.04, 0.0], [0.2, 1.0], heads=1, parts=2, change=[[0.09, 0.01]])
+    found = held([0.04, 0.0], [0.2, 1.0], heads=1, parts=2, change=[[[0.09, 0.01]]])
     found.probed = [(0, 0, 0), (0, 0, 1)]
     assert found.probe == 0
     torch.testing.assert_close(found.weight(), torch.tensor([[0.09, 0.01]], dtype=torch.float64) / 0.04)
     best = assign(found, max_density=0.6)
     assert best.choice.tolist() == [[[1], [0]]]
     assert best.change == pytest.approx(0.01)
-    found.change[:] = found.change.flip(1)
+    found.change[:] = found.change.flip(2)
     assert assign(found, max_density=0.6).choice.tolist() == [[[0], [1]]]
     assert assign(found, max_density=0.6, weighted=False).change is None
 
 
+def test_prompts_count_alike_in_probes_however_much_their_pictures_change():
+    probed = [(number, 0, part) for number in range(2) for part in range(2)]
+    found = held([0.04, 0.0], heads=1, parts=2, prompts=2, change=[[[0.09, 0.01]], [[0.02, 0.18]]], probed=probed)
+    # Shares 0.9 and 0.1 of the first, 0.1 and 0.9 of the second; the scale is the geometric mean.
+    expected = torch.tensor([[0.5, 0.5]], dtype=torch.float64) * 2 * (0.05 * 0.1) ** 0.5 / 0.04
+    torch.testing.assert_close(found.weight(), expected)
+
+
+def test_kinds_count_for_what_they_do_alone():
+    """The first candidate errs less call by call, but changes the picture more when it runs."""
+    sums = {"alone": [0], "kinds": (0, 1, 1), "heads": 1, "layers": 1}
+    found = held([0.01, 0.02, 0.01], [0.4, 0.4, 0.8], alone_change=[[0.3, 0.02, 0.01]], **sums)
+    share = torch.ones(1, 1, dtype=torch.float64)
+    assert found.effect(share).tolist() == pytest.approx([30.0, 1.0, 1.0])
+    best = assign(found, max_density=0.4)
+    assert best.choice.unique().tolist() == [1]
+    assert (best.change, best.error) == (pytest.approx(0.02), pytest.approx(0.02**0.5))
+    assert assign(found, max_density=0.4, weighted=False).choice.unique().tolist() == [0]
+    assert assign(found, max_error=0.1).choice.unique().tolist() == [0]  # a budget of error is one of single calls
+    found.alone = []
+    assert found.effect(share) is None
+
+
 def test_finalists_differ_and_the_closest_is_taken():
-    found = held([0.04, 0.01, 0.0], [0.2, 0.5, 1.0], heads=1, parts=2, change=[[0.09, 0.01]])
+    found = held([0.04, 0.01, 0.0], [0.2, 0.5, 1.0], heads=1, parts=2, change=[[[0.09, 0.01]]])
     found.probed = [(0, 0, 0), (0, 0, 1)]
     found.error[0, 1] *= 5
     plan = small_plan()

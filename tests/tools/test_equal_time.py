@@ -44,3 +44,12 @@ def test_the_verdict_counts_wins_and_names_losses_and_what_was_not_compared():
     assert "closer to dense than 1 of 2 uniform presets; not closer than better" in text
     assert "faster than every calibrated preset: faster." in text
     assert "| worse | 1.00x | 30.00 | 41.00 | +11.00 dB | 2 of 2 |" in text
+
+
+def test_a_preset_that_the_line_holds_is_neither_won_nor_lost():
+    made = rows(**LINE, same=(2.1, 30.0, 36.0), worse=(1.0, 30.0, 30.0))
+    found = at_equal_time(made, ["slow", "fast"], ["same", "worse"])
+    assert [row.is_same for row in found] == [True, False]
+    text = equal_time_table(found, "calibrated")
+    assert "| same | 2.10x | 33.00 | the same preset |  |  |" in text
+    assert "than 1 of 1 uniform presets; the same as one of them: same." in text
