@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from dit_accel.acceleration import accelerate
-from dit_accel.bench.timing import clock_for
 from dit_accel.calibrate.statistics import Statistics
 from dit_accel.generation import call_pipeline
 from dit_accel.methods.base import Method
@@ -104,11 +103,10 @@ def _generate(
     """The picture, and the time of attention without ordering, and of ordering."""
     method = get_method("dense") if run.candidate == DENSE else list(plan.candidates.values())[run.candidate]
     first, second = (s and _ruled(s, run, method, held) for s in (plan.preset.schedule, plan.preset.schedule_2))
-    clock = clock_for(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     # Hoisted or not, ordering is told apart.
     with accelerate(pipe, method=method, schedule=first, schedule_2=second, hoist=False) as acceleration:
         prompt, seed = plan.prompts[run.prompt], plan.seed + run.prompt
-        clip, times = call_pipeline(pipe, plan.generation, prompt, seed, inputs, clock=clock)
+        clip, times = call_pipeline(pipe, plan.generation, prompt, seed, inputs)
         calls = acceleration.report().calls
     return clip, times_beside_the_rest(calls, times["steps"], measured_calls(plan, held))
 
@@ -144,7 +142,7 @@ def times_beside_the_rest(
 
     Args:
         calls: of one run.
-        steps: seconds of each of its steps.
+        steps: seconds of each of its steps, by the wall clock, as the times of calls are.
         measured: step and layer.
     """
     spent = torch.zeros(len(steps), 3, dtype=torch.float64)  # all attention; that measured: rest, order

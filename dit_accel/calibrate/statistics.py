@@ -148,13 +148,15 @@ class Statistics:
         if not self.alone:
             return None
         predicted = (self.mean_error().sum(2) * weight[..., None]).sum((0, 1))
-        found = self.alone_change[self.alone].clamp(min=1e-12).log().mean(0).exp() / predicted.clamp(min=1e-30)
-        errs = self.mean_error().sum(2)[self.calls > 0].mean(0) > _EXACT
+        changes = self.alone_change[self.alone]
+        found = changes.clamp(min=1e-30).log().mean(0).exp() / predicted.clamp(min=1e-30)
+        # Where dense attention is faster, a candidate that would err ran dense.
+        errs = (self.mean_error().sum(2)[self.calls > 0].mean(0) > _EXACT) & (changes > 0).all(0)
         effect = torch.ones_like(found)
         for kind in set(self.kinds):
-            mine = torch.tensor([each == kind for each in self.kinds]) & errs
-            if mine.any():
-                effect[mine] = found[mine].log().mean().exp()
+            mine = torch.tensor([each == kind for each in self.kinds])
+            if (mine & errs).any():
+                effect[mine] = found[mine & errs].log().mean().exp()
         return effect
 
     def copy(self) -> Statistics:

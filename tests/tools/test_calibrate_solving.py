@@ -223,6 +223,8 @@ def test_kinds_count_for_what_they_do_alone():
     assert (best.change, best.error) == (pytest.approx(0.02), pytest.approx(0.02**0.5))
     assert assign(found, max_density=0.4, weighted=False).choice.unique().tolist() == [0]
     assert assign(found, max_error=0.1).choice.unique().tolist() == [0]  # a budget of error is one of single calls
+    found.alone_change[0, 1] = 0.0  # above the break-even it ran dense, which says nothing of its kind
+    assert found.effect(share).tolist() == pytest.approx([30.0, 1.0, 1.0])
     found.alone = []
     assert found.effect(share) is None
 
