@@ -18,6 +18,8 @@ from dit_accel.families.base import Family
 from dit_accel.hoisting import common_order
 from dit_accel.layout import TokenLayout
 
+_ROUNDING = 1e-5  # what dense attention differs by from itself by another kernel
+
 
 class Budget(TypedDict, total=False):
     """One of the budgets of `assign`, by name."""
@@ -96,6 +98,7 @@ def assign(
     if max_time is not None and not held.has_times:
         raise ConfigError("--max-time", "the statistics hold no times: candidates have not run alone")
     seen = held.calls > 0
+    max_error = None if max_error is None else max(max_error, _ROUNDING)
     share = held.calls / held.calls.sum()
     weight = held.weight() if weighted else None
     effect = held.effect(share if weight is None else weight) if weighted else None
