@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dit_accel.errors import UnsupportedError
 from dit_accel.families.cogvideox import CogVideoXJointAttention
-from dit_accel.layout import TextPosition
+from dit_accel.families.processor import AttentionInputs
 
 _CHUNK_NUMBERS = 1 << 24  # size of the largest temporary of a subject map, in numbers: 64 MiB in fp32
 # A pair of clips is one batch: source and target without the prompt, then both with it.
@@ -109,18 +109,12 @@ class _SharedAttention(CogVideoXJointAttention):
     def __init__(self, control: Control) -> None:
         self.control = control
 
-    def attend_joint(
-        self,
-        attn: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        text: TextPosition,
-        mask_is_length: bool = False,
-    ) -> Tensor:
+    def attend_joint(self, inputs: AttentionInputs) -> Tensor:
         """All `[B, N, H, D]`, text before the video; returns `[B, N, H * D]`."""
-        out = self.control.attend(attn, query, key, value, dense=lambda: self.dense(query, key, value, mask))
+        query, key, value = inputs.query, inputs.key, inputs.value
+        out = self.control.attend(
+            inputs.attn, query, key, value, dense=lambda: self.dense(query, key, value, inputs.mask)
+        )
         return out.flatten(2, 3).type_as(query)
 
 

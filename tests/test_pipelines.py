@@ -13,7 +13,7 @@ from diffusers import FluxPipeline, WanPipeline
 import dit_accel
 from dit_accel import pipelines
 from dit_accel.errors import ConfigError
-from dit_accel.families.base import AccelProcessor
+from dit_accel.families.processor import AccelProcessor
 from dit_accel.models import call_arguments, call_parameters, set_guider
 from dit_accel.pipelines import WanAccelPipeline
 from dit_accel.samples.tiny_random import random_wan_pipeline, tiny_arguments, tiny_pipeline

@@ -14,12 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.errors import UnsupportedError
-from dit_accel.layout import TextPosition
 
 if TYPE_CHECKING:
     from dit_accel.engine import Engine
-
-UNKNOWN_MASK = "the call has an attention mask that is no valid length"
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,103 +174,3 @@ def image_grid(ids: Tensor, tokens: int) -> tuple[int, int, int]:
     if all(size == sizes[0] for size in sizes) and tokens == len(sizes) * height * width:
         return len(sizes), height, width
     return (1, tokens // width, width) if tokens % width == 0 else (1, 1, tokens)
-
-
-class AccelProcessor:
-    """Base of our attention processors. One instance serves all layers of a role; the layer is the module it is given.
-
-    The two class attributes are those by which Diffusers finds processors in `set_attention_backend` and
-    `enable_parallelism`; without them both would skip our layers silently.
-    """
-
-    _attention_backend: ClassVar[Any] = None
-    _parallel_config: ClassVar[Any] = None
-
-    def __init__(self, engine: Engine | None = None) -> None:
-        """`engine`: the engine to call.
-
-        Raises:
-            UnsupportedError: there is none. Diffusers makes a processor anew from its class, without arguments, when
-                adapters with processors of their own are loaded or unloaded.
-        """
-        if engine is None:
-            raise UnsupportedError(
-                "the attention processors of an accelerated model cannot be made anew: call remove() before "
-                "load_ip_adapter() or unload_ip_adapter(), and accelerate() after it"
-            )
-        self.engine = engine
-
-    def dense(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Dense attention as the stock processor runs it. All `[B, N, H, D]`; obeys `set_attention_backend`."""
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        out: Tensor = dispatch_attention_fn(
-            query, key, value, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
-        return out
-
-    def attend_joint(
-        self,
-        attn: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        text: TextPosition,
-        mask_is_length: bool = False,
-    ) -> Tensor:
-        """Attention over video and text together, all `[B, N, H, D]`, text `before` or `after` the video.
-
-        Args:
-            attn: the attention module.
-            query, key, value: `[B, N, H, D]`.
-            mask: attention mask of the stock processor, or None.
-            text: where text stands.
-            mask_is_length: the mask says no more than the valid lengths that the family has read. A call with any
-                other mask runs dense.
-
-        Returns `[B, N, H * D]`.
-        """
-
-        def dense() -> Tensor:
-            return self.dense(query, key, value, mask)
-
-        reason = None if mask is None or mask_is_length else UNKNOWN_MASK
-        if self._parallel_config is None or self.engine.is_dense:
-            out = self.engine.attend(attn, query, key, value, dense=dense, text=text, reason=reason)
-        else:
-            out = self._attend_parallel(attn, query, key, value, mask, text, reason)
-        return out.flatten(2, 3).type_as(query)
-
-    def _attend_parallel(
-        self,
-        attn: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        text: TextPosition,
-        reason: str | None,
-    ) -> Tensor:
-        """Attention of one process under Diffusers' context parallelism, `[B, N local, H, D]` in and out."""
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        from dit_accel.families.parallel import attend_ring, attend_ulysses
-
-        def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            out: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self._attention_backend)
-            return out
-
-        attend = attend_ring if self._parallel_config.context_parallel_config.ring_degree > 1 else attend_ulysses
-        return attend(
-            self.engine,
-            attn,
-            query,
-            key,
-            value,
-            parallel=self._parallel_config,
-            dense=dense,
-            mask=mask,
-            text=text,
-            reason=reason,
-        )

@@ -10,7 +10,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from dit_accel.engine import Engine
-from dit_accel.families.base import AccelProcessor, AttentionLayer, Family, ForwardGeometry, TokenPorts, block_layers
+from dit_accel.families.base import AttentionLayer, Family, ForwardGeometry, TokenPorts, block_layers
+from dit_accel.families.processor import AccelProcessor, AttentionInputs, project
 from dit_accel.families.registry import register_family
 
 
@@ -28,11 +29,7 @@ class CogVideoXJointAttention(AccelProcessor):
         """Attend the text `[B, M, C]` and the video `[B, N, C]` to each other."""
         text = encoder_hidden_states.shape[1]
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(joint).chunk(3, dim=-1)
-        else:
-            query, key, value = attn.to_q(joint), attn.to_k(joint), attn.to_v(joint)
-        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in project(attn, joint))
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
         if image_rotary_emb is not None:
@@ -40,7 +37,7 @@ class CogVideoXJointAttention(AccelProcessor):
                 torch.cat([x[:, :text], apply_rotary_emb(x[:, text:], image_rotary_emb, sequence_dim=1)], dim=1)
                 for x in (query, key)
             )
-        out = self.attend_joint(attn, query, key, value, attention_mask, "before")
+        out = self.attend_joint(AttentionInputs(attn, query, key, value, attention_mask, "before"))
         out = attn.to_out[1](attn.to_out[0](out))
         return out[:, text:], out[:, :text]
 

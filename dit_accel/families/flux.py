@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from dit_accel.engine import Engine
 from dit_accel.families.base import (
-    AccelProcessor,
     AttentionLayer,
     Family,
     ForwardGeometry,
@@ -21,18 +20,18 @@ from dit_accel.families.base import (
     block_layers,
     image_grid,
 )
+from dit_accel.families.processor import AccelProcessor, AttentionInputs, project
 from dit_accel.families.registry import register_family
 
 
 def _project(attn: Any, hidden: Tensor, text: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
     """q, k, v `[B, N, H, D]` of the image (or joint) stream, and of the text stream where it has its own."""
     has_text = text is not None and attn.added_kv_proj_dim is not None
-    if attn.fused_projections:
-        image = list(attn.to_qkv(hidden).chunk(3, dim=-1))
-        words = list(attn.to_added_qkv(text).chunk(3, dim=-1)) if has_text else []
-    else:
-        image = [attn.to_q(hidden), attn.to_k(hidden), attn.to_v(hidden)]
-        words = [attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)] if has_text else []
+    image, words = list(project(attn, hidden)), []
+    if has_text and attn.fused_projections:
+        words = list(attn.to_added_qkv(text).chunk(3, dim=-1))
+    elif has_text:
+        words = [attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)]
     image, words = ([x.unflatten(-1, (-1, attn.head_dim)) for x in stream] for stream in (image, words))
     image[:2] = attn.norm_q(image[0]), attn.norm_k(image[1])
     if words:
@@ -51,7 +50,7 @@ class _FluxAttention(AccelProcessor):
         query, key, value = (torch.cat(pair, dim=1) for pair in zip(words, image, strict=True)) if words else image
         if rotary is not None:
             query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))
-        return self.attend_joint(attn, query, key, value, mask, "before"), image[0]
+        return self.attend_joint(AttentionInputs(attn, query, key, value, mask, "before")), image[0]
 
     @staticmethod
     def _project_out(attn: Any, out: Tensor, words: int) -> tuple[Tensor, Tensor]:

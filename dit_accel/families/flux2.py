@@ -12,7 +12,6 @@ from torch import Tensor
 from dit_accel.engine import Engine
 from dit_accel.errors import UnsupportedError
 from dit_accel.families.base import (
-    AccelProcessor,
     AttentionLayer,
     Family,
     ForwardGeometry,
@@ -20,6 +19,7 @@ from dit_accel.families.base import (
     image_grid,
 )
 from dit_accel.families.flux import FluxJointAttention
+from dit_accel.families.processor import AccelProcessor, AttentionInputs
 from dit_accel.families.registry import register_family
 
 
@@ -40,7 +40,7 @@ class Flux2ParallelAttention(AccelProcessor):
         query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
             query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
-        out = self.attend_joint(attn, query, key, value, attention_mask, "before")
+        out = self.attend_joint(AttentionInputs(attn, query, key, value, attention_mask, "before"))
         joined: Tensor = attn.to_out(torch.cat([out, attn.mlp_act_fn(feed)], dim=-1))
         return joined
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from dit_accel.engine import Engine
 from dit_accel.errors import UnsupportedError
-from dit_accel.families.base import UNKNOWN_MASK, AttentionLayer, Family, ForwardGeometry, patch_grid
+from dit_accel.families.base import AttentionLayer, Family, ForwardGeometry, patch_grid
+from dit_accel.families.processor import UNKNOWN_MASK
 from dit_accel.layout import TextPosition
 
 _DISPATCHER = "dispatch_attention_fn"

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dit_accel.engine import Engine
 from dit_accel.families.base import (
-    AccelProcessor,
     AttentionLayer,
     Family,
     ForwardGeometry,
@@ -20,6 +19,7 @@ from dit_accel.families.base import (
     block_layers,
     patch_grid,
 )
+from dit_accel.families.processor import AccelProcessor, AttentionInputs
 from dit_accel.families.registry import register_family
 
 
@@ -49,7 +49,7 @@ class HunyuanVideoJointAttention(AccelProcessor):
             words[:2] = _norm(attn.norm_added_q, words[0]), _norm(attn.norm_added_k, words[1])
             stream = [torch.cat(pair, dim=1) for pair in zip(stream, words, strict=True)]
         query, key, value = stream
-        out = self.attend_joint(attn, query, key, value, attention_mask, "after", mask_is_length=True)
+        out = self.attend_joint(AttentionInputs(attn, query, key, value, attention_mask, "after", mask_is_length=True))
         hidden, text = out[:, :video], out[:, video:]
         if getattr(attn, "to_out", None) is not None:
             hidden = attn.to_out[1](attn.to_out[0](hidden))

@@ -21,7 +21,10 @@ from dit_accel.shard import HeadShard, TokenShard
 
 if TYPE_CHECKING:
     from dit_accel.engine import Engine
+    from dit_accel.families.processor import AttentionInputs
     from dit_accel.methods.base import Method
+
+Dense = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def refusal_of_ring(methods: Iterable[Method], max_error: float | None = None) -> str | None:
@@ -39,23 +42,11 @@ def refusal_of_ring(methods: Iterable[Method], max_error: float | None = None) -
     return None
 
 
-def attend_ring(
-    engine: Engine,
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    parallel: Any,
-    dense: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
-    mask: Tensor | None,
-    text: TextPosition,
-    reason: str | None,
-) -> Tensor:
+def attend_ring(engine: Engine, inputs: AttentionInputs, parallel: Any, dense: Dense) -> Tensor:
     """Gather the keys and values of all processes, as Diffusers' ring attention does, and attend with the queries here.
 
     Args:
-        engine, module, query, key, value, parallel, dense, mask, text, reason: as in `attend_ulysses`.
+        engine, inputs, parallel, dense: as in `attend_ulysses`.
 
     Returns:
         `[B, N local, H, D]`.
@@ -69,48 +60,37 @@ def attend_ring(
     refused = refusal_of_ring(engine.methods.all(), engine.schedule.max_error)
     if config.ulysses_degree > 1:
         refused = "ring and Ulysses parallelism together"
-    if mask is not None:
+    if inputs.mask is not None:
         refused = "an attention mask under ring parallelism"
     if refused is not None:
         raise UnsupportedError(f"{refused}; use ContextParallelConfig(ulysses_degree=...) alone, or method='dense'")
-    both, mesh = torch.stack([key, value]), config._ring_mesh
+    both, mesh = torch.stack([inputs.key, inputs.value]), config._ring_mesh
     if config.ring_anything:
         both = context_parallel.PartitionAnythingSharder.unshard_anything(both, 2, mesh)
     else:
         both = context_parallel.EquipartitionSharder.unshard(both, 2, mesh)
-    if text != "none":
+    if inputs.text != "none":
         video = prod(engine.grid)
-        index = _joined(video, both.shape[2] - video, config.ring_degree, text)
+        index = _joined(video, both.shape[2] - video, config.ring_degree, inputs.text)
         both = both.index_select(2, index.to(both.device))
-    key, value = both
+    query, (key, value) = inputs.query, both
     shard = TokenShard(dist.get_rank(mesh.get_group()), config.ring_degree)
-    return engine.attend(
-        module, query, key, value, dense=lambda: dense(query, key, value, None), text=text, reason=reason, shard=shard
-    )
+
+    def run_dense() -> Tensor:
+        return dense(query, key, value, None)
+
+    return engine.attend(inputs.attn, query, key, value, dense=run_dense, text=inputs.text, shard=shard)
 
 
-def attend_ulysses(
-    engine: Engine,
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    parallel: Any,
-    dense: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
-    mask: Tensor | None,
-    text: TextPosition,
-    reason: str | None,
-) -> Tensor:
+def attend_ulysses(engine: Engine, inputs: AttentionInputs, parallel: Any, dense: Dense) -> Tensor:
     """Exchange tokens for heads, attend, exchange back.
 
     Args:
-        engine, module, text, reason: as in `Engine.attend`.
-        query, key, value: this process' tokens of all heads, `[B, N local, H, D]`; text and video are sharded
-            apart, each in equal parts (or as `torch.tensor_split` does).
+        engine: what attends.
+        inputs: of this process: its tokens of all heads, `[B, N local, H, D]`, text and video sharded apart, each in
+            equal parts (or as `torch.tensor_split` does); a mask over its keys, or over all.
         parallel: Diffusers' parallel configuration of the processor.
         dense: attention of one process over q, k, v `[B, N, H local, D]` and a mask.
-        mask: mask of the stock processor over this process' keys, or over all keys; None: none.
 
     Returns:
         `[B, N local, H, D]`.
@@ -119,11 +99,11 @@ def attend_ulysses(
 
     config = parallel.context_parallel_config
     group = config._ulysses_mesh.get_group()
-    world, rank, total = config.ulysses_degree, dist.get_rank(group), query.shape[2]
+    world, rank, total = config.ulysses_degree, dist.get_rank(group), inputs.query.shape[2]
 
     def forward(_context: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *_: Any, **__: Any) -> Tensor:
         video = prod(engine.grid)
-        index = None if text == "none" else _joined(video, q.shape[1] - video, world, text).to(q.device)
+        index = None if inputs.text == "none" else _joined(video, q.shape[1] - video, world, inputs.text).to(q.device)
 
         def run_dense() -> Tensor:
             out = dense(q, k, v, mask)
@@ -131,7 +111,7 @@ def attend_ulysses(
 
         shard = HeadShard(rank * q.shape[2], q.shape[2], total)
         joined = (q, k, v) if index is None else tuple(x.index_select(1, index) for x in (q, k, v))
-        out = engine.attend(module, *joined, dense=run_dense, text=text, reason=reason, shard=shard)
+        out = engine.attend(inputs.attn, *joined, dense=run_dense, text=inputs.text, reason=inputs.reason, shard=shard)
         return out if index is None else torch.empty_like(out).index_copy_(1, index, out)
 
     anything = config.ulysses_anything
@@ -140,7 +120,8 @@ def attend_ulysses(
         if anything
         else diffusers_attention.TemplatedUlyssesAttention
     )
-    return exchange.apply(query, key, value, mask, 0.0, False, None, False, False, forward, None, parallel)
+    qkv = (inputs.query, inputs.key, inputs.value)
+    return exchange.apply(*qkv, inputs.mask, 0.0, False, None, False, False, forward, None, parallel)
 
 
 def _joined(video: int, text: int, world: int, position: TextPosition) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dit_accel.engine import Engine
 from dit_accel.families.base import (
-    AccelProcessor,
     AttentionLayer,
     Family,
     ForwardGeometry,
@@ -21,6 +20,7 @@ from dit_accel.families.base import (
     block_layers,
     patch_grid,
 )
+from dit_accel.families.processor import AccelProcessor, AttentionInputs, project
 from dit_accel.families.registry import register_family
 
 
@@ -51,15 +51,12 @@ class WanSelfAttention(AccelProcessor):
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attend `hidden_states` `[B, N, C]` to themselves; the other arguments are those of the stock processor."""
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = project(attn, hidden_states)
         query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
         if rotary_emb is not None:
             query, key = rotate_pairs(query, *rotary_emb), rotate_pairs(key, *rotary_emb)
-        out: Tensor = attn.to_out[0](self.attend_joint(attn, query, key, value, attention_mask, "none"))
+        out: Tensor = attn.to_out[0](self.attend_joint(AttentionInputs(attn, query, key, value, attention_mask)))
         out = attn.to_out[1](out)
         return out
 

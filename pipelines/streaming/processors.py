@@ -11,6 +11,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from dit_accel.errors import UnsupportedError
+from dit_accel.families.processor import project
 from dit_accel.pipelines.streaming.attention import attend_pass
 
 if TYPE_CHECKING:
@@ -44,10 +45,7 @@ class CausalSelfAttention(_Processor):
         if now is None:
             return self.stock(attn, hidden_states, *args, **kwargs)
         self._refuse_parallel()
-        if getattr(attn, "fused_projections", False):
-            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        q, k, v = project(attn, hidden_states)
         q, k = attn.norm_q(q), attn.norm_k(k)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
         out = attend_pass(now, self.layer, q, k, v, self._attention_backend)

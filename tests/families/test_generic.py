@@ -9,8 +9,8 @@ from diffusers import LTX2VideoTransformer3DModel, MochiTransformer3DModel
 
 import dit_accel
 from dit_accel.errors import UnsupportedError
-from dit_accel.families.base import UNKNOWN_MASK
 from dit_accel.families.generic import GenericFamily, _valid_lengths
+from dit_accel.families.processor import UNKNOWN_MASK
 from dit_accel.families.registry import family_of
 
 SPARSE = {"method": "composed", "tile": [1, 2, 2], "density": 0.2, "break_even": 1.0}

@@ -8,7 +8,8 @@ from captured import captured, run
 
 import dit_accel
 from dit_accel.errors import UnsupportedError
-from dit_accel.families.base import UNKNOWN_MASK, image_grid
+from dit_accel.families.base import image_grid
+from dit_accel.families.processor import UNKNOWN_MASK
 
 SPARSE = {"method": "composed", "tile": [1, 2, 2], "density": 0.3, "break_even": 1.0}
 

@@ -10,7 +10,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_accel
-from dit_accel.families.base import AccelProcessor
+from dit_accel.families.processor import AccelProcessor
 from dit_accel.samples.tiny_random import TINY, tiny_arguments, tiny_names, tiny_pipeline
 
 SPARSE = {"method": "composed", "tile": [1, 2, 2], "density": 0.1, "break_even": 1.0}
