@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 
 import torch
 
 from dit_accel.head_table import HeadTable
+from dit_accel.layer_methods import method_of_layer
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method
 from dit_accel.presets.schema import Generation, ModelFacts, Preset
 from dit_accel.state import CallContext
+
+Part = tuple[float | None, float]
+"""Density of a share of the attention (None: only a run can tell), and that share."""
 
 
 @dataclass(frozen=True)
@@ -100,17 +103,19 @@ def attention_share(model: ModelFacts, tokens: int) -> float:
     return attention / (attention + linear)
 
 
-def speed_up(share: float, density: float, dense_share: float = 0.0, machine: Machine = GPU) -> float:
-    """Amdahl's law for sparse attention: 1 / (1 - s (1 - w) (1 - rho / e - o)).
+def saving(density: float, machine: Machine = GPU) -> float:
+    """Share of its dense time that a sparse call saves: 1 - rho / e - o; 0 where that is a loss, since it runs dense.
 
     Args:
-        share: s, attention's share of the time.
-        density: rho, share of pairs computed in sparse calls.
-        dense_share: w, share of calls kept dense.
+        density: rho, share of pairs computed.
         machine: e and o, its efficiency and overhead.
     """
-    saved = 1 - density / machine.efficiency - machine.overhead
-    return 1 / (1 - share * (1 - dense_share) * saved)
+    return max(0.0, 1 - density / machine.efficiency - machine.overhead)
+
+
+def speed_up(share: float, saved: float) -> float:
+    """Amdahl's law: 1 / (1 - s x) for attention's share s of the time, of which x is saved."""
+    return 1 / (1 - share * saved)
 
 
 def noise_levels(steps: int, flow_shift: float) -> list[float]:
@@ -119,53 +124,56 @@ def noise_levels(steps: int, flow_shift: float) -> list[float]:
     return [flow_shift * level / (1 + (flow_shift - 1) * level) for level in even]
 
 
-def dense_share(preset: Preset, tokens: int) -> float:
-    """Share of the (step, layer) calls that the schedules keep dense, noise windows and both experts included."""
-    steps, facts, dense = preset.generation.num_inference_steps, preset.model, 0
-    for step, noise in enumerate(noise_levels(steps, facts.flow_shift)):
-        is_second = facts.boundary is not None and noise < facts.boundary
-        schedule = preset.schedule_2 if is_second and preset.schedule_2 is not None else preset.schedule
-        dense += sum(schedule.dense_reason(n, step, noise, tokens) is not None for n in range(facts.layers))
-    return dense / (steps * facts.layers)
-
-
 def estimate(preset: Preset, machine: Machine = GPU) -> Estimate:
-    """Predict density and gain of a preset, without loading a model."""
+    """Predict density and gain of a preset, without loading a model; overrides and head tables are counted."""
     layout = token_layout(preset.model, preset.generation)
     share = attention_share(preset.model, layout.tokens)
-    table = preset.schedule.head_table
-    if preset.method.name == "dense" and table is None:
+    parts = list(_sparse_parts(preset, layout))
+    known = [(density, weight) for density, weight in parts if density is not None]
+    if not parts:
         return Estimate(layout.grid, layout.text, share, 1.0, 1.0, 1.0, machine)
+    sparse = sum(weight for _, weight in parts)
+    if len(known) < len(parts):
+        return Estimate(layout.grid, layout.text, share, None, 1 - sparse, None, machine)
+    density = sum(density * weight for density, weight in known) / sparse
+    saved = sum(saving(density, machine) * weight for density, weight in known)
+    return Estimate(layout.grid, layout.text, share, density, 1 - sparse, speed_up(share, saved), machine)
+
+
+def _sparse_parts(preset: Preset, layout: TokenLayout) -> Iterator[Part]:
+    """What the schedules leave to methods: every (step, layer) that is not dense, by groups of heads."""
     method = get_method(preset.method.name, **preset.method.parameters)
-    density = _density(method, table, layout, _sparse_steps(preset))
-    kept = dense_share(preset, layout.tokens)
-    gain = None if density is None else speed_up(share, density, kept, machine)
-    return Estimate(layout.grid, layout.text, share, density, kept, gain, machine)
+    facts, steps = preset.model, preset.generation.num_inference_steps
+    found: dict[tuple[bool, int, int], list[Part]] = {}
+    for step, noise in enumerate(noise_levels(steps, facts.flow_shift)):
+        second = preset.schedule_2 if facts.boundary is not None and noise < facts.boundary else None
+        schedule = preset.schedule if second is None else second
+        table = schedule.head_table
+        layers, phase = (facts.layers, 0) if table is None else (table.layer_count, table.phase(step))
+        for layer in range(layers):
+            if schedule.dense_reason(layer, step, noise, layout.tokens) is None:
+                place = (second is None, layer, phase)
+                if place not in found:
+                    found[place] = list(
+                        _layer_parts(method_of_layer(method, schedule, layer), table, layer, step, layout)
+                    )
+                yield from ((density, weight / (steps * layers)) for density, weight in found[place])
 
 
-def _sparse_steps(preset: Preset) -> list[int]:
-    """The steps that are not dense in all layers; all of them where none is left."""
-    steps = range(preset.generation.num_inference_steps)
-    dense = preset.schedule.dense_steps
-    return [step for step in steps if not any(start <= step < end for start, end in dense)] or list(steps)
-
-
-def _density(method: Method, table: HeadTable | None, layout: TokenLayout, steps: Sequence[int] = (0,)) -> float | None:
-    """Density of the sparse calls, over all heads and `steps`; None where it depends on queries and keys."""
+def _layer_parts(method: Method, table: HeadTable | None, layer: int, step: int, layout: TokenLayout) -> Iterator[Part]:
+    """Density of each group of heads of a layer that does not run dense as a whole, and the group's share of them."""
     if table is None:
-        return _static_density(method, layout) if method.is_static else method.requested_density
-    total, known = 0.0, dict[Method, float | None]()
-    for step, layer in product(steps, range(table.layer_count)):
-        for group in table.groups(layer, method, step):
-            if group.method is None:
-                continue
-            if group.method not in known:
-                known[group.method] = _density(group.method, None, layout)
-            density = known[group.method]
-            if density is None:
-                return None
-            total += density * len(group.heads)
-    return total / (len(steps) * table.layer_count * table.head_count)
+        if method.name != "dense":
+            yield _density(method, layout), 1.0
+        return
+    for group in table.groups(layer, method, step):
+        density = 0.0 if group.method is None else _density(group.method, layout)
+        yield density, len(group.heads) / table.head_count
+
+
+def _density(method: Method, layout: TokenLayout) -> float | None:
+    """Density of a method; None where it depends on queries and keys."""
+    return _static_density(method, layout) if method.is_static else method.requested_density
 
 
 @lru_cache(maxsize=256)

@@ -179,11 +179,5 @@ class Schedule(BaseModel):
                 return override.parameters
         return {}
 
-    def dense_share(self, steps: int, layers: int) -> float:
-        """Share of the (step, layer) calls that step and layer ranges make dense; noise windows are not counted."""
-        dense = {s for a, b in self.dense_steps for s in range(a, min(b, steps))}
-        kept = {x for a, b in self.dense_layers for x in range(a, min(b, layers))}
-        return 1 - (1 - len(dense) / steps) * (1 - len(kept) / layers)
-
 
 __all__ = ["ConfigError", "Override", "Schedule"]

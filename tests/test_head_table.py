@@ -242,21 +242,34 @@ def test_later_rows_that_do_not_fit_are_refused(later, message):
         HeadTable.make(TABLE | {"later": later})
 
 
-def test_the_estimate_counts_steps():
-    from dit_accel.estimate import _density
-    from dit_accel.layout import TokenLayout
+def small_preset(table, **schedule):
+    """The small model's preset with a head table for its 16 x 32 x 32 tokens, and five steps."""
+    from dit_accel.presets import load_preset
 
-    layout, base = TokenLayout(GRID), get_method("composed", density=0.25)
-    table = HeadTable.make({"modes": MODES, "heads": [["full"]], "later": [{"step": 2, "heads": [["none"]]}]})
-    assert _density(base, table, layout, [1, 2, 3, 4]) == 0.25
+    preset = load_preset("tiny-wan/radial")
+    method = preset.method.model_copy(update={"name": "composed", "parameters": {"density": 0.25}})
+    steps = preset.generation.model_copy(update={"num_inference_steps": 5})
+    timetable = Schedule.make(head_table=HeadTable.make(table), **schedule)
+    return preset.model_copy(update={"method": method, "schedule": timetable, "generation": steps})
+
+
+def test_the_estimate_counts_steps():
+    from dit_accel.estimate import estimate
+
+    table = {"modes": MODES, "heads": [["full"]], "later": [{"step": 2, "heads": [["none"]]}]}
+    guess = estimate(small_preset(table, dense_steps=1))
+    assert (guess.density, guess.dense_share) == (pytest.approx(0.25), pytest.approx(0.2))
 
 
 def test_the_estimate_counts_heads():
-    from dit_accel.estimate import _density
-    from dit_accel.layout import TokenLayout
+    from dit_accel.estimate import CPU, estimate, saving, speed_up, token_layout
 
-    layout, base = TokenLayout(GRID), get_method("composed", density=0.25)
-    near = get_method("sliding_tile", **MODES["near"]["parameters"])
-    q, k, _ = (x.transpose(1, 2) for x in tensors())
-    expected = (1 + 0 + 0.5 + near.plan(layout, q, k)[1].density) / 4
-    assert _density(base, HeadTable.make(TABLE).slice(slice(0, 1)), layout) == pytest.approx(expected)
+    preset = small_preset({**TABLE, "heads": TABLE["heads"][:1]})
+    layout = token_layout(preset.model, preset.generation)
+    q = torch.randn(1, 1, layout.tokens, 8)
+    near = get_method("sliding_tile", **MODES["near"]["parameters"]).plan(layout, q, q)[1].density
+    guess = estimate(preset, CPU)
+    assert guess.density == pytest.approx((1 + 0 + 0.5 + near) / 4)
+    # A dense head among others costs what dense attention costs, not more.
+    saved = (0 + saving(0.0, CPU) + saving(0.5, CPU) + saving(near, CPU)) / 4
+    assert guess.gain == pytest.approx(speed_up(guess.attention_share, saved))

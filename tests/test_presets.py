@@ -15,9 +15,9 @@ from dit_accel.estimate import (
     GPU,
     Machine,
     attention_share,
-    dense_share,
     estimate,
     noise_levels,
+    saving,
     speed_up,
     token_layout,
 )
@@ -110,9 +110,9 @@ def test_attention_share_of_published_models(name, share):
 
 def test_amdahl():
     ideal = Machine("ideal", 1.0, 0.0, "nothing lost")
-    assert speed_up(0.718, 0.2, machine=ideal) == pytest.approx(2.35, abs=0.01)
-    assert speed_up(0.5, 1.0, machine=ideal) == 1.0
-    assert speed_up(0.5, 0.1, dense_share=1.0, machine=ideal) == 1.0
+    assert speed_up(0.718, saving(0.2, ideal)) == pytest.approx(2.35, abs=0.01)
+    assert speed_up(0.5, saving(1.0, ideal)) == 1.0
+    assert saving(0.9, Machine("slow", 0.8, 0.0, "above its break-even a call runs dense")) == 0.0
 
 
 def test_the_cpu_assumptions_are_those_of_the_measurements():
@@ -136,11 +136,27 @@ def test_dense_share_counts_steps_layers_noise_and_both_experts(tmp_path):
     assert noise_levels(4, 3.0) == pytest.approx([1.0, 0.9, 0.75, 0.5])
     text = "extends: wan2.2-i2v-a14b-720p/fast\ngeneration: {num_inference_steps: 10}\n"
     first = load_preset(written(tmp_path, text + "schedule: {dense_steps: 2, dense_layers: 4}"))
-    assert dense_share(first, 75_600) == pytest.approx(1 - 0.8 * 0.9)
+    assert estimate(first).dense_share == pytest.approx(1 - 0.8 * 0.9)
     second = load_preset(written(tmp_path, text + "schedule: {dense_steps: []}\nschedule_2: {dense_noise: [0, 1]}"))
     low = sum(level < 0.9 for level in noise_levels(10, 5.0)) / 10
-    assert dense_share(second, 75_600) == pytest.approx(low)
+    assert estimate(second).dense_share == pytest.approx(low)
     assert 0 < low < 1
+
+
+def test_the_estimate_counts_overrides_of_layers_and_of_the_second_expert(tmp_path):
+    text = (
+        "extends: wan2.2-i2v-a14b-720p/fast\ngeneration: {num_inference_steps: 10}\n"
+        "method: {name: composed, parameters: {density: 0.2}}\nschedule: {dense_steps: [], dense_layers: []}\n"
+    )
+    changed = "{dense_steps: [], dense_layers: [], overrides: [{layers: [[0, 10]], parameters: {density: 0.6}}]}"
+    plain = estimate(load_preset(written(tmp_path, text)))
+    assert plain.density == pytest.approx(0.2)
+    first = estimate(load_preset(written(tmp_path, text.replace("{dense_steps: [], dense_layers: []}", changed))))
+    assert first.density == pytest.approx((10 * 0.6 + 30 * 0.2) / 40)
+    assert first.gain < plain.gain
+    low = sum(level < 0.9 for level in noise_levels(10, 5.0)) / 10
+    second = estimate(load_preset(written(tmp_path, f"{text}schedule_2: {changed}\n")))
+    assert second.density == pytest.approx((1 - low) * 0.2 + low * 0.3)
 
 
 def test_a_published_setting_of_an_unknown_method_or_model_is_refused(monkeypatch):

@@ -55,11 +55,6 @@ def test_faults_name_the_place(values, path, message):
     assert message in str(caught.value)
 
 
-def test_the_dense_share_of_a_run():
-    schedule = Schedule.make(dense_steps=10, dense_layers=[[0, 3]])
-    assert schedule.dense_share(steps=50, layers=30) == pytest.approx(1 - 0.8 * 0.9)
-
-
 def test_overrides_replace_parameters_of_their_layers_only():
     schedule = Schedule.make(overrides=[{"layers": [[2, 4]], "parameters": {"density": 0.5}}])
     assert [schedule.parameters_for(layer) for layer in range(5)] == [{}, {}, {"density": 0.5}, {"density": 0.5}, {}]
