@@ -29,7 +29,7 @@ def run():
     pipe.set_progress_bar_config(disable=True)
     options = {"density": 0.5, "tile": [2, 2, 4], "dense_steps": 1, "dense_layers": [[1, 2]], "max_error": 9.0}
     with dit_accel.accelerate(pipe, method="composed", break_even=1.0, **options) as acceleration:
-        pipe(prompt="x", height=96, width=96, num_frames=9, num_inference_steps=3, output_type="latent")
+        pipe(prompt="x", height=112, width=112, num_frames=17, num_inference_steps=3, output_type="latent")
         return acceleration.report()
 
 
