@@ -213,7 +213,7 @@ class Engine:
         with record.timed("attend", q.device):
             out = join(parts, q)
         record.density = density + sum(s * part.call.extra_density for s, part in zip(shares, parts, strict=True))
-        if self.guard is not None:
+        if self.guard is not None and self.guard.is_due((layer, record.branch), record.step):
             with record.timed("guard", q.device):
                 record.error = self.guard.check((layer, record.branch), record.step, q, k, v, out, layout, density)
         return out

@@ -19,6 +19,7 @@ _DENSE_FROM = 0.9  # a density at which nothing is saved any more
 _CALM = 3  # checks in a row far under budget before the density falls again
 _FAR_UNDER = 0.5
 _HOLD, _LONGEST_HOLD = 4, 64  # steps that a layer stays dense before it is tried again
+_EVERY_STEP_FROM = 12_000  # tokens; in shorter sequences reading all keys for a few rows costs over 1 % of a call
 
 Key = tuple[int, str]
 
@@ -54,6 +55,7 @@ class _Track:
     calm: int = 0
     hold: int = _HOLD
     dense_until: int = 0
+    due: int = 0
     density: float | None = None
     bound: float = 0.0
     reading: _Reading | None = None
@@ -66,6 +68,8 @@ class Guard:
     A bound over the budget raises the density of the layer's methods by a factor of 1.5, more than once when the
     excess is large. The layer runs dense when there is no density left to raise; it is tried again after 4 steps,
     then 8, 16, ... The density falls by one level after three checks in a row under half the budget (hysteresis).
+    Below 12,000 tokens a layer that keeps to the budget is checked every second or third step, so that checks stay
+    under 1 % of the time of attention; one that does not, at every step.
 
     Args:
         max_error: the budget.
@@ -102,6 +106,11 @@ class Guard:
             return methods, track.level, f"guard: the error bound is over max_error {self.max_error:g}; {told}"
         return _raised(methods, track) or methods, track.level, None
 
+    def is_due(self, key: Key, step: int) -> bool:
+        """Whether the call of a layer and branch at a step is to be checked."""
+        track = self._tracks.get(key)
+        return track is None or step >= track.due
+
     def check(
         self,
         key: Key,
@@ -131,7 +140,8 @@ class Guard:
         error = estimate_error(q, k, v, out, *drawn, lengths)
         computed = density.to(error) if isinstance(density, Tensor) else error.new_tensor(density)
         values = torch.cat([error, computed.reshape(1)])
-        self._tracks.setdefault(key, _Track()).reading = _Reading.of(values)
+        track = self._tracks.setdefault(key, _Track())
+        track.reading, track.due = _Reading.of(values), step + math.ceil(_EVERY_STEP_FROM / layout.tokens)
         return error
 
     def _judge(self, track: _Track, bound: float, density: float, methods: tuple[Method, ...], step: int) -> None:
@@ -142,13 +152,13 @@ class Guard:
         if not bound <= self.max_error:  # NaN is over any budget
             excess = bound / self.max_error
             track.level += max(1, math.ceil(math.log2(excess))) if math.isfinite(excess) else 1
-            track.calm = 0
+            track.calm, track.due = 0, step
             if _raised(methods, track) is None:
                 self._go_dense(track, methods, step)
         elif bound < _FAR_UNDER * self.max_error:
             track.calm += 1
             if track.calm >= _CALM and track.level:
-                track.level, track.calm, track.hold = track.level - 1, 0, _HOLD
+                track.level, track.calm, track.hold, track.due = track.level - 1, 0, _HOLD, step
         else:
             track.calm = 0
 

@@ -18,7 +18,7 @@ from dit_accel.methods.registry import list_methods
 from dit_accel.presets import load_preset
 
 _ALL = tuple(name for name in list_methods() if name != "dense")
-_FEW = ("composed", "radial", "sliding_tile")
+_FEW = ("aurora", "composed", "radial", "sliding_tile")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ CPU = Suite(
         Sweep(("cpu-1k",), _ALL, (0.25,), heads=4),
         Sweep(tuple(MODEL_SHAPES), (RandomBlocks.name, *_FEW), (0.25,), heads=2),
     ),
-    kernels=Sweep(("cpu-1k",), tuple(VARIANTS), (0.125, 0.25, 0.5, 1.0)),
+    kernels=Sweep(("cpu-1k", "cpu-4k", "flux-1k"), tuple(VARIANTS), (0.125, 0.25, 0.5, 1.0), heads=2),
     steps=(("tiny-wan", None), ("flux1-dev", 1)),
 )
 """Made to fit into eight minutes on two cores."""

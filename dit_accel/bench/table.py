@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,10 +13,15 @@ from dit_accel.errors import ConfigError
 
 
 def stamp() -> dict[str, str]:
-    """Date, hardware and versions: the columns that make a row of figures worth keeping."""
+    """Date, hardware, versions and load: the columns that make a row of figures worth keeping.
+
+    "load" is how many processes were at work on the machine in the minute before, where the system says it; above 0 in
+    front of a run something else was.
+    """
     from dit_accel.report import environment
 
-    return {"date": time.strftime("%Y-%m-%d"), **environment()}
+    load = {"load": f"{os.getloadavg()[0]:.1f}"} if hasattr(os, "getloadavg") else {}
+    return {"date": time.strftime("%Y-%m-%d"), **environment(), **load}
 
 
 def stream_csv(

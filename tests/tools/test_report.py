@@ -41,8 +41,10 @@ def test_every_call_says_what_was_computed(run):
         assert (call["reason"] is None) == sparse
         assert call["attend_ms"] > 0
         assert (call["select_ms"] > 0) == sparse
-        assert (call["guard_ms"] > 0) == sparse
-        assert ("error" in call) == sparse
+        # Of so short a sequence only some steps are checked.
+        checked = sparse and call["step"] == 1
+        assert (call["guard_ms"] > 0) == checked
+        assert ("error" in call) == checked
         assert call["requested_density"] == 0.5
         assert 0.5 <= call["density"] < 0.7 if sparse else call["density"] == 1.0
     assert set(run.seconds) == set(PHASES)
