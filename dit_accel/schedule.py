@@ -85,7 +85,7 @@ class Schedule(BaseModel):
         head_table: which method, with which parameters, each head runs under: the path of a file written by
             `HeadTable.save`, or its contents. Default None: all heads of a layer run under the same method.
         max_error: budget for the relative error of a call's output. A sample of under 1 % of the rows is computed
-            exactly in every sparse call; where the upper bound of the error is over the budget, the layer gets more
+            exactly in sparse calls; where the upper bound of the error is over the budget, the layer gets more
             density, or runs dense, from the next step on (see `guard`). Default None: nothing is checked.
 
     Raises:
