@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
@@ -18,7 +19,7 @@ from dit_accel.families.hoisting import Hoist
 from dit_accel.families.registry import family_of
 from dit_accel.families.tracking import track
 from dit_accel.handle import Acceleration, Installed, Replaced, carry_settings, handle_of
-from dit_accel.kernels.registry import check_backend
+from dit_accel.kernels.registry import Request, check_backend, why_none
 from dit_accel.methods.base import Method
 from dit_accel.presets import Preset, load_preset
 from dit_accel.resolve import resolve_policy, second_schedule
@@ -71,8 +72,8 @@ def accelerate(
 
     Raises:
         ConfigError: unknown preset, method, parameter or backend, wrong type, value out of range; by dotted path.
-        UnsupportedError: no family knows the transformer, a processor is not Diffusers' own, or an extra of the preset
-            cannot work on this pipeline.
+        UnsupportedError: no family knows the transformer, a processor is not Diffusers' own, an extra of the preset
+            cannot work on this pipeline, or the GPU that holds it lacks the method's arithmetic.
     """
     check_backend(backend)
     resolved = load_preset(preset) if isinstance(preset, (str, Path)) else preset
@@ -82,6 +83,8 @@ def accelerate(
     second = second_schedule(resolved, schedule, schedule_2, timing, models, policy) or timetable
     families = {name: (family or family_of(model)).for_model(model) for name, model in models.items()}
     _check_family(resolved, families)
+    for model in models.values():
+        _check_arithmetic(policy, model, backend)
     for model in models.values():
         if (earlier := handle_of(model)) is not None:
             earlier.remove()
@@ -114,6 +117,20 @@ def accelerate(
         first.hook.siblings.join(part.hook)
         first.engine.siblings.join(part.engine)
     return Acceleration(settings, installed, undo_extras)
+
+
+def _check_arithmetic(method: Method, model: nn.Module, backend: str) -> None:
+    """Refuse what the GPU of the model cannot compute before the steps that run dense have been waited for.
+
+    A model that is moved to a GPU later is refused there by its first call.
+    """
+    weight = next(model.parameters(), None)
+    if method.precision is None or weight is None or weight.device.type != "cuda":
+        return
+    # Weights may be stored in fewer bits than they are used in; every head size has the same arithmetic.
+    request = Request(weight.device, torch.bfloat16, 64, remainder=method.remainder, precision=method.precision)
+    if (reason := why_none(backend, request)) is not None:
+        raise UnsupportedError(f"method {method.name!r} asks for arithmetic that {weight.device} lacks: {reason}")
 
 
 def _install_extras(preset: Preset | None, pipe: Any, models: dict[str, nn.Module]) -> Callable[[], None]:

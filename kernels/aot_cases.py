@@ -271,7 +271,12 @@ def _scores(q: Tensor, k: Tensor) -> None:
     for slots, partial in ((4, False), (4, True), (64, False)):
         sides = [_slots(x, slots) for x in (q, k)]
         score_blocks(*sides, stride=64 // slots, relative=True, has_partial=partial)
-    score_blocks(*(_slots(x, 16) for x in (q, k)), largest=True, relative=True)
+    every, some = ([_slots(x, slots) for x in (q, k)] for slots in (64, 16))
+    score_blocks(*some, largest=True, relative=True)
+    # The mass of all tokens, weighted anew, and the largest weights.
+    for given, largest, sides in ((False, False, every), (True, False, every), (True, True, some)):
+        norms = sides[0].weight.expand(1, _HEADS, -1, -1).contiguous()
+        score_blocks(*sides, largest=largest, relative=True, norms=norms, given=given)
     for slots in (1, 4):
         score_blocks(*(_slots(x.float(), slots) for x in (q, k)))
 

@@ -67,6 +67,8 @@ def score_blocks(
     largest: bool = False,
     relative: bool = False,
     has_partial: bool = False,
+    norms: Tensor | None = None,
+    given: bool = False,
 ) -> Tensor:
     """Pool the logits of all pairs of slots of each pair of blocks, fp32 `[B, H, nq, nk]`.
 
@@ -80,12 +82,15 @@ def score_blocks(
         relative: take what a query slot gives to all key blocks together from it first: the largest, or the
             log-sum-exp, so that a score is the logarithm of a mass.
         has_partial: some slots hold fewer than `stride` tokens; missing ones then stand at the mean of the others.
+        norms: fp32 `[B, H, nq, S]`, with `relative`: what was taken from each query slot goes there.
+        given: take what stands in `norms` from them instead, but at least their own less 60.
     """
-    from dit_accel.kernels.triton_scores import pool_slots
-
     queries, keys = queries.padded(), keys.padded()
     batch, heads = queries.x.shape[:2]
     (rows, group), blocks = queries.at.shape[2:], keys.at.shape[2]
+    taken: Tensor | None = None
+    if norms is not None:
+        taken = torch.nn.functional.pad(norms, (0, group - norms.shape[-1])).contiguous()
     scores = torch.empty(batch, heads, rows, blocks, dtype=torch.float32, device=queries.x.device)
     with torch.cuda.device_of(queries.x):
         if not relative:
@@ -94,18 +99,30 @@ def score_blocks(
         step = max(1, _NUMBERS // (batch * rows * group * blocks))
         for first in range(0, heads, step):
             some = slice(first, min(first + step, heads))
-            own, part = queries.of_heads(some), scores[:, some]
-            seen = scores.new_empty(*part.shape[:2], rows * group, blocks)
+            own = queries.of_heads(some)
+            seen = scores.new_empty(batch, own.x.shape[1], rows * group, blocks)
             _launch(own, keys.of_heads(some), seen, stride, largest, has_partial, pool_rows=False)
-            pooled = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
-            pool_slots[rows, part.shape[1], batch](
-                seen, own.weight.log2(), pooled, *_shared_strides(own.at), blocks,
-                GROUP_M=group, COLUMNS=max(16, _NUMBERS_PER_STEP // group), LARGEST=largest,
-                num_warps=4 if group < 32 else 8,
-            )  # fmt: skip
-            if pooled is not part:
-                part.copy_(pooled)
+            parts = (scores[:, some], None if taken is None else taken[:, some])
+            _pool(seen, own, parts[0], parts[1], largest, given)
+    if norms is not None and taken is not None and not given:
+        norms.copy_(taken[..., : norms.shape[-1]])
     return scores
+
+
+def _pool(seen: Tensor, queries: Slots, out: Tensor, norms: Tensor | None, largest: bool, given: bool) -> None:
+    """Pool `seen` `[B, h, R, nk]` over the slots of query blocks into `out` and `norms`, both parts of tensors."""
+    from dit_accel.kernels.triton_scores import pool_slots
+
+    rows, group = queries.at.shape[2:]
+    pooled, taken = out.contiguous(), None if norms is None else norms.contiguous()
+    pool_slots[rows, seen.shape[1], seen.shape[0]](
+        seen, queries.weight.log2(), pooled, taken, *_shared_strides(queries.at), seen.shape[-1],
+        GROUP_M=group, COLUMNS=max(16, _NUMBERS_PER_STEP // group), LARGEST=largest,
+        NORMS=0 if norms is None else 1 + given, num_warps=4 if group < 32 else 8,
+    )  # fmt: skip
+    for whole, part in ((out, pooled), (norms, taken)):
+        if whole is not None and part is not None and whole is not part:
+            whole.copy_(part)
 
 
 def _launch(

@@ -137,6 +137,16 @@ def check_backend(name: str) -> str:
     return name
 
 
+def why_none(name: str, request: Request) -> str | None:
+    """Why neither the backend called `name` nor, for "auto", any that it takes can serve `request`; None: one can.
+
+    Nothing is computed, so a backend that its self-test will disable still counts.
+    """
+    names = [name] if name != "auto" else [one.name for one in _BACKENDS.values() if one.priority >= 0]
+    reasons = {one: why_not(_BACKENDS[one], request) for one in names}
+    return None if None in reasons.values() else "; ".join(f"{one}: {reason}" for one, reason in reasons.items())
+
+
 def choose_backend(name: str, request: Request) -> Backend:
     """The backend called `name`, or for "auto" the usable one with the highest priority.
 

@@ -16,6 +16,7 @@ _NOTHING = tl.constexpr(-1e30)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _TINY = tl.constexpr(1.1754943508222875e-38)
+_LARGEST_EXPONENT = tl.constexpr(60 * 1.4426950408889634)
 
 
 @triton.jit
@@ -144,9 +145,9 @@ def slot_scores(
 # fmt: off
 @triton.jit(do_not_specialize=("blocks", "at_b", "at_h"))
 def pool_slots(
-    slots: tl.tensor, level: tl.tensor, out: tl.tensor,
+    slots: tl.tensor, level: tl.tensor, out: tl.tensor, norms: tl.tensor,
     at_b: tl.int64, at_h: tl.int64, blocks: tl.int32,
-    GROUP_M: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr,
+    GROUP_M: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, NORMS: tl.constexpr,
 ) -> None:
     # fmt: on
     """Rows of `slots` fp32 `[B, H, R, nk]` relative to the whole of them, pooled to `out` fp32 `[B, H, nq, nk]`.
@@ -154,6 +155,8 @@ def pool_slots(
     Relative to their largest number, and pooled by the largest, with LARGEST; else relative to their log-sum-exp, and
     pooled to the logarithm of the weighted sum of what is then a mass. level: fp32 `[B or 1, H or 1, R]`, log2 of the
     weights. -inf is kept where a key block has no slot.
+    norms: fp32 `[B, H, R]`, natural logarithm. NORMS 1: what rows were taken relative to goes there; 2: they are taken
+    relative to it instead, or, where it lies further below their own than any weight may exceed 1, to that bound.
     """
     block, head, item = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     flat = item * tl.num_programs(1) + head
@@ -168,6 +171,11 @@ def pool_slots(
         total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(tile - new_top[:, None]), 1)
         top = new_top
     norm = top if LARGEST else top + tl.log2(total)
+    at_norm = (flat * tl.num_programs(0) + block) * GROUP_M + slot
+    if NORMS == 1:
+        tl.store(norms + at_norm, norm * _LN_2)
+    if NORMS == 2:
+        norm = tl.maximum(tl.load(norms + at_norm) * _LOG2_E, norm - _LARGEST_EXPONENT)
     for first in range(0, blocks, COLUMNS):
         inside = first + column < blocks
         tile = tl.load(slots + first, mask=inside[None, :], other=float("-inf"))

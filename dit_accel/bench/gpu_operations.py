@@ -13,8 +13,8 @@ from dit_accel.kernels.operations import why_not
 from dit_accel.kernels.ranking import DigitRanking, SortedRanking, rank
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
-from dit_accel.selection.samples import sampled_scores
-from dit_accel.selection.scores import antidiagonal_scores, subblock_scores
+from dit_accel.selection.samples import largest_weights, sampled_scores
+from dit_accel.selection.scores import antidiagonal_scores, block_mass, subblock_scores
 
 _MODULES = (
     "triton_attention",
@@ -87,7 +87,14 @@ def _scores(q: Tensor, k: Tensor, blocks: Blocking, valid: tuple[int, ...]) -> s
         close = (got.clamp(min=-80) - wanted.clamp(min=-80)).abs().max()
         if not torch.equal(got.isneginf(), wanted.isneginf()) or not float(close) < 2e-3:
             return f"{name} scores are off by {float(close):.2g}"
-    return None
+    wide = (q.double(), k.double())
+    weights = [largest_weights(x, y, blocks, blocks, layout, 8) for x, y in ((q, k), wide)]
+    if not float((weights[0] - weights[1]).abs().max()) < 2e-3:
+        return "largest weights are wrong"
+    few = Blocking.uniform(min(q.shape[2], 1000), 64)
+    short = [[x[:, :, : few.tokens] for x in pair] for pair in ((q, k), wide)]
+    mass = [block_mass(x, y, few, few, TokenLayout((1, 1, few.tokens)))[0] for x, y in short]
+    return None if float((mass[0] - mass[1]).abs().max()) < 2e-2 else "the mass of blocks is wrong"
 
 
 def _statistics(name: str, k: Tensor, v: Tensor, blocks: Blocking, lengths: Tensor) -> str | None:

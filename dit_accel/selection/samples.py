@@ -90,6 +90,11 @@ def largest_weights(
     Returns:
         Weights in [0, 1], `[B, H, nq, nk]`; 0 for padding.
     """
+    if pools_in_triton(q, q.dtype, -(-max(q_blocks.size, k_blocks.size) // stride)):
+        sides = [_every(x, blocks, layout, stride) for x, blocks in ((q, q_blocks), (k, k_blocks))]
+        norms = torch.empty(*q.shape[:2], *sides[0].at.shape[2:], dtype=torch.float32, device=q.device)
+        score_blocks(*sides, relative=True, norms=norms)
+        return score_blocks(*sides, largest=True, relative=True, norms=norms, given=True).exp()
     (queries, seen), (keys, real) = (
         (rows[:, :, :, ::stride], inside[..., ::stride])
         for rows, inside in (gather_blocks(q, q_blocks, layout.valid), gather_blocks(k, k_blocks, layout.valid))
@@ -102,6 +107,13 @@ def largest_weights(
         part = part.unflatten(-1, (-1, k_blocks.count)).amax(-2).unflatten(2, (-1, count))
         weights.append(part.masked_fill(~seen[:, None, group, :, None], 0).amax(3))
     return torch.cat(weights, 2)
+
+
+def _every(x: Tensor, blocks: Blocking, layout: TokenLayout, stride: int) -> Slots:
+    """The first of every `stride` tokens of each block of x `[B, H, N, D]`."""
+    slots = runs(x, blocks, layout, stride)
+    count = slots.count.clamp(max=1)
+    return Slots(x, slots.at, count, count.float())
 
 
 def sampled_scores(

@@ -22,6 +22,7 @@ from dit_accel.kernels.statistics_pass import tokens_of
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
 from dit_accel.selection.pooling import Padding, gather_blocks, lengths_of, real_tokens, working
+from dit_accel.transfer import to_device
 
 # What is made at a time: on a CPU 1 MB of fp32, which stays in the cache of a core while several passes go over it.
 # A GPU needs more at once to be busy.
@@ -78,6 +79,8 @@ def block_mass(
         Mass, sum of softmax weights over the rows and columns of a pair `[B, H, nq, nk]` (a row sums to the number of
         its real queries), and the log-sum-exp `[B, H, N]` it was made with.
     """
+    if pools_in_triton(q, q.dtype, max(q_blocks.size, k_blocks.size)):
+        return _mass_in_triton(q, k, q_blocks, k_blocks, layout, lse)
     real: Tensor | None = None
     if layout.is_padded:
         real = real_tokens(k.shape[2], layout.valid, k.device).expand(len(q), -1).repeat_interleave(q.shape[1], 0)
@@ -100,6 +103,23 @@ def block_mass(
             rows = Blocking.from_lengths(q_blocks.lengths[group], q_blocks.size)
             mass[head, group] = block_sums(weights.transpose(-1, -2), rows).transpose(-1, -2)
     return mass.unflatten(0, q.shape[:2]), own.unflatten(0, q.shape[:2]) if lse is None else lse
+
+
+def _mass_in_triton(
+    q: Tensor, k: Tensor, q_blocks: Blocking, k_blocks: Blocking, layout: TokenLayout, lse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same, with every token in a slot of its own."""
+    queries, keys = runs(q, q_blocks, layout, 1), runs(k, k_blocks, layout, 1)
+    at, slots = queries.at[0, 0], queries.at.shape[2:]
+    norms = torch.empty(*q.shape[:2], *slots, dtype=torch.float32, device=q.device)
+    if lse is not None:
+        norms = lse.index_select(2, at.flatten().clamp(max=q.shape[2] - 1)).view_as(norms).float()
+    mass = score_blocks(queries, keys, relative=True, norms=norms, given=lse is not None).exp()
+    if lse is None:
+        block = q_blocks.block_of_token()
+        place = block * slots[1] + torch.arange(q.shape[2]) - q_blocks.starts[block]
+        lse = norms.flatten(2).index_select(2, to_device(place, q.device))
+    return mass, lse
 
 
 def _softmax_of(logits: Tensor, padded: Tensor | None) -> tuple[Tensor, Tensor]:

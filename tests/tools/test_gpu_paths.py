@@ -7,8 +7,12 @@ from functools import cache
 import pytest
 import torch
 from host_waits import device_without_memory
+from preset_cases import pipeline_of
 
-from dit_accel.kernels import triton_backend
+from dit_accel import acceleration
+from dit_accel.acceleration import _check_arithmetic, accelerate
+from dit_accel.errors import UnsupportedError
+from dit_accel.kernels import Precision, triton_backend
 from dit_accel.kernels.registry import Request
 from dit_accel.kernels.spec import AttentionCall
 from dit_accel.layout import TokenLayout
@@ -36,16 +40,56 @@ def requests_of_presets():
 def test_the_attention_of_every_preset_runs_in_triton(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    declined = {}
+    declined, fp8 = {}, set()
     for (dim, remainder, precision), name in requests_of_presets().items():
         request = Request(
             torch.device("cuda"), torch.bfloat16, dim, has_predicate=True, remainder=remainder, precision=precision
         )
+        fp8 |= {name} if precision is not None and precision.pv == "fp8" else set()
         reason = triton_backend.BACKEND.why_not(request)
         if reason is not None:
             declined[name] = reason
     assert len(requests_of_presets()) > 5
-    assert not declined
+    assert fp8
+    if capability >= (8, 9):
+        assert not declined
+        return
+    assert set(declined) == fp8
+    assert set(declined.values()) == {
+        "compute capability 8.0 multiplies nothing in float8_e4m3fn, 8.9 does; 'int8' runs on both"
+    }
+
+
+class OnGpu(torch.nn.Module):
+    """A model whose weights say that they lie on a GPU."""
+
+    def parameters(self, recurse=True):
+        yield type("Weight", (), {"device": torch.device("cuda")})()
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_arithmetic_that_a_gpu_lacks_is_refused_before_the_first_step(monkeypatch, backend):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    fp8, int8 = (get_method("sparge", precision=name) for name in ("int8_fp8", "int8"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    with pytest.raises(
+        UnsupportedError, match=r"method 'sparge' .* cuda lacks: .*triton: compute capability 8.6 .*int8"
+    ):
+        _check_arithmetic(fp8, OnGpu(), backend)
+    _check_arithmetic(int8, OnGpu(), backend)
+    _check_arithmetic(fp8, torch.nn.Linear(2, 2), backend)  # a CPU emulates it
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    _check_arithmetic(fp8, OnGpu(), backend)
+
+
+def test_accelerate_asks_for_the_arithmetic_of_every_transformer(monkeypatch):
+    asked = []
+    monkeypatch.setattr(acceleration, "_check_arithmetic", lambda *given: asked.append(given))
+    pipe = pipeline_of(load_preset("wan2.2-t2v-a14b-480p").tiny)
+    with accelerate(pipe, method="sparge", precision="int8_fp8"):
+        pass
+    assert [model for _, model, _ in asked] == [pipe.transformer, pipe.transformer_2]
+    assert {method.precision for method, _, _ in asked} == {Precision("int8", pv="fp8")}
 
 
 @pytest.mark.parametrize("text", [0, 40])

@@ -14,8 +14,8 @@ from dit_accel.kernels.operations import uses_triton
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import Blocking
 from dit_accel.selection import pooled_scores, samples, scores
-from dit_accel.selection.samples import probe_profiles, sampled_scores
-from dit_accel.selection.scores import antidiagonal_scores, subblock_scores
+from dit_accel.selection.samples import largest_weights, probe_profiles, sampled_scores
+from dit_accel.selection.scores import antidiagonal_scores, block_mass, subblock_scores
 
 UNEQUAL = [16, 3, 16, 9, 1]
 CASES = [
@@ -140,6 +140,32 @@ def test_profiles_of_probed_blocks_are_the_same_as_in_torch(plain, rows, valid):
     got = probe_profiles(q, k, blocks, blocks, layout, 3, rows)
     plain()
     torch.testing.assert_close(got, probe_profiles(q, k, blocks, blocks, layout, 3, rows), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("lengths", "valid"), CASES[1:])
+@pytest.mark.parametrize("stride", [1, 5])
+def test_largest_weights_are_the_same_as_in_torch(plain, lengths, valid, stride):
+    q, k, blocks, layout = inputs(lengths, valid)
+    got = largest_weights(q, k, blocks, blocks, layout, stride)
+    plain()
+    torch.testing.assert_close(got, largest_weights(q, k, blocks, blocks, layout, stride), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("lengths", "valid"), CASES[1:])
+@pytest.mark.parametrize("is_stale", [False, True])
+def test_the_exact_mass_is_the_same_as_in_torch(plain, lengths, valid, is_stale):
+    """Weighted by a log-sum-exp of its own or of an earlier step, which may lie far below."""
+    q, k, blocks, layout = inputs(lengths, valid)
+    wide = Blocking.from_lengths([19, 26])
+    lse = None
+    if is_stale:
+        lse = torch.full((2, 2, 45), 3.0) - 100 * (torch.arange(45) % 7 == 0)
+    got, own = block_mass(q, k, wide, blocks, layout, lse)
+    plain()
+    wanted, norm = block_mass(q, k, wide, blocks, layout, lse)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+    for item, real in enumerate(valid or (45, 45)):
+        torch.testing.assert_close(own[item, :, :real], norm[item, :, :real], atol=1e-5, rtol=1e-5)
 
 
 def test_heads_are_taken_a_few_at_a_time(monkeypatch):
