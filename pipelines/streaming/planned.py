@@ -28,7 +28,7 @@ class PlannedContext(DenseContext):
     for the queries of past frames, which do not exist any more.
 
     Args:
-        method: see `dit_accel.get_method`; its order must be the same for all heads.
+        method: see `dit_accel.get_method`; `refusal` says which cannot serve.
         dense_clean: run the cache-writing pass dense, since everything later reads what it writes. Default True.
         min_frames: windows with fewer frames run dense. Default 6.
     """
@@ -51,7 +51,8 @@ class PlannedContext(DenseContext):
         order, plan = self._plan(layout, queries, k, v, call)
         first = frames.index(call.own.start) * call.frame_tokens
         own = torch.arange(first, first + q.shape[1])
-        return _rows_of(queries, k, v, order, plan, own, self.method).transpose(1, 2)
+        scale = self.method.logit_scale(q.shape[-1], layout)
+        return _rows_of(queries, k, v, order, plan, own, self.method, scale).transpose(1, 2)
 
     def _plan(
         self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
@@ -76,6 +77,15 @@ class PlannedContext(DenseContext):
         self._memory.clear()
 
 
+def refusal(method: Method) -> str | None:
+    """Why a method cannot run inside the window of a stream; None: it can."""
+    if method.orders_each_head:
+        return "its order differs between heads, and the rows of a chunk are found in an order of all heads"
+    if method.completes:
+        return "it computes more than its blocks, with the queries of the whole video"
+    return None
+
+
 def _prefix(frames: list[int]) -> int:
     """Leading frames that the window has left behind: the sink, once there is a gap after it; else none."""
     gaps = [index for index in range(1, len(frames)) if frames[index] != frames[index - 1] + 1]
@@ -83,7 +93,14 @@ def _prefix(frames: list[int]) -> int:
 
 
 def _rows_of(
-    q: Tensor, k: Tensor, v: Tensor, order: TokenOrder | None, plan: BlockPlan, own: Tensor, method: Method
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: TokenOrder | None,
+    plan: BlockPlan,
+    own: Tensor,
+    method: Method,
+    scale: float | None,
 ) -> Tensor:
     """Attention of the tokens `own` alone.
 
@@ -92,6 +109,7 @@ def _rows_of(
         order, plan: of the whole sequence.
         own: token indices, int64 `[N]` on the CPU.
         method: says remainder and precision.
+        scale: factor on the logits. None: 1 / sqrt(D).
     """
     at = own
     if order is not None:
@@ -101,5 +119,6 @@ def _rows_of(
         q, k, v = order.to(q.device).apply(q, k, v)
     tokens, place = at.sort()
     on_device, some = tokens.to(q.device), rows_of_plan(plan, tokens)
-    out = block_attention(q[:, :, on_device], k, v, some, remainder=method.remainder, precision=method.precision)
+    arithmetic: dict[str, Any] = {"scale": scale, "remainder": method.remainder, "precision": method.precision}
+    out = block_attention(q[:, :, on_device], k, v, some, **arithmetic)
     return out[:, :, place.argsort().to(q.device)]

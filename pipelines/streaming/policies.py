@@ -15,7 +15,7 @@ from dit_accel.pipelines.streaming.attention import DenseContext
 from dit_accel.pipelines.streaming.flashblock import FlashBlock
 from dit_accel.pipelines.streaming.light_forcing import LightForcing
 from dit_accel.pipelines.streaming.memory import CompressedMemory
-from dit_accel.pipelines.streaming.planned import PlannedContext
+from dit_accel.pipelines.streaming.planned import PlannedContext, refusal
 from dit_accel.streaming import StreamSettings
 
 POLICIES: dict[str, type[DenseContext]] = {
@@ -35,7 +35,8 @@ def make_policy(settings: StreamSettings, path: str = "stream.attention") -> Cal
         path: dotted path for the message of an error.
 
     Raises:
-        ConfigError: neither a policy nor a method, an unknown or wrong parameter, or a memory without a window.
+        ConfigError: neither a policy nor a method, a method that cannot run here, an unknown or wrong parameter, or a
+            memory without a window.
     """
     name, parameters = settings.attention.name, dict(settings.attention.parameters)
     policy = POLICIES.get(name)
@@ -44,6 +45,8 @@ def make_policy(settings: StreamSettings, path: str = "stream.attention") -> Cal
             known = [*POLICIES, *list_methods()]
             raise ConfigError(f"{path}.name", f"unknown stream attention {name!r}{near_matches(name, known)}")
         method = get_method(name, **parameters)
+        if (reason := refusal(method)) is not None:
+            raise ConfigError(f"{path}.name", f"{name!r} cannot run inside a stream: {reason}; choose another")
         return lambda: PlannedContext(method)
     if policy is CompressedMemory and settings.window is None:
         raise ConfigError(path, "compressed_memory keeps the frames that leave the window: set a window")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from stream_cases import FRAME, text, tiny_transformer
@@ -17,6 +19,7 @@ from dit_accel.pipelines.streaming.driver import ChunkDriver
 from dit_accel.pipelines.streaming.flashblock import FlashBlock
 from dit_accel.pipelines.streaming.light_forcing import LightForcing, chunk_sparsity
 from dit_accel.pipelines.streaming.planned import PlannedContext
+from dit_accel.pipelines.streaming.policies import make_policy
 from dit_accel.pipelines.streaming.positions import Rotary
 from dit_accel.pipelines.streaming.runtime import CausalWan
 from dit_accel.plan import BlockPlan
@@ -328,9 +331,34 @@ def test_wrong_sparsities_are_named():
         LightForcing(base=0.5, target=0.6)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"), [("aurora", "differs between heads"), ("svg2", "differs between heads"), ("psa", "more than")]
+)
+def test_methods_that_cannot_serve_are_refused_before_a_model_is_loaded(name, reason):
+    with pytest.raises(ConfigError, match=rf"stream\.attention\.name: '{name}' cannot run .*{reason}"):
+        make_policy(StreamSettings(attention={"name": name}))
+
+
+def test_a_method_says_the_factor_on_the_logits(rotary):
+    """CLEAR scales them for many tokens: whatever it is, it reaches the stream."""
+    whole = {"radius": 100.0, "tile": [1, 4, 4]}
+    q, k, v = tensors(3, 9)
+    call = call_for(rotary, range(9), range(6, 9))
+    plain, scaled = (
+        PlannedContext(get_method("clear", proportional=proportional, **whole), min_frames=1).attend(call, q, k, v)
+        for proportional in (False, True)
+    )
+    torch.testing.assert_close(plain, dense(q, k, v), atol=1e-5, rtol=0)
+    factor = (math.log(9 * TOKENS) / math.log(64 * 64 + 512)) ** 0.5
+    torch.testing.assert_close(scaled, dense(factor * q, k, v), atol=1e-5, rtol=0)
+
+
 def test_orders_per_head_are_refused(rotary):
     class PerHead:
         name, is_static, remainder, precision = "per_head", False, None, None
+
+        def logit_scale(self, *_):
+            return None
 
         def plan(self, layout, q, k, v, call):
             from dit_accel.order import TokenOrder
