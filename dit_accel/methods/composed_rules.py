@@ -40,7 +40,7 @@ def _of_order(method: Composed) -> Iterator[str]:
         yield f"remainder 'history' needs an order that stays; order {name!r} changes every step"
     if ordering.by_content and (method.touching or method.remainder_ == "rectified"):
         yield f"order {name!r} scatters tokens: no block touches another, none can be rectified"
-    if method.across_branches and not ordering.is_kept:
+    if method.across_branches and not ordering.serves_branches:
         yield f"across_branches needs an order that branches share: {name!r} is made at every call"
     if method.touching and not ordering.is_static:
         yield "touching needs one order for all heads, got one per head in axes"

@@ -11,8 +11,7 @@ from torch import Tensor
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import BlockSize, Count, Density, Method, SizeTriple
 from dit_accel.order import TokenOrder
-from dit_accel.orders.space import hilbert_order
-from dit_accel.orders.tiles import tile_blocks, tile_order
+from dit_accel.orders.ordering import InSpace
 from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.selection import (
     Budget,
@@ -168,6 +167,11 @@ class DynamicMethod(BlockSelection):
         return self
 
     @property
+    def ordering(self) -> InSpace:
+        """The order, with its parameters."""
+        return InSpace(self.order_, self.tile)
+
+    @property
     def has_static_order(self) -> bool:
         """Yes: none of them looks at a token."""
         return True
@@ -178,17 +182,14 @@ class DynamicMethod(BlockSelection):
 
     def key_order(self, call: CallContext) -> TokenOrder | None:
         """As queries."""
-        if self.order_ == "hilbert":
-            return hilbert_order(call.layout)
-        return tile_order(call.layout, self.tile) if self.order_ == "tile" else None
+        return self.ordering.of_layout(call.layout)
 
     def blocks(self, layout: TokenLayout) -> tuple[Blocking, Blocking]:
         """Tiles, or runs of the raster or the curve."""
-        if self.order_ == "tile":
-            blocks = tile_blocks(layout, self.tile)
-            return blocks, blocks
-        rows = layout.blocks(self.block)
-        return rows, rows if self.key_block in (None, self.block) else layout.blocks(self.key_block)
+        rows = self.ordering.blocks(layout, self.block)
+        if self.order_ == "tile" or self.key_block in (None, self.block):
+            return rows, rows
+        return rows, layout.blocks(self.key_block)
 
     def forced(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor | None:
         """The sink, and every block's own tokens if asked for."""

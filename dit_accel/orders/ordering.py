@@ -36,7 +36,7 @@ class Ordering(ABC):
         return not self.by_content
 
     @property
-    def is_kept(self) -> bool:
+    def serves_branches(self) -> bool:
         """Whether guidance branches of a step can stand in one order."""
         return not self.by_content
 
@@ -151,7 +151,7 @@ class KMeans(Ordering):
     by_content: ClassVar[bool] = True
 
     @property
-    def is_kept(self) -> bool:
+    def serves_branches(self) -> bool:
         """It is, within a step and for `renew` steps."""
         return True
 
