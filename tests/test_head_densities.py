@@ -133,9 +133,9 @@ def test_the_guard_raises_all_heads_alike():
     assert at_density(made, 0.6).densities == pytest.approx((0.15, 0.45, 1.0))
     assert at_density(get_method("aurora"), 0.6).density == 0.6
     guard = Guard(1e-6)
-    q, k, v = torch.randn(3, 1, 3, 2048, 8, generator=torch.Generator().manual_seed(0))
-    guard.check((0, "cond"), 0, q, k, v, torch.zeros_like(q), TokenLayout((8, 16, 16)), 0.4)
+    q, k, v = torch.randn(3, 1, 3, 4096, 8, generator=torch.Generator().manual_seed(0))
+    guard.check((0, "cond"), 0, q, k, v, torch.zeros_like(q), TokenLayout((16, 16, 16)), 0.4)
     guard.max_error = 0.9  # a zero output errs by 1: one level
-    (raised,), level, reason = guard.choose((0, "cond"), (made,), 1, 2048)
+    (raised,), level, reason = guard.choose((0, "cond"), (made,), 1, 4096)
     assert (level, reason) == (1, None)
     assert raised.densities == pytest.approx((0.15, 0.45, 1.0))
