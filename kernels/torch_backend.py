@@ -23,7 +23,7 @@ from dit_accel.kernels.spec import AttentionCall, Precision, Remainder
 from dit_accel.plan import BlockPlan
 
 # Gathered keys and values per thread: larger chunks leave the cache, smaller ones synchronise the threads too often.
-_CHUNK_BYTES = 2 << 20
+_CHUNK_BYTES = 4 << 20
 
 # What is to be done about an entry of a row; entries stand in this order, so that only the last need a mask.
 _WHOLE, _PADDED, _PARTIAL, _VOID = range(4)
@@ -49,14 +49,20 @@ class _Rows:
     """The lists of key blocks: columns int64 `[R, C]` into the G * nk blocks, and their kinds `[R, C]`.
 
     `counts` and `whole` `[R]` say how many leading entries have a key to attend, and how many need no mask;
-    `items` `[R]` which boxes of the predicate a row has, None: all the same.
+    `items` `[R]` which boxes of the predicate a row has, None: all the same; `blocks` `[R]` its query block.
     """
 
+    blocks: Tensor
     columns: Tensor
     kinds: Tensor
     counts: Tensor
     whole: Tensor
     items: Tensor | None
+
+    def at(self, index: Tensor | slice) -> _Rows:
+        """Some of the rows, in the order of `index`."""
+        rest = (self.blocks, self.columns, self.kinds, self.counts, self.whole)
+        return _Rows(*(x[index] for x in rest), None if self.items is None else self.items[index])
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -135,27 +141,25 @@ def _lists(plan: BlockPlan, batch: int, heads: int, operands: _Operands, skip: f
     items = None
     if plan.predicate is not None and not plan.predicate.is_shared:
         items = plan.predicate.items(batch, heads).repeat_interleave(nq)
+    blocks = torch.arange(nq, device=device).repeat(batch * heads)
     if skip is not None:
-        _skip_far_tiles(operands, plan, columns, kinds, items, skip)
+        _skip_far_tiles(operands, plan, _Rows(blocks, columns, kinds, kinds, kinds, items), skip)
     if operands.real is not None or plan.full_counts is not None or skip is not None:
         kinds, order = kinds.sort(stable=True, dim=-1)
         columns = columns.gather(-1, order)
-    return _Rows(columns, kinds, (kinds < _VOID).sum(-1), (kinds == _WHOLE).sum(-1), items)
+    return _Rows(blocks, columns, kinds, (kinds < _VOID).sum(-1), (kinds == _WHOLE).sum(-1), items)
 
 
-def _skip_far_tiles(
-    operands: _Operands, plan: BlockPlan, columns: Tensor, kinds: Tensor, items: Tensor | None, skip: float
-) -> None:
-    """Void the entries `[R, C]` whose logits lie far below those before them, in place; see `Precision.skip`.
+def _skip_far_tiles(operands: _Operands, plan: BlockPlan, rows: _Rows, skip: float) -> None:
+    """Void the entries whose logits lie far below those before them, in place; see `Precision.skip`.
 
     Every logit is computed for the sake of the decision: this says what the kernel does, and saves nothing here.
     """
-    lengths = plan.q_blocks.on(kinds.device)[1].long()
-    for row in range(len(columns)):
-        keys = operands.keys[columns[row]]
+    lengths, kinds = plan.q_blocks.on(rows.kinds.device)[1].long(), rows.kinds
+    for row in range(len(kinds)):
+        keys = operands.keys[rows.columns[row]]
         logits = operands.scale * torch.einsum("td,csd->tcs", operands.q[row, : lengths[row % len(lengths)]], keys)
-        chunk = torch.tensor([row], device=kinds.device)
-        keep = _keep(operands, items, plan, chunk, columns[chunk], kinds[chunk])[0, : len(logits)]
+        keep = _keep(operands, rows.at(slice(row, row + 1)), plan)[0, : len(logits)]
         keep = keep.unflatten(-1, keys.shape[:2]) & (kinds[row] < _VOID).unsqueeze(-1)
         largest = logits.masked_fill(~keep, -torch.inf).amax(-1)
         before = torch.nn.functional.pad(largest.cummax(1).values, (1, 0), value=-torch.inf)[:, :-1].clamp(min=-1e30)
@@ -164,46 +168,58 @@ def _skip_far_tiles(
 
 def _attend_exact(operands: _Operands, rows: _Rows, plan: BlockPlan) -> tuple[Tensor, Tensor]:
     """Attention of every row over its list: `[R, Tq, D]` and `[R, Tq]`; 0 and -inf for a row without keys."""
+    # Rows of one chunk stand side by side; those that need a mask stay apart from those that do not.
+    kinds, order = (2 * rows.counts + (rows.whole < rows.counts)).sort(stable=True)
+    rows, whole = rows.at(order), rows.whole[order].tolist()
     out, lse = torch.zeros_like(operands.q), operands.q.new_full(operands.q.shape[:2], -torch.inf)
     blocks = (operands.keys, operands.values)
-    chunks = list(_chunks(rows, sum(x[0].numel() * x.element_size() for x in blocks)))
-    longest = max((len(chunk) * wide for chunk, wide in chunks), default=0)
+    chunks = list(_chunks(kinds, sum(x[0].numel() * x.element_size() for x in blocks)))
+    longest = max(((chunk.stop - chunk.start) * wide for chunk, wide in chunks), default=0)
     buffers = [x.new_empty(longest, *x.shape[1:]) for x in blocks]
     for chunk, wide in chunks:
-        part, part_lse = _attend_chunk(operands, rows, plan, chunk, wide, buffers)
-        out.index_copy_(0, chunk, part)
-        lse.index_copy_(0, chunk, part_lse)
+        at, numbers = (min(whole[chunk]), wide), order[chunk]
+        q = operands.q.index_select(0, numbers)
+        part, part_lse = _attend_chunk(operands, rows.at(chunk), plan, q, at, buffers)
+        out.index_copy_(0, numbers, part)
+        lse.index_copy_(0, numbers, part_lse)
     return out, lse
 
 
-def _chunks(rows: _Rows, block_bytes: int) -> Iterator[tuple[Tensor, int]]:
-    """Row indices `[r]` of each chunk and the length of their lists, the same for all so that none is padded."""
-    budget = _CHUNK_BYTES * torch.get_num_threads() // block_bytes
-    # Rows that need a mask stay apart from those that do not.
-    key = 2 * rows.counts + (rows.whole < rows.counts)
-    order = key.argsort(stable=True)
-    keys, sizes = key[order].unique_consecutive(return_counts=True)
-    for wide, bucket in zip((keys // 2).tolist(), order.split(sizes.tolist()), strict=True):
+def _chunks(kinds: Tensor, block_bytes: int) -> Iterator[tuple[slice, int]]:
+    """The rows of each chunk and the length of their lists, the same for all so that none is padded.
+
+    `kinds` `[R]`, ascending, are twice that length, or one more for rows that need a mask.
+    """
+    budget, start = _CHUNK_BYTES * torch.get_num_threads() // block_bytes, 0
+    for kind, size in zip(*(x.tolist() for x in kinds.unique_consecutive(return_counts=True)), strict=True):
+        wide, stop = kind // 2, start + size
         if wide:
-            yield from ((chunk, wide) for chunk in bucket.split(max(1, budget // wide)))
+            step = max(1, budget // wide)
+            yield from ((slice(first, min(first + step, stop)), wide) for first in range(start, stop, step))
+        start = stop
 
 
 def _attend_chunk(
-    operands: _Operands, rows: _Rows, plan: BlockPlan, chunk: Tensor, wide: int, buffers: list[Tensor]
+    operands: _Operands, rows: _Rows, plan: BlockPlan, q: Tensor, at: tuple[int, int], buffers: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the rows `chunk` `[r]` over their first `wide` entries: `[r, Tq, D]` and `[r, Tq]`."""
-    index = rows.columns[chunk, :wide]
+    """Attention of r rows, q `[r, Tq, D]`, over the leading entries of their lists: `[r, Tq, D]` and `[r, Tq]`.
+
+    `at` says how many of the entries need no mask in any row, and how many there are.
+    """
+    whole, wide = at
+    index = rows.columns[:, :wide].flatten()
     k, v = (
-        torch.index_select(x, 0, index.flatten(), out=buffer[: index.numel()]).view(len(chunk), -1, x.shape[2])
+        torch.index_select(x, 0, index, out=buffer[: len(index)]).view(len(q), -1, x.shape[2])
         for x, buffer in zip((operands.keys, operands.values), buffers, strict=True)
     )
-    whole = int(rows.whole[chunk].min())
     bias = None
     if whole < wide:
-        keep = _keep(operands, rows.items, plan, chunk, index[:, whole:], rows.kinds[chunk, whole:wide])
-        bias = k.new_zeros(len(chunk), keep.shape[1], k.shape[1])
+        keep = _keep(
+            operands, replace(rows, columns=rows.columns[:, whole:wide], kinds=rows.kinds[:, whole:wide]), plan
+        )
+        bias = k.new_zeros(len(q), keep.shape[1], k.shape[1])
         bias[..., -keep.shape[2] :].masked_fill_(~keep, -torch.inf)
-    out, lse = attend_chunk(operands.q[chunk], k, v, bias, operands.scale, operands.fp8)
+    out, lse = attend_chunk(q, k, v, bias, operands.scale, operands.fp8)
     if bias is not None and whole == 0:
         # Library kernels disagree about queries without keys; here they are 0 and -inf.
         empty = bias.isneginf().all(-1).expand(lse.shape)
@@ -211,26 +227,25 @@ def _attend_chunk(
     return out, lse
 
 
-def _keep(
-    operands: _Operands, items: Tensor | None, plan: BlockPlan, chunk: Tensor, index: Tensor, kinds: Tensor
-) -> Tensor:
-    """Which keys of the entries `index` `[r, c]` count: bool `[r, 1 or Tq, c * Tk]`."""
+def _keep(operands: _Operands, rows: _Rows, plan: BlockPlan) -> Tensor:
+    """Which keys of the entries of r rows `[r, c]` count: bool `[r, 1 or Tq, c * Tk]`."""
+    index, kinds = rows.columns, rows.kinds
     size = plan.k_blocks.size
-    keep = torch.ones(1, 1, 1, dtype=torch.bool, device=index.device).expand(len(chunk), 1, index.shape[1] * size)
+    keep = torch.ones(1, 1, 1, dtype=torch.bool, device=index.device).expand(len(index), 1, index.shape[1] * size)
     if operands.real is not None:
         keep = operands.real[index].flatten(1).unsqueeze(1)
     if plan.predicate is None:
         return keep
-    q_start, q_length = (x[chunk % plan.q_blocks.count].unsqueeze(-1) for x in plan.q_blocks.on(index.device))
+    q_start, q_length = (x[rows.blocks].unsqueeze(-1) for x in plan.q_blocks.on(index.device))
     k_start, k_length = (x[index % plan.k_blocks.count].unsqueeze(-1) for x in plan.k_blocks.on(index.device))
     # Slots of padding repeat the last token of their block; they are masked by `real`, or cut off afterwards.
     queries = q_start + torch.arange(plan.q_blocks.size, device=index.device).minimum(q_length - 1)
     keys = k_start + torch.arange(size, device=index.device).minimum(k_length - 1)
     queries, keys = queries.long(), keys.flatten(1).long()
-    if items is None:
+    if rows.items is None:
         inside = plan.predicate.keeps(queries, keys)
     else:
-        inside = plan.predicate.keeps_of(items[chunk], queries, keys)
+        inside = plan.predicate.keeps_of(rows.items, queries, keys)
     return keep & (inside | (kinds < _PARTIAL).repeat_interleave(size, dim=-1).unsqueeze(1))
 
 
