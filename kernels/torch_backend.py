@@ -61,8 +61,9 @@ class _Rows:
 
     def at(self, index: Tensor | slice) -> _Rows:
         """Some of the rows, in the order of `index`."""
-        rest = (self.blocks, self.columns, self.kinds, self.counts, self.whole)
-        return _Rows(*(x[index] for x in rest), None if self.items is None else self.items[index])
+        items = None if self.items is None else self.items[index]
+        lists = self.columns[index], self.kinds[index]
+        return _Rows(self.blocks[index], *lists, self.counts[index], self.whole[index], items)
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from PIL import Image
 from dit_accel.cli import generate, main
 from dit_accel.cli.app import dashes
 from dit_accel.cli.inputs import open_image
+from dit_accel.kernels import products
 from dit_accel.video_io import write_mp4
 
 SMALL = ["--height", "32", "--width", "48", "--num-frames", "9", "--num-inference-steps", "2"]
@@ -280,5 +281,8 @@ def test_dit_accel_lists_shows_and_examines(monkeypatch, capsys, tmp_path):
     shown = run(monkeypatch, capsys, main.main, "methods", "show", "radial")[1]
     assert "arXiv 2506.19852" in shown
     assert "decay: 1.0" in shown
-    assert "backend torch: usable" in run(monkeypatch, capsys, main.main, "doctor")[1]
+    monkeypatch.setattr(products, "library", lambda: "onednn")
+    told = run(monkeypatch, capsys, main.main, "doctor")[1]
+    assert "backend torch: usable" in told
+    assert "fp32 products on the CPU: onednn" in told
     assert run(monkeypatch, capsys, main.main, "methods", "show", "radail")[0] == 2
