@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn import functional as F
 
-from dit_accel.kernels import block_attention
+from dit_accel.kernels import block_attention, products
 from dit_accel.plan import Blocking, BlockPlan, BoxPredicate
 
 
@@ -88,6 +89,13 @@ def both(q, k, v, plan, **options):
     got = block_attention(q, k, v, plan, backend="torch", return_lse=True, **options)
     torch.testing.assert_close(got, expected, atol=1e-11, rtol=1e-10)
     return got
+
+
+def use_library(monkeypatch, name):
+    """Have fp32 products made by "onednn" or "blas"; a test of oneDNN is skipped where that is missing or rounds."""
+    if name == "onednn" and not products._is_exact():
+        pytest.skip("no oneDNN here that multiplies fp32 matrices without rounding")
+    monkeypatch.setattr(products, "library", lambda: name)
 
 
 def uniform(tokens, size):

@@ -6,12 +6,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import agree, ball, both, boxes_of_heads, plan_of_box, random_plan, tensors, uniform, window_plan
+from kernel_cases import (
+    agree,
+    ball,
+    both,
+    boxes_of_heads,
+    plan_of_box,
+    random_plan,
+    tensors,
+    uniform,
+    use_library,
+    window_plan,
+)
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel.errors import ConfigError, PlanError, UnsupportedError
-from dit_accel.kernels import Remainder, backends, block_attention, chunk, merge, products, remainder, torch_backend
+from dit_accel.kernels import Remainder, backends, block_attention, chunk, merge, remainder, torch_backend
 from dit_accel.plan import Blocking, BlockPlan, BoxPredicate
 
 
@@ -191,7 +202,7 @@ def test_chunks_of_any_size_give_the_same(monkeypatch, chunk_bytes, share):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("logits", [1, 1 << 22])
 def test_both_libraries_agree_with_the_specification(monkeypatch, library, dtype, logits):
-    monkeypatch.setattr(products, "library", lambda: library)
+    use_library(monkeypatch, library)
     monkeypatch.setattr(chunk, "_LOGITS", logits)
     q, k, v = (x.to(dtype) for x in tensors(batch=2, queries=131, dim=72, factor=4.0))
     blocks, valid = Blocking.from_lengths([31, 33, 32, 1, 34]), torch.tensor([131, 90])

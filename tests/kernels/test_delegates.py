@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import random_plan, tensors, uniform
+from kernel_cases import random_plan, tensors, uniform, use_library
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
 
 from dit_accel import engine
 from dit_accel.errors import UnsupportedError
-from dit_accel.kernels import Precision, Remainder, backends, block_attention, dense, flex_backend, products
+from dit_accel.kernels import Precision, Remainder, backends, block_attention, dense, flex_backend
 from dit_accel.kernels.dense import dense_attention, dense_backends, exact_backends, preferred
 from dit_accel.kernels.registry import Request
 from dit_accel.methods.registry import get_method
@@ -119,7 +119,7 @@ def test_the_engine_runs_dense_steps_so_but_leaves_a_dense_method_alone(monkeypa
 
 
 def test_dense_attention_here_is_that_of_torch(monkeypatch):
-    monkeypatch.setattr(products, "library", lambda: "blas")
+    use_library(monkeypatch, "blas")
     q, k, v = (x.float() for x in tensors(queries=40, keys=60))
     assert preferred(q) == "sdpa"
     assert exact_backends(q) == ["sdpa"]
@@ -132,7 +132,7 @@ def test_dense_attention_here_is_that_of_torch(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (67, 130), (769, 65)])
 def test_dense_attention_by_wide_products(monkeypatch, dtype, queries, keys):
-    monkeypatch.setattr(products, "library", lambda: "onednn")
+    use_library(monkeypatch, "onednn")
     q, k, v = (x.to(dtype) for x in tensors(queries=queries, keys=keys, dim=40))
     assert exact_backends(q) == ["sdpa", "onednn"]
     assert preferred(q) == ("onednn" if queries >= 768 else "sdpa")
@@ -153,7 +153,7 @@ def test_dense_steps_on_a_cpu_multiply_widely(monkeypatch):
         entered.append(device.type)
         yield
 
-    monkeypatch.setattr(products, "library", lambda: "onednn")
+    use_library(monkeypatch, "onednn")
     monkeypatch.setattr(dense, "wide_products", watched)
     for tokens, times in ((767, 0), (768, 1)):
         with dense.fastest_first(torch.zeros(1, tokens, 2, 8)):

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from kernel_cases import use_library
 
 from dit_accel.errors import ConfigError
 from dit_accel.kernels import products
@@ -53,7 +54,7 @@ def test_without_the_library_the_same_blocks_are_chosen(monkeypatch):
     names = ("xattention", "subblock", "asa", "psa", "proxyattn", "adaspa")
     first, second = [], []
     for plans, name in ((first, "onednn"), (second, "blas")):
-        monkeypatch.setattr(products, "library", lambda name=name: name)
+        use_library(monkeypatch, name)
         plans += [get_method(name, block=16, density=0.3).plan(layout, q, k)[1].to_mask() for name in names]
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
@@ -88,9 +89,8 @@ def test_a_library_that_rounds_is_found_out(monkeypatch):
     assert not products._is_exact()
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="PyTorch has no such switch before 2.9")
 def test_the_permission_ends_with_the_last_thread_inside(monkeypatch):
-    monkeypatch.setattr(products, "library", lambda: "onednn")
+    use_library(monkeypatch, "onednn")
     switch, cpu = torch.backends.mkldnn.matmul, torch.device("cpu")
     before = switch.fp32_precision
     with products.wide_products(cpu):
@@ -125,7 +125,7 @@ def test_the_permission_ends_with_the_last_thread_inside(monkeypatch):
 
 
 def test_other_devices_and_a_library_switched_off_are_left_alone(monkeypatch):
-    monkeypatch.setattr(products, "library", lambda: "onednn")
+    use_library(monkeypatch, "onednn")
     assert products.are_wide(torch.device("cpu")) == torch.backends.mkldnn.enabled
     assert not products.are_wide(torch.device("cuda"))
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
