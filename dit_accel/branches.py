@@ -80,8 +80,10 @@ def deciding_rows(method: Method, state: RunState, layout: TokenLayout, rows: in
     return slice(rows - share, rows) if valid == valid[-share:] * state.branches_in_batch else None
 
 
-def of_rows(qkv: tuple[Tensor, Tensor, Tensor], rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v `[B, H, N, D]` of some batch rows."""
+def of_rows(qkv: tuple[Tensor, Tensor, Tensor], rows: slice | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v `[B, H, N, D]` of some batch rows; None: of all."""
+    if rows is None:
+        return qkv
     q, k, v = qkv
     return q[rows], k[rows], v[rows]
 

@@ -16,7 +16,7 @@ from dit_accel.methods.base import Method
 from dit_accel.order import TokenOrder, relative
 from dit_accel.plan import BlockPlan
 from dit_accel.report import CallRecord
-from dit_accel.reuse import for_all, for_other_layers, overlap, representative_heads
+from dit_accel.reuse import for_other_layers, order_for_all, overlap, plan_for_all, representative_heads
 from dit_accel.rows import rows_of_order, rows_of_plan
 from dit_accel.schedule import Schedule
 from dit_accel.shard import TokenShard
@@ -135,23 +135,31 @@ class Planner:
         method, device, (batch, heads) = request.method, qkv[0].device, qkv[0].shape[:2]
         rows = deciding_rows(method, request.state, request.layout, batch)
         call = self.call(replace(request, layout=layout_of_rows(request.layout, rows)), batch)
-        q, k, v = self._representatives(method, qkv if rows is None else of_rows(qkv, rows), record)
+        speakers = self._representatives(method, of_rows(qkv, rows), record)
+        made, ordered = speakers[0].shape[:2], None
         with record.timed("order", device):
-            order = method.order(q, k, v, call)
+            order = method.order(*speakers, call)
             order = order if request.standing is None else relative(order, request.standing)
             order = None if order is None else order.to(device)
-            q, k, v = (q, k, v) if order is None else order.apply(q, k, v)
+            if made[1] == heads:
+                # All rows are moved, once, and those that decide are taken from them.
+                order = order_for_all(order, made, (batch, heads))
+                ordered = qkv if order is None else order.apply(*qkv)
+                speakers = of_rows(ordered, rows)
+            elif order is not None:
+                speakers = order.apply(*speakers)
         with record.timed("select", device):
-            call.values = v
+            (q, k, _), call.values = speakers, speakers[2]
             plan = choice_of_other_branch(method, q, call)
             if plan is None:
                 plan = method.select(q, k, call)
                 if rows is None:
                     keep_choice(method, q, call, plan)
-            order, plan = for_all(order, plan, tuple(q.shape[:2]), (batch, heads))
+            plan = plan_for_all(plan, made, (batch, heads))
+            order = order if ordered is not None else order_for_all(order, made, (batch, heads))
             record.measures.update(call.measures)
             planned = Planned(order, plan.to(device), _density(plan, device, method.is_static))
-        return planned, (q, k, v) if q.shape[:2] == (batch, heads) else None
+        return planned, ordered
 
     def _representatives(self, method: Method, qkv: QKV, record: CallRecord) -> QKV:
         """The heads that plans are made for, `[B, g, N, D]`."""

@@ -5,8 +5,7 @@ Axis legend: B batch, H heads, g representatives, N tokens, D head size, nq / nk
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import singledispatch
+from functools import partial, singledispatch
 
 import torch
 from torch import Tensor
@@ -15,6 +14,9 @@ from dit_accel.errors import ConfigError
 from dit_accel.order import TokenOrder
 from dit_accel.plan import BlockPlan
 from dit_accel.widest import widest
+
+Sizes = tuple[int, ...]
+"""Batch rows and heads."""
 
 
 def representative_heads(x: Tensor, groups: int) -> Tensor:
@@ -41,33 +43,31 @@ def check_representatives(heads: int, groups: int) -> None:
         raise ConfigError("schedule.head_groups", f"expected a divisor of the {heads} heads, got {groups}")
 
 
-def for_all(
-    order: TokenOrder | None, plan: BlockPlan, made: tuple[int, ...], wanted: tuple[int, int]
-) -> tuple[TokenOrder | None, BlockPlan]:
-    """Order and plan of representatives as those of all batch rows and heads.
+def order_for_all(order: TokenOrder | None, made: Sizes, wanted: Sizes) -> TokenOrder | None:
+    """The order of representatives as that of all batch rows and heads; see `plan_for_all`."""
+    if order is None or made == wanted:
+        return order
+    query, key = (x if x.ndim == 1 else _spread(x, wanted) for x in (order.query, order.key_index))
+    return TokenOrder(query, None if order.key is None else key)
+
+
+def plan_for_all(plan: BlockPlan, made: Sizes, wanted: Sizes) -> BlockPlan:
+    """The plan of representatives as that of all batch rows and heads.
 
     Args:
-        order, plan: what was made.
+        plan: what was made.
         made: for how many rows and heads.
-        wanted: for how many they shall be. Rows follow those that decided for them again and again; a head gets what
-            the representative of its run of neighbours has.
+        wanted: for how many it shall be. Rows follow those that decided for them again and again; a head gets what the
+            representative of its run of neighbours has.
     """
-    if made == wanted:
-        return order, plan
-
-    def spread(x: Tensor) -> Tensor:
-        rows, heads = (1 if x.shape[axis] == 1 else wanted[axis] // x.shape[axis] for axis in (0, 1))
-        return x.repeat_interleave(heads, 1).repeat(rows, *[1] * (x.ndim - 1))
-
-    return _changed(order, spread), plan.each_tensor(spread)
+    return plan if made == wanted else plan.each_tensor(partial(_spread, wanted=wanted))
 
 
-def _changed(order: TokenOrder | None, change: Callable[[Tensor], Tensor]) -> TokenOrder | None:
-    """An order after `change` of all that has axes of batch and heads."""
-    if order is None:
-        return None
-    query, key = (x if x.ndim == 1 else change(x) for x in (order.query, order.key_index))
-    return TokenOrder(query, None if order.key is None else key)
+def _spread(x: Tensor, wanted: Sizes) -> Tensor:
+    """x `[B', H', ...]` for `wanted` rows and heads; what is the same for all stays so."""
+    rows, heads = (1 if x.shape[axis] == 1 else wanted[axis] // x.shape[axis] for axis in (0, 1))
+    x = x if heads == 1 else x.repeat_interleave(heads, 1)
+    return x if rows == 1 else x.repeat(rows, *[1] * (x.ndim - 1))
 
 
 def whole_blocks(plan: BlockPlan) -> BlockPlan:

@@ -16,7 +16,7 @@ from dit_accel.methods.registry import get_method
 from dit_accel.methods.subblock import SubBlock
 from dit_accel.order import TokenOrder
 from dit_accel.plan import Blocking, BlockPlan
-from dit_accel.reuse import for_all, overlap, representative_heads, union_of_heads
+from dit_accel.reuse import order_for_all, overlap, plan_for_all, representative_heads, union_of_heads
 from dit_accel.schedule import Schedule
 from dit_accel.state import RunState
 
@@ -150,13 +150,13 @@ def test_heads_that_are_alike_get_their_own_plan_from_a_representative():
     q, k = torch.randn(2, 1, 2, layout.tokens, 16, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 2)
     method = get_method("subblock", block=8)
     plan = method.plan(layout, *(representative_heads(x, 2) for x in (q, k)))[1]
-    _, spread = for_all(None, plan, (1, 2), (1, 4))
+    spread = plan_for_all(plan, (1, 2), (1, 4))
     assert torch.equal(spread.validate().to_mask(), method.plan(layout, q, k)[1].to_mask())
     order = TokenOrder(torch.stack([torch.arange(64), torch.arange(64).flip(0)]).unsqueeze(0))
-    many, _ = for_all(order, plan, (1, 2), (1, 4))
+    many = order_for_all(order, (1, 2), (1, 4))
     assert torch.equal(many.query[0, :, 0], torch.tensor([0, 0, 63, 63]))
     shared = TokenOrder(torch.arange(64))
-    assert torch.equal(for_all(shared, plan, (1, 2), (1, 4))[0].query, shared.query)
+    assert torch.equal(order_for_all(shared, (1, 2), (1, 4)).query, shared.query)
 
 
 def test_union_and_overlap():
