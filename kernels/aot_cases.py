@@ -57,6 +57,8 @@ class Launch:
         """The kernel, and what it was told at compile time, in words."""
         told = [key.lower().replace("_", " ") for key, value in self.options.items() if value is True]
         sizes = [f"of {self.options['COLUMNS']}"] if self.is_row else []
+        numbers = {"GROUP_N": "slots {}", "NORMS": "norms {}"}
+        sizes += [words.format(self.options[key]) for key, words in numbers.items() if self.options.get(key)]
         return " ".join([self.kernel.__name__, *told, *sizes])
 
     @property
