@@ -100,7 +100,7 @@ def _blocks_per_program(group: int, squares: bool, blocks: int) -> int:
 
 def columns_at_once(width: int) -> int:
     """Columns of a matrix of `width` that a program sums, which takes registers."""
-    return max(16, min(64, width // 2))
+    return max(16, min(64, width // 2)) if width <= 128 else 32
 
 
 def rows_at_once(size: int) -> int:
