@@ -106,10 +106,13 @@ class Statistics:
             fp64 `[P, L, H, C]`, in proportion to the densities of the heads; fp64 `[P, L, C]`, the same for candidates
             of one kind. The mean of the first over the heads is the time of a layer.
         """
-        rest, order, mixed = self.time[self.alone].median(0).values
+        times = self.time[self.alone]
+        rest, order, _ = times.median(0).values
         alone, density, seen = rest + (0.0 if hoisted else order), self.mean_density(), self.calls > 0
         leads = torch.tensor([self.kinds.index(kind) for kind in self.kinds])
-        group = torch.where(mixed > 0, mixed - (rest + order + 1) / 2, 0.0).clamp(min=0)[leads]
+        # The largest: a difference of noisy times must not make it look free.
+        mixed = torch.where(times[:, 2] > 0, times[:, 2] - (times[:, 0] + times[:, 1] + 1) / 2, 0.0)
+        group = mixed.amax(0).clamp(min=0)[leads]
         over_all = density[seen].mean((0, 1)).clamp(min=1e-12)
         return alone * density / over_all, group.expand(*self.calls.shape, -1)
 
@@ -140,7 +143,8 @@ class Statistics:
         """What candidates of a kind change the picture by, over what their errors, so weighed, add up to, fp64 `[C]`.
 
         Guidance multiplies what differs between its branches, and errors of different calls may be alike; kinds differ
-        in both. None where no candidate has run alone.
+        in both. But no kind counts for less than the one that errs least: pictures that differ much cannot differ in
+        proportion. None where no candidate has run alone.
 
         Args:
             weight: what the squared error of a layer counts for, `[P, L]`.
@@ -152,12 +156,13 @@ class Statistics:
         found = changes.clamp(min=1e-30).log().mean(0).exp() / predicted.clamp(min=1e-30)
         # Where dense attention is faster, a candidate that would err ran dense.
         errs = (self.mean_error().sum(2)[self.calls > 0].mean(0) > _EXACT) & (changes > 0).all(0)
-        effect = torch.ones_like(found)
+        effect, least = torch.ones_like(found), (float("inf"), 0.0)
         for kind in set(self.kinds):
             mine = torch.tensor([each == kind for each in self.kinds])
             if (mine & errs).any():
                 effect[mine] = found[mine & errs].log().mean().exp()
-        return effect
+                least = min(least, (float(predicted[mine & errs].mean()), float(effect[mine][0])))
+        return torch.where(errs, effect.clamp(min=least[1]), effect)
 
     def copy(self) -> Statistics:
         """Sums that can be added to without touching these."""
