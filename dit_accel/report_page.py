@@ -35,6 +35,8 @@ video, img { max-width: 100%; min-width: 240px; image-rendering: auto; }
 def read_run(path: str | Path) -> dict[str, Any]:
     """Read a report that `Report.to_json` or `generate-video` wrote.
 
+    Those of streams and of videos of several prompts have no calls.
+
     Raises:
         ConfigError: no such file, not JSON, or not such a report.
     """
@@ -45,10 +47,10 @@ def read_run(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(str(path), f"expected JSON: {error}") from None
     needed = {"component", "layer", "step", "density", "reason", *(f"{phase}_ms" for phase in ("order", "attend"))}
-    calls = run.get("calls") if isinstance(run, dict) else None
+    calls = run.get("calls", [] if run.keys() & {"stream", "layout"} else None) if isinstance(run, dict) else None
     if not isinstance(calls, list) or not all(isinstance(call, dict) and needed <= call.keys() for call in calls):
         raise ConfigError(str(path), "expected a report of a run, with its attention calls under `calls`")
-    return dict(run)
+    return run | {"calls": calls}
 
 
 def find_video(report: str | Path) -> Path | None:
@@ -64,14 +66,16 @@ def render_page(run: Mapping[str, Any], video: Path | None = None) -> str:
         run: what `read_run` returns.
         video: embedded when it is at most `LARGEST_VIDEO` bytes. Default: none.
     """
-    title = run.get("prompt") or (run.get("settings") or {}).get("preset") or "run"
+    title = _prompts(run) or (run.get("settings") or {}).get("preset") or "run"
     parts = [
         f"<h1>{html.escape(str(title))}</h1>",
         _video(video),
         _section("In short", _facts(_headline(run))),
+        _section("Chunks", _chunks(run)),
         *(_maps(run, component) for component in dict.fromkeys(call["component"] for call in run["calls"])),
         _section("What the plans look like", _pictures(run)),
         _section("Why calls ran dense", _counts(run.get("dense_reasons") or {})),
+        _section("Stream", _yaml(run.get("stream"))),
         _section("Resolved preset", _yaml(run.get("preset") or run.get("settings"))),
         _section("Made with", _facts({**(run.get("environment") or {}), "date": run.get("date", "")})),
     ]
@@ -107,6 +111,23 @@ def _yaml(value: Any) -> str:
     return f"<pre>{html.escape(yaml.safe_dump(value, sort_keys=False))}</pre>" if value else ""
 
 
+def _prompts(run: Mapping[str, Any]) -> str:
+    """The prompt of a run, or those of a stream or of several clips."""
+    several = [each["prompt"] if isinstance(each, dict) else each for each in run.get("prompts") or []]
+    return str(run.get("prompt") or " | ".join(several))
+
+
+def _chunks(run: Mapping[str, Any]) -> str:
+    """Seconds that every chunk of a stream took."""
+    times = zip(run.get("denoise_s") or [], run.get("decode_s") or [], strict=True)
+    rows = [
+        f'<tr><td class="n">{number}</td><td class="n">{denoise:.2f} s denoising</td>'
+        f'<td class="n">{decode:.2f} s decoding</td></tr>'
+        for number, (denoise, decode) in enumerate(times, 1)
+    ]
+    return f"<table>{''.join(rows)}</table>" if rows else ""
+
+
 def _headline(run: Mapping[str, Any]) -> dict[str, Any]:
     calls, settings, times = run["calls"], run.get("settings") or {}, run.get("times") or {}
     sparse = [call for call in calls if call["reason"] is None]
@@ -114,9 +135,13 @@ def _headline(run: Mapping[str, Any]) -> dict[str, Any]:
     seconds = run.get("seconds") or {}
     budget = (settings.get("schedule") or {}).get("max_error")
     return {
-        "method": f"{settings.get('method', '')} {settings.get('parameters') or ''}",
+        "method": f"{settings.get('method', '')} {settings.get('parameters') or ''}".strip(),
         "seed": run.get("seed"),
-        "attention calls": f"{len(calls)}, of which {len(sparse)} sparse",
+        "attention calls": f"{len(calls)}, of which {len(sparse)} sparse" if calls or settings else None,
+        "frames per second, denoising": f"{run['denoise_fps']:.2f}" if "denoise_fps" in run else None,
+        "frames per second, all": f"{run['end_to_end_fps']:.2f}" if "end_to_end_fps" in run else None,
+        "first frame after": f"{run['first_frame_latency_s']:.2f} s" if "first_frame_latency_s" in run else None,
+        "caches": f"{run['cache_bytes'] / 2**20:.1f} MiB" if "cache_bytes" in run else None,
         "backend": ", ".join(sorted({call["backend"] for call in sparse})),
         "density": f"{run['density']:.3f} over the whole run" if "density" in run else None,
         "density of sparse calls": f"{mean(call['density'] for call in sparse):.3f}" if sparse else None,

@@ -13,7 +13,7 @@ from dit_accel.cli.files import report_path, write_json
 from dit_accel.cli.making import Run
 from dit_accel.errors import ConfigError
 from dit_accel.presets import Preset
-from dit_accel.report import environment
+from dit_accel.report import environment, peak_memory
 from dit_accel.video_io import OutputFile, check_frames
 
 if TYPE_CHECKING:
@@ -122,7 +122,9 @@ def make_several(run: Run, prompts: list[str], frames: int | None, target: Path,
         "seed": run.seed,
         "model": run.model or run.preset.repository,
         "preset": run.preset.model_dump(mode="json"),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "times": {"total": took},
+        "peak_memory_mib": peak_memory(),
         "environment": environment(),
     }
     write_json(path, content)

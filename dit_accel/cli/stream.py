@@ -247,16 +247,18 @@ class _Record:
 
 
 def _write_report(request: _Request, measured: dict[str, Any], prompts: list[dict[str, Any]]) -> None:
-    from dit_accel.report import environment
+    from dit_accel.report import environment, peak_memory
 
     content = {
-        "preset": request.preset.name,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "preset": request.preset.model_dump(mode="json"),
         "stream": request.settings.model_dump(mode="json"),
         "prompts": prompts,
         "seed": request.options["seed"],
         "size": [request.height, request.width],
         "fps": request.fps,
         **measured,
+        "peak_memory_mib": peak_memory(),
         "environment": environment(),
     }
     write_json(request.report, content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import sys
 from html.parser import HTMLParser
@@ -157,6 +158,27 @@ def test_an_empty_run_makes_a_page():
     page = render_page(Report([], {"method": "dense", "parameters": {}}).to_dict())
     assert "0, of which 0 sparse" in page
     parse(page)
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        (
+            {
+                "stream": {"chunk": 2}, "prompts": [{"prompt": "a"}, {"prompt": "b"}],
+                "denoise_s": [1.5], "decode_s": [0.5], "denoise_fps": 2.0, "cache_bytes": 2**20,
+            },
+            ("a | b", "1.50 s denoising", "0.50 s decoding", "1.0 MiB", "chunk: 2"),
+        ),
+        ({"layout": {"clips": 2}, "prompts": ["a", "b"], "times": {"total": 1.0}}, ("a | b",)),
+    ],
+)  # fmt: skip
+def test_a_stream_and_a_video_of_several_prompts_make_a_page(values, shown, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(values | {"preset": {"name": "mine"}, "seed": 3}))
+    text = " ".join(parse(render_page(read_run(tmp_path / "run.json"))).text)
+    for words in (*shown, "name: mine"):
+        assert words in text
+    assert "attention calls" not in text
 
 
 def test_a_heat_map_places_values_on_the_ramp():
