@@ -111,7 +111,7 @@ def _generate(
     what: dict[str, Any] = {"method": candidate.method, "schedule": candidate.schedule}
     if candidate.preset is not None:
         what = {"preset": candidate.preset}
-    with accelerate(pipe, **what, **{"backend": backend, **candidate.options}) as acceleration:
+    with accelerate(pipe, **{**what, "backend": backend, **candidate.options}) as acceleration:
         task, clock = outcome.task, clock_for(torch.device("cuda" if cuda else "cpu"))
         clip, times = call_pipeline(pipe, generation, task.prompt, task.seed, inputs, clock=clock)
         report = acceleration.report()
