@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from importlib import metadata, util
 
 import torch
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from dit_accel.bench.timing import available_bytes
 from dit_accel.errors import UnsupportedError
 from dit_accel.kernels.registry import Request, backends, choose_backend
 from dit_accel.kernels.selftest import fault_of
@@ -29,12 +31,26 @@ _BREAKS = (
     ("triton", "<3.4", "is older than the kernels are written for; install triton>=3.4"),
     ("transformers", "<4.52", "text encoders load under other names; install transformers>=4.52"),
 )
-_EXTRAS = (
-    ("triton", "gpu", "the Triton kernels (Linux, a GPU)"),
-    ("xformers", "gpu", "faster dense attention on older GPUs"),
-    ("skimage", "metrics", "PSNR and SSIM in `dit-accel compare`"),
-    ("matplotlib", "metrics", "the plot of `dit-accel compare`"),
+_BREAKS_ON_CUDA = (
+    (
+        "torch",
+        "==2.9.*",
+        "computes 3-D convolutions in bfloat16 without cuDNN, so video is decoded far slower, in more memory "
+        "(PyTorch issues 166643 and 174051); install torch>=2.10",
+    ),
 )
+_INSTALLS = (
+    ("triton", "'dit_accel[gpu]'", "the Triton kernels (Linux, a GPU)"),
+    ("xformers", "'dit_accel[gpu]'", "faster dense attention on older GPUs"),
+    ("skimage", "'dit_accel[metrics]'", "PSNR and SSIM in `dit-accel compare`"),
+    ("matplotlib", "'dit_accel[metrics]'", "the plot of `dit-accel compare`"),
+    ("torchmetrics", "'dit_accel[metrics]'", "LPIPS in `dit-accel compare`"),
+    ("torchvision", "torchvision", "LPIPS in `dit-accel compare`"),
+    ("gradio", "'dit_accel[demo]'", "`dit-accel demo`"),
+    ("ray", "'dit_accel[ray]'", "batches on several machines"),
+    ("torchao", "torchao", "quantised weights (`extras.quantization`)"),
+)
+"""Module, what to install, what it gives."""
 
 
 @dataclass(frozen=True)
@@ -138,15 +154,29 @@ def _choice(preset: Preset) -> Choice:
 
 def known_to_break() -> Iterator[str]:
     """Installed versions that are known to break something, with what to do."""
-    for package, bad, told in _BREAKS:
+    for package, bad, told in (*_BREAKS, *(_BREAKS_ON_CUDA if torch.version.cuda is not None else ())):
         try:
             version = Version(metadata.version(package))
         except metadata.PackageNotFoundError:
             continue
         if SpecifierSet(bad, prereleases=True).contains(version):
             yield f"{package} {version} {told}"
+    other = _triton_of_torch()
+    if other is not None:
+        yield other
     if torch.version.cuda is None and _has_nvidia_driver():
         yield f"torch {torch.__version__} is built without CUDA, but there is an NVIDIA driver; install a CUDA build"
+
+
+def _triton_of_torch() -> str | None:
+    """The Triton that the installed torch was built with, where that is another than the one installed."""
+    for text in metadata.requires("torch") or []:
+        needed = Requirement(text)
+        if needed.name == "triton" and util.find_spec("triton") and (needed.marker is None or needed.marker.evaluate()):
+            version = metadata.version("triton")
+            if not needed.specifier.contains(version, prereleases=True):
+                return f"triton {version} is not the one that torch was built with; install triton{needed.specifier}"
+    return None
 
 
 def _has_nvidia_driver() -> bool:
@@ -157,6 +187,13 @@ def _has_nvidia_driver() -> bool:
 
 def installs() -> Iterator[str]:
     """What is not installed, what it would give, and the command that installs it."""
-    for module, extra, gives in _EXTRAS:
-        if util.find_spec(module) is None and (extra != "gpu" or torch.cuda.is_available()):
-            yield f"pip install 'dit_accel[{extra}]' gives {gives}"
+    for module, package, gives in _INSTALLS:
+        if util.find_spec(module) is None and ("gpu" not in package or torch.cuda.is_available()):
+            yield f"pip install {package} gives {gives}"
+
+
+def memory() -> str:
+    """Free memory of the process's machine, and of each CUDA device."""
+    places = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    known = ((place, available_bytes(place)) for place in places)
+    return ", ".join(f"{free / 2**30:.1f} GiB free on {place}" for place, free in known if free is not None)

@@ -21,12 +21,13 @@ def doctor(
 
     Leaves with 1 when a backend computes wrong results here, or a version is known to break.
     """
-    from dit_accel.doctor import backend_choices, backend_findings, installs, known_to_break
+    from dit_accel.doctor import backend_choices, backend_findings, installs, known_to_break, memory
     from dit_accel.kernels.products import library
     from dit_accel.report import environment
 
     for name, value in environment().items():
         console.print(f"{name}: {value}", markup=False)
+    console.print(f"memory: {memory()}", markup=False)
     console.print(f"fp32 products on the CPU: {library()}", markup=False)
     faults = list(known_to_break())
     for finding in backend_findings(test):

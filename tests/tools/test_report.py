@@ -249,6 +249,25 @@ def test_doctor_leaves_with_1_when_a_backend_is_wrong(monkeypatch, capsys):
     assert [told.split()[0] for told in known_to_break()] == ["diffusers"]
 
 
+def test_doctor_says_what_to_install_and_that_triton_is_not_torchs(monkeypatch):
+    from dit_accel import doctor
+
+    monkeypatch.setattr(
+        doctor.util, "find_spec", lambda module: None if module in ("gradio", "torchvision") else module
+    )
+    assert list(doctor.installs()) == [
+        "pip install torchvision gives LPIPS in `dit-accel compare`",
+        "pip install 'dit_accel[demo]' gives `dit-accel demo`",
+    ]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda package: ["triton==9.1; python_version > '3'", "jinja2"])
+    assert any("install triton==9.1" in told for told in doctor.known_to_break())
+    assert "GiB free on cpu" in doctor.memory()
+    monkeypatch.setattr(doctor.metadata, "version", lambda package: "2.9.1" if package == "torch" else "99")
+    for cuda, count in ((None, 0), ("12.8", 1)):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert sum("174051" in told for told in doctor.known_to_break()) == count
+
+
 def test_doctor_reports_a_self_test_that_fails(monkeypatch):
     from dit_accel import doctor
 
