@@ -27,7 +27,7 @@ class Machine:
     Args:
         name: how to speak of it.
         efficiency: speed of sparse block attention per computed pair, relative to the dense baseline.
-        overhead: time of ordering and selecting, as a share of dense attention time.
+        overhead: time that does not depend on the density (ordering, selecting), as a share of dense attention time.
         source: where the two numbers come from.
     """
 
@@ -38,7 +38,7 @@ class Machine:
 
 
 GPU = Machine("GPU", 0.7, 0.03, "assumed, for a GPU with a good dense baseline")
-CPU = Machine("CPU", 0.81, 0.02, "fitted to the measurements in docs/results/cpu_attention.md at 8192 tokens")
+CPU = Machine("CPU", 0.70, 0.09, "fitted to `composed` at 4096 tokens in docs/results/attention-amd-epyc.csv")
 
 
 def machine_here(device: str = "auto") -> Machine:

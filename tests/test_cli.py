@@ -98,7 +98,7 @@ def test_a_dry_run_speaks_of_the_machine_at_hand(command):
     on_gpu = command("--preset", "flux1-dev-4k/fast", "--dry-run", "--device", "cuda")[1]
     assert "image tokens: 65536 (1 x 256 x 256), and 512 of text" in on_cpu
     assert "on a CPU" in on_cpu
-    assert "cpu_attention.md" in on_cpu
+    assert "attention-amd-epyc.csv" in on_cpu
     assert "on a GPU" in on_gpu
     tiny = command("--preset", "flux1-dev/fast", "--dry-run", "--model", "tiny")[1]
     assert "height: 32" in tiny

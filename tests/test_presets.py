@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
@@ -116,19 +117,18 @@ def test_amdahl():
 
 
 def test_the_cpu_assumptions_are_those_of_the_measurements():
-    table = Path(__file__).parent.parent / "docs" / "results" / "cpu_attention.md"
-    rows = re.findall(r"^\| \d+ \| 8192 \| .*$", table.read_text(), re.MULTILINE)
-    gains = np.array([[float(x) for x in re.findall(r"([\d.]+)x", row)] for row in rows])
-    assert len(rows) == 2
-    densities = np.tile([0.125, 0.25, 0.5, 0.75], len(rows))
-    slope, overhead = np.polyfit(densities, 1 / gains.ravel(), 1)
+    table = Path(__file__).parent.parent / "docs" / "results" / "attention-amd-epyc.csv"
+    rows = [row for row in csv.DictReader(table.open()) if (row["shape"], row["method"]) == ("cpu-4k", "composed")]
+    densities, gains = (np.array([float(row[name]) for row in rows]) for name in ("density", "ratio"))
+    assert densities.tolist() == [0.125, 0.25, 0.5, 0.75]
+    slope, overhead = np.polyfit(densities, 1 / gains, 1)
     assert pytest.approx(1 / slope, abs=0.02) == CPU.efficiency
     assert overhead == pytest.approx(CPU.overhead, abs=0.01)
 
 
 def test_the_machine_changes_the_prediction():
     preset = load_preset("wan2.1-t2v-14b-720p/fast")
-    assert estimate(preset, CPU).gain > estimate(preset, GPU).gain
+    assert estimate(preset, CPU).gain < estimate(preset, GPU).gain
 
 
 def test_dense_share_counts_steps_layers_noise_and_both_experts(tmp_path):

@@ -52,9 +52,14 @@ def stream_csv(
             if writer is None:
                 writer = csv.DictWriter(file, list(whole))
                 writer.writeheader()
-            writer.writerow({name: "" if value is None else value for name, value in whole.items()})
+            writer.writerow({name: _cell(value) for name, value in whole.items()})
             file.flush()
             yield row
+
+
+def _cell(value: Any) -> Any:
+    """Six digits of a number, which is more than a timer can tell; nothing for None."""
+    return "" if value is None else float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def stream_markdown(

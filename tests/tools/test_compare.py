@@ -12,7 +12,7 @@ import pytest
 from dit_accel import metrics
 from dit_accel.cli import main
 from dit_accel.compare import runner
-from dit_accel.compare.candidates import CEILING, DENSE, all_candidates, parse_candidate
+from dit_accel.compare.candidates import CEILING, DENSE, all_candidates, parse_candidate, references
 from dit_accel.compare.runner import Task, run_task
 from dit_accel.compare.tables import pareto, plot_pareto, summarise, to_markdown
 from dit_accel.compare.tasks import make_tasks
@@ -223,6 +223,18 @@ def test_a_preset_that_needs_an_image_says_so(monkeypatch, capsys):
         main.main()
     assert left.value.code == 2
     assert "--image" in capsys.readouterr().err
+
+
+def test_dense_runs_as_the_dense_steps_of_the_others_do(monkeypatch):
+    """By the fastest dense attention: else a candidate would gain by its dense steps alone."""
+    from dit_accel import engine
+
+    seen, fastest_first = [], engine.fastest_first
+    monkeypatch.setattr(engine, "fastest_first", lambda q: seen.append(q) or fastest_first(q))
+    (outcome,) = run_task(random_wan_pipeline(), SMALL, Task("a red ball", 0), [references(BASE)[0]], rounds=1)
+    assert outcome.density == 1.0
+    assert seen
+    assert outcome.to_dict(outcome.clip)["method"] == "dense"
 
 
 def test_a_run_of_the_pipeline_measures_density_and_clip():
