@@ -57,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--calibration-prompts", type=int, default=3)
     parser.add_argument("--num-prompts", type=int, default=8, help="held-out prompts")
+    parser.add_argument("--seed", type=int, default=1, help="of the held-out prompts")
     parser.add_argument("--num-frames", type=int, default=15, help="whole tiles lose nothing at edges")
     parser.add_argument("--steps", type=int, default=8, help="denoising steps, a fifth of them dense")
     parser.add_argument("--max-minutes", type=float, default=60.0, help="begin no prompt that would end later")
@@ -137,7 +138,7 @@ def main() -> None:
     twice = 2 * max(1, arguments.steps // 5)
     uniform = [*arguments.candidates, *(f"{text},dense_steps={twice}" for text in arguments.later)]
     candidates = [*all_candidates(uniform, base, ceiling=False), *line]
-    tasks, criteria = make_tasks(base, [], arguments.num_prompts, seed=0)
+    tasks, criteria = make_tasks(base, [], arguments.num_prompts, arguments.seed)
     path = arguments.output / f"rows-{weights}.jsonl"
     rows = [r for made in resumed(pipe, base.generation, tasks, candidates, path, weights, tell, ends) for r in made]
     common = {**stamp(), "weights": weights, "command": shlex.join(["python", *sys.argv])}
