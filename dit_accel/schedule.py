@@ -180,4 +180,8 @@ class Schedule(BaseModel):
         return {}
 
 
-__all__ = ["ConfigError", "Override", "Schedule"]
+ALL_DENSE = Schedule(min_tokens=2**62)
+"""Keeps every call dense, by the fastest dense attention, which the dense steps of other schedules take too: what they
+are to be compared with. The method `dense` is the model as it is without this library."""
+
+__all__ = ["ALL_DENSE", "ConfigError", "Override", "Schedule"]

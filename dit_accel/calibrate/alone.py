@@ -20,13 +20,13 @@ from dit_accel.generation import call_pipeline
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method
 from dit_accel.report import CallRecord
-from dit_accel.schedule import Schedule
+from dit_accel.schedule import ALL_DENSE, Schedule
 
 if TYPE_CHECKING:
     from dit_accel.calibrate.run import Plan
 
 DENSE = -1
-"""The run under dense attention, which times are shares of."""
+"""The run under dense attention, the fastest there is, which times are shares of."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,11 @@ def _generate(
     pipe: Any, plan: Plan, held: Statistics, run: Run, inputs: dict[str, Any] | None
 ) -> tuple[np.ndarray, tuple[float, float]]:
     """The picture, and the time of attention without ordering, and of ordering."""
-    method = get_method("dense") if run.candidate == DENSE else list(plan.candidates.values())[run.candidate]
-    first, second = (s and _ruled(s, run, method, held) for s in (plan.preset.schedule, plan.preset.schedule_2))
+    if run.candidate == DENSE:
+        method, first, second = get_method("composed"), ALL_DENSE, plan.preset.schedule_2 and ALL_DENSE
+    else:
+        method = list(plan.candidates.values())[run.candidate]
+        first, second = (s and _ruled(s, run, method, held) for s in (plan.preset.schedule, plan.preset.schedule_2))
     # Hoisted or not, ordering is told apart.
     with accelerate(pipe, method=method, schedule=first, schedule_2=second, hoist=False) as acceleration:
         prompt, seed = plan.prompts[run.prompt], plan.seed + run.prompt
