@@ -35,7 +35,7 @@ video, img { max-width: 100%; min-width: 240px; image-rendering: auto; }
 def read_run(path: str | Path) -> dict[str, Any]:
     """Read a report that `Report.to_json` or `generate-video` wrote.
 
-    Those of streams and of videos of several prompts have no calls.
+    Older ones of streams and of videos of several prompts have no calls.
 
     Raises:
         ConfigError: no such file, not JSON, or not such a report.
@@ -118,14 +118,22 @@ def _prompts(run: Mapping[str, Any]) -> str:
 
 
 def _chunks(run: Mapping[str, Any]) -> str:
-    """Seconds that every chunk of a stream took."""
+    """Seconds that every chunk of a stream took, and what its attention calls came to."""
     times = zip(run.get("denoise_s") or [], run.get("decode_s") or [], strict=True)
+    sums = {each["chunk"]: each for each in run.get("chunks") or []}
     rows = [
         f'<tr><td class="n">{number}</td><td class="n">{denoise:.2f} s denoising</td>'
-        f'<td class="n">{decode:.2f} s decoding</td></tr>'
+        f'<td class="n">{decode:.2f} s decoding</td>{_calls_of_chunk(sums.get(number))}</tr>'
         for number, (denoise, decode) in enumerate(times, 1)
     ]
     return f"<table>{''.join(rows)}</table>" if rows else ""
+
+
+def _calls_of_chunk(sums: Mapping[str, Any] | None) -> str:
+    if not sums or not sums["calls"]:
+        return ""
+    seconds = sum(sums["seconds"].values())
+    return f"<td>density {sums['density']:.3f} in {sums['calls']} calls, attention {seconds:.2f} s</td>"
 
 
 def _headline(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,6 +142,7 @@ def _headline(run: Mapping[str, Any]) -> dict[str, Any]:
     bounds = [call["error_bound"] for call in calls if "error_bound" in call]
     seconds = run.get("seconds") or {}
     budget = (settings.get("schedule") or {}).get("max_error")
+    part = "last chunk, whose calls are shown" if run.get("chunks") else "whole run"
     return {
         "method": f"{settings.get('method', '')} {settings.get('parameters') or ''}".strip(),
         "seed": run.get("seed"),
@@ -143,7 +152,7 @@ def _headline(run: Mapping[str, Any]) -> dict[str, Any]:
         "first frame after": f"{run['first_frame_latency_s']:.2f} s" if "first_frame_latency_s" in run else None,
         "caches": f"{run['cache_bytes'] / 2**20:.1f} MiB" if "cache_bytes" in run else None,
         "backend": ", ".join(sorted({call["backend"] for call in sparse})),
-        "density": f"{run['density']:.3f} over the whole run" if "density" in run else None,
+        "density": f"{run['density']:.3f} over the {part}" if "density" in run else None,
         "density of sparse calls": f"{mean(call['density'] for call in sparse):.3f}" if sparse else None,
         "attention seconds": ", ".join(f"{name} {value:.2f}" for name, value in seconds.items() if value),
         "denoising seconds": f"{times['denoise']:.2f}" if "denoise" in times else None,

@@ -17,12 +17,18 @@ from torch import Tensor
 from dit_accel.errors import UnsupportedError
 from dit_accel.pipelines.clip_layout import ClipLayout
 from dit_accel.pipelines.shared_keys import Control, Sharing, sharing_keys
+from dit_accel.report import Report
 
 _TEXT_TOKENS = 226
 
 
 class MultiPromptCogVideoXPipeline(CogVideoXPipeline):
-    """`diffusers.CogVideoXPipeline` that also makes one long video from several prompts."""
+    """`diffusers.CogVideoXPipeline` that also makes one long video from several prompts.
+
+    `report` holds the attention calls of the latest such video, where `branch` says the pair of clips.
+    """
+
+    report: Report | None = None
 
     @torch.no_grad()
     def generate(
@@ -129,6 +135,7 @@ class MultiPromptCogVideoXPipeline(CogVideoXPipeline):
                     latents = self.scheduler.step(blended, t, latents, **extra, return_dict=False)[0]
                 latents = latents.to(dtype)
                 bar.update()
+        self.report = control.report()
         return latents
 
     def _predict(
@@ -148,7 +155,7 @@ class MultiPromptCogVideoXPipeline(CogVideoXPipeline):
             pair = (first, first + 1)
             x = torch.cat([latents[:, layout.clip(clip)] for clip in pair] * 2)
             words = torch.cat([texts[clip][kind] for kind in (0, 1) for clip in pair])
-            control.begin(control.step, control.text, control.frame_tokens)
+            control.begin(control.step, control.text, control.frame_tokens, first)
             # Every pair has a context of its own, so that step caches keep apart what they remember of each.
             with self.transformer.cache_context(f"clips {first}", step_index=control.step):
                 out = self.transformer(

@@ -17,8 +17,10 @@ from torch import Tensor
 from dit_accel.errors import UnsupportedError
 from dit_accel.families.cogvideox import CogVideoXJointAttention
 from dit_accel.families.processor import AttentionInputs
+from dit_accel.report import CallRecord, Report
 
 _CHUNK_NUMBERS = 1 << 24  # size of the largest temporary of a subject map, in numbers: 64 MiB in fp32
+_METHOD = "shared_keys"
 # A pair of clips is one batch: source and target without the prompt, then both with it.
 _SOURCE_OF_ROW = (0, 0, 2, 2)
 _SOURCE, _TARGET = 2, 3
@@ -51,6 +53,8 @@ class Control:
         modules: the attention modules in execution order.
         text, frame_tokens: text tokens, and tokens of a frame, of the pass under way.
         step: denoising step of the pass under way.
+        pair: which pair of clips it is over.
+        calls: what every call computed.
     """
 
     sharing: Sharing
@@ -58,6 +62,8 @@ class Control:
     text: int = 0
     frame_tokens: int = 0
     step: int = 0
+    pair: int = 0
+    calls: list[CallRecord] = field(default_factory=list)
     _maps: list[Tensor] = field(default_factory=list)
 
     @property
@@ -66,27 +72,47 @@ class Control:
         count = len(self.modules)
         return range(count - max(1, count // 6), count) if self.sharing.layers is None else self.sharing.layers
 
-    def begin(self, step: int, text: int, frame_tokens: int) -> None:
+    def report(self) -> Report:
+        """What the calls so far computed, with the sharing as the parameters."""
+        steps, subject = (list(values) for values in (self.sharing.steps, self.sharing.subject))
+        parameters = {"steps": steps, "layers": list(self.layers), "subject": subject}
+        settings = {"method": _METHOD, "parameters": {**parameters, "threshold": self.sharing.threshold}}
+        return Report(self.calls, settings)
+
+    def begin(self, step: int, text: int, frame_tokens: int, pair: int = 0) -> None:
         """A forward pass over a pair of clips begins."""
-        self.step, self.text, self.frame_tokens = step, text, frame_tokens
+        self.step, self.text, self.frame_tokens, self.pair = step, text, frame_tokens, pair
         self._maps = []
 
     def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, *, dense: Callable[[], Tensor]) -> Tensor:
         """One joint attention call; q, k, v `[B, N, H, D]` after norms and rotary embedding."""
         layer = self.modules.index(module)
-        if self.step not in self.sharing.steps:
-            return dense()
-        if self.sharing.subject:
-            self._maps.append(subject_map(q, k, self.text, self.sharing.subject))
-        if layer not in self.layers:
-            return dense()
+        record = CallRecord("transformer", layer, self.step, f"clips {self.pair}", 0, _METHOD, None)
+        self.calls.append(record)
+        shares = self.step in self.sharing.steps
+        if shares and self.sharing.subject:
+            with record.timed("select", q.device):
+                self._maps.append(subject_map(q, k, self.text, self.sharing.subject))
+        if not shares:
+            record.reason = f"step {self.step} shares no keys"
+        elif layer not in self.layers:
+            record.reason = f"layer {layer} shares no keys"
+        elif not self.sharing.subject:
+            record.reason = "dense attention to the keys of the clip before"
+        else:
+            # Video queries of the target rows, half of all, attend once more, to the subject and to the background.
+            record.density = 1 + (q.shape[1] - self.text) * (k.shape[1] + self.text) / (2 * q.shape[1] * k.shape[1])
+        with record.timed("attend", q.device):
+            return self._shared(q, k, v) if shares and layer in self.layers else dense()
+
+    def _shared(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Every clip of a pair over the keys of the first, `[B, N, H, D]`."""
         rows = torch.tensor(_SOURCE_OF_ROW, device=q.device)
         k, v = k[rows], v[rows]
         out: Tensor = dispatch_attention_fn(q, k, v)
-        if not self.sharing.subject:
-            return out
-        for row in (1, 3):
-            out[row, self.text :] = self._masked(q[row, self.text :], k[row], v[row])
+        if self.sharing.subject:
+            for row in (1, 3):
+                out[row, self.text :] = self._masked(q[row, self.text :], k[row], v[row])
         return out
 
     def _masked(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

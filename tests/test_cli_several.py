@@ -15,6 +15,7 @@ from dit_accel.cli.overrides import frames_of
 from dit_accel.errors import ConfigError
 from dit_accel.pipelines.ditctrl import MultiPromptCogVideoXPipeline
 from dit_accel.presets import load_preset
+from dit_accel.report_page import read_run, render_page
 
 SEVERAL = ["--preset", "cogvideox-2b", "--model", "tiny", "--device", "cpu", "--num-inference-steps", "2"]
 AB = ["--prompt", "a red ball", "--prompt", "a blue square"]
@@ -54,6 +55,15 @@ def test_several_prompts_make_one_video_of_the_wanted_length(command, tmp_path, 
     assert report["prompts"] == prompts
     assert report["layout"] == {"prompts": 3, "tile": 3, "overlap": 2, "transitions": 1}
     assert report["seed"] == 4
+    calls = report["calls"]
+    # Two layers in two steps, over the four pairs of clips.
+    assert [(x["layer"], x["step"], x["branch"]) for x in calls] == [
+        (layer, step, f"clips {pair}") for step in (0, 1) for pair in range(4) for layer in (0, 1)
+    ]
+    assert {x["reason"] for x in calls} == {"step 0 shares no keys", "step 1 shares no keys"}
+    assert all(x["method"] == "shared_keys" and x["attend_ms"] > 0 for x in calls)
+    assert report["settings"]["parameters"]["layers"] == [1]
+    assert "density, realised" in render_page(read_run(tmp_path / "o.json"))
     command(*SEVERAL, *AB[:3], "a red ball", "--seconds", "3", "--output", "same.gif", "--seed", "4")
     assert not np.array_equal(imageio.imread(tmp_path / "same.gif"), video)
 

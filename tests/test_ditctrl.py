@@ -191,7 +191,12 @@ def test_maps_are_averaged_over_layers_and_forgotten_after_a_pass():
 
 def test_a_subject_changes_the_video_and_constant_maps_do_no_harm(pipe):
     shared = generate(pipe, ["a", "b"], sharing=Sharing(steps=range(9), layers=(1,)))
+    told = {(x.layer, x.reason, x.density) for x in pipe.report.calls}
+    assert told == {(0, "layer 0 shares no keys", 1.0), (1, "dense attention to the keys of the clip before", 1.0)}
     masked = generate(pipe, ["a", "b"], sharing=Sharing(steps=range(9), layers=(1,), subject=(0,)))
+    chosen = [x for x in pipe.report.calls if x.reason is None]
+    assert {x.layer for x in chosen} == {1}
+    assert all(1 < x.density < 1.5 and x.milliseconds("select") > 0 for x in chosen)
     assert masked.isfinite().all()
     assert not torch.equal(masked, shared)
     assert not binary_map(torch.ones(24), 12, 0.3).any()

@@ -13,7 +13,6 @@ from dit_accel.cli.files import report_path, write_json
 from dit_accel.cli.making import Run
 from dit_accel.errors import ConfigError
 from dit_accel.presets import Preset
-from dit_accel.report import environment, peak_memory
 from dit_accel.video_io import OutputFile, check_frames
 
 if TYPE_CHECKING:
@@ -124,9 +123,8 @@ def make_several(run: Run, prompts: list[str], frames: int | None, target: Path,
         "preset": run.preset.model_dump(mode="json"),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "times": {"total": took},
-        "peak_memory_mib": peak_memory(),
-        "environment": environment(),
     }
-    write_json(path, content)
+    write_json(path, {**content, **pipe.report.to_dict()})
+    console.print(pipe.report.summary(), markup=False)
     console.print(f"{len(video) / generation.fps:.1f} s of video in {took:.1f} s")
     console.print(f"video: {target}\nreport: {path}", markup=False)

@@ -242,13 +242,13 @@ class _Record:
             f"denoising {rates['denoise_fps']:.2f} fps, end to end {rates['end_to_end_fps']:.2f} fps, "
             f"first frame after {self.latency:.2f} s, caches {rates['cache_bytes'] / 2**20:.1f} MiB"
         )
-        _write_report(self.request, {**rates, "denoise_s": self.denoise, "decode_s": self.decode}, self.prompts)
+        times = {**rates, "denoise_s": self.denoise, "decode_s": self.decode}
+        calls = {"chunks": self.stream.chunk_sums, **self.stream.report().to_dict()}
+        _write_report(self.request, {**times, **calls}, self.prompts)
         console.print(f"video: {self.request.output}\nreport: {self.request.report}", markup=False)
 
 
 def _write_report(request: _Request, measured: dict[str, Any], prompts: list[dict[str, Any]]) -> None:
-    from dit_accel.report import environment, peak_memory
-
     content = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "preset": request.preset.model_dump(mode="json"),
@@ -258,7 +258,5 @@ def _write_report(request: _Request, measured: dict[str, Any], prompts: list[dic
         "size": [request.height, request.width],
         "fps": request.fps,
         **measured,
-        "peak_memory_mib": peak_memory(),
-        "environment": environment(),
     }
     write_json(request.report, content)

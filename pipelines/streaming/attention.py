@@ -6,6 +6,7 @@ Axis legend: B batch, F frames of the pass, S tokens per frame, N = F * S querie
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 from dit_accel.kernels import block_attention
 from dit_accel.pipelines.streaming.cache import FrameCache
 from dit_accel.pipelines.streaming.positions import PositionRule, Rotary
+from dit_accel.pipelines.streaming.records import BRANCHES, StreamCalls, record_call
 from dit_accel.plan import Blocking, BlockPlan
+from dit_accel.report import CallRecord
 
 _BLOCK = 64
 
@@ -36,6 +39,7 @@ class AttentionCall:
         grid: (height, width) of a frame in tokens.
         rotary: rotates keys in time.
         backend: attention backend chosen by `set_attention_backend`. None: PyTorch's.
+        record: where a policy notes what it computed, for the report. Default: one that nobody reads.
     """
 
     layer: int
@@ -46,6 +50,9 @@ class AttentionCall:
     grid: tuple[int, int]
     rotary: Rotary
     backend: Any = None
+    record: CallRecord = field(
+        default_factory=partial(record_call, 0, 0, BRANCHES[0], 0, "dense", None), compare=False, repr=False
+    )
 
     @property
     def frame_tokens(self) -> int:
@@ -85,12 +92,23 @@ def attend_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 class DenseContext:
     """Dense attention over everything that is visible, and the base of the other policies.
 
-    One instance serves one stream and one guidance branch, and holds what the policy keeps between calls.
+    One instance serves one stream and one guidance branch, and holds what the policy keeps between calls. `name` and
+    `requested_density` are for the report.
     """
+
+    name: str = "dense"
+    requested_density: float | None = None
 
     def attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q `[B, N, H, D]` over k, v `[B, M, H, D]`, all rotated. Returns `[B, N, H, D]`."""
-        out: Tensor = dispatch_attention_fn(q, k, v, backend=call.backend)
+        return self.dense(call, q, k, v, "attention of the stream is dense")
+
+    @staticmethod
+    def dense(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, reason: str) -> Tensor:
+        """`attend` with everything, and a note why; shapes as there."""
+        call.record.reason = reason
+        with call.record.timed("attend", q.device):
+            out: Tensor = dispatch_attention_fn(q, k, v, backend=call.backend)
         return out
 
     def evict(self, layer: int, frame: int, k: Tensor, v: Tensor, grid: tuple[int, int]) -> None:
@@ -132,6 +150,8 @@ class Branch:
         text: prompt embeddings `[B, L, C]`.
         policy: how attention runs over the visible keys.
         text_kv: keys and values of the text per cross-attention layer `[B, L, H, D]`, made at the first pass.
+        name: of the branch, for the report.
+        calls: where its calls are noted. None: nowhere.
     """
 
     cache: FrameCache
@@ -140,6 +160,8 @@ class Branch:
     text: Tensor
     policy: DenseContext
     text_kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    name: str = BRANCHES[0]
+    calls: StreamCalls | None = None
 
     def evict(self, layer: int, frame: int, k: Tensor, v: Tensor, grid: tuple[int, int]) -> None:
         """Hand a frame that leaves the cache to the policy; k, v `[B, S, H, D]` as stored."""
@@ -151,6 +173,15 @@ class Branch:
         """Change the prompt; the cached keys and values of the old one are dropped."""
         self.text = text
         self.text_kv.clear()
+
+    def record(self, layer: int, step: int) -> CallRecord:
+        """The record of a call that begins."""
+        calls, policy = self.calls, self.policy
+        chunk = 0 if calls is None else calls.chunk
+        record = record_call(layer, step, self.name, chunk, policy.name, policy.requested_density)
+        if calls is not None:
+            calls.append(record)
+        return record
 
     @property
     def bytes(self) -> int:
@@ -186,6 +217,7 @@ class Pass:
         return dict(zip(frames, self.branch.rule.of(frames, cache.origin), strict=True))
 
 
+@torch.compiler.disable
 def attend_pass(now: Pass, layer: int, q: Tensor, k: Tensor, v: Tensor, backend: Any) -> Tensor:
     """Self-attention of one layer: rotate, write to or join the cache, and let the policy attend.
 
@@ -214,5 +246,8 @@ def attend_pass(now: Pass, layer: int, q: Tensor, k: Tensor, v: Tensor, backend:
     positions = tuple(at[frame] for frame in frames)
     if not branch.rule.is_fixed:
         keys = branch.rotary.time(keys, positions)
-    call = AttentionCall(layer, now.step, now.frames, tuple(frames), positions, now.grid, branch.rotary, backend)
+    record = branch.record(layer, now.step)
+    call = AttentionCall(
+        layer, now.step, now.frames, tuple(frames), positions, now.grid, branch.rotary, backend, record
+    )
     return branch.policy.attend(call, q, keys, values)

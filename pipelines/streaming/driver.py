@@ -15,6 +15,7 @@ from torch import Tensor
 from dit_accel.pipelines.streaming.attention import CLEAN, Branch, DenseContext
 from dit_accel.pipelines.streaming.ladder import Ladder
 from dit_accel.pipelines.streaming.noise import NoiseSource
+from dit_accel.pipelines.streaming.records import BRANCHES, StreamCalls
 from dit_accel.pipelines.streaming.runtime import CausalWan
 from dit_accel.streaming import StreamSettings
 
@@ -65,6 +66,9 @@ class ChunkDriver:
         self.device, self.dtype = model.device, model.dtype
         texts = [text] if negative is None or settings.guidance_scale <= 1 else [text, negative]
         self.branches = [runtime.branch(settings, self._to_model(x), policy) for x in texts]
+        self.calls = StreamCalls()
+        for name, branch in zip(BRANCHES, self.branches, strict=False):
+            branch.name, branch.calls = name, self.calls
         self.noise = NoiseSource(seed, (text.shape[0], model.config.in_channels, *size), settings.antiphase)
         self.made = 0
         self.frame = 0
@@ -117,6 +121,7 @@ class ChunkDriver:
 
     def _finish(self, chunk: Finished) -> Finished:
         self._unwritten = chunk
+        self.calls.finish_chunk()
         self.frame = max(self.frame, chunk.frames.stop)
         self._recent.append(chunk)
         window = self.settings.window

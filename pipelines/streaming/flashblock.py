@@ -45,6 +45,8 @@ class FlashBlock(DenseContext):
         ConfigError: `fresh` outside [0, 1].
     """
 
+    name = "flashblock"
+
     def __init__(
         self,
         refresh_steps: Sequence[int] | Set[int] = (0, 1),
@@ -61,13 +63,29 @@ class FlashBlock(DenseContext):
         past = (len(call.frames) - len(call.own)) * call.frame_tokens
         blocks = -(-past // _BLOCK)
         keep = round(self.fresh * blocks)
-        if keep == blocks or call.step == CLEAN or call.layer in self.dense_layers:
-            return super().attend(call, q, k, v)
+        if (reason := self._dense_reason(call, keep == blocks)) is not None:
+            return self.dense(call, q, k, v, reason)
+        with call.record.timed("attend", q.device):
+            return self._attend(call, q, k, v, past, keep)
+
+    def _dense_reason(self, call: AttentionCall, is_all_fresh: bool) -> str | None:
+        if call.step == CLEAN:
+            return "the pass that writes the cache is dense"
+        if call.layer in self.dense_layers:
+            return f"layer {call.layer} is in dense_layers"
+        return "all of the past is computed anew" if is_all_fresh else None
+
+    def _attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, past: int, keep: int) -> Tensor:
+        """The stored part, made anew where it is due, merged with own keys and `keep` fresh blocks of the past."""
         (old_k, own_k), (old_v, own_v) = call.split(k), call.split(v)
         stored = self._stored.get(call.layer)
         if stored is None or call.step in self.refresh_steps:
             stored = _attend_past(q, old_k, old_v, keep)
             self._stored[call.layer] = stored
+            call.record.reason = f"step {call.step} computes the past anew"
+        else:
+            fresh = min(past, keep * _BLOCK)
+            call.record.backend, call.record.density = self.name, (k.shape[1] - past + fresh) / k.shape[1]
         if stored.fresh is None:
             out, lse = attend_with_lse(q, own_k, own_v)
             out = out.transpose(1, 2)

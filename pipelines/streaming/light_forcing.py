@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import ConfigError
-from dit_accel.kernels import block_attention
 from dit_accel.pipelines.streaming.attention import CLEAN, AttentionCall, DenseContext
+from dit_accel.pipelines.streaming.records import run_plan
 from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.selection import block_means
 
@@ -64,6 +64,8 @@ class LightForcing(DenseContext):
         ConfigError: sparsities outside [0, 1), or a base below the target.
     """
 
+    name = "light_forcing"
+
     def __init__(
         self,
         base: float = 0.6,
@@ -86,13 +88,17 @@ class LightForcing(DenseContext):
         """q `[B, N, H, D]` over k, v `[B, M, H, D]`."""
         if call.step == CLEAN:
             self._remember(call, k)
-            return super().attend(call, q, k, v)
+            return self.dense(call, q, k, v, "the pass that writes the cache is dense")
         seen = call.own.stop - min(call.frames)
         sparsity = chunk_sparsity(seen, len(call.own), self.base, self.target, self.planned, self.window)
         if sparsity == 0:
-            return super().attend(call, q, k, v)
-        plan = self.plan(call, q, k, sparsity)
-        return block_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), plan).transpose(1, 2)
+            return self.dense(call, q, k, v, f"the budget after {seen} frames keeps all of the past")
+        past = sum(frame not in call.own for frame in call.frames)
+        call.record.requested = 1 - sparsity * past / len(call.frames)
+        with call.record.timed("select", q.device):
+            plan = self.plan(call, q, k, sparsity)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return run_plan(call.record, q, k, v, plan).transpose(1, 2)
 
     def plan(self, call: AttentionCall, q: Tensor, k: Tensor, sparsity: float) -> BlockPlan:
         """The key blocks of each query block, for q `[B, N, H, D]` and k `[B, M, H, D]`."""

@@ -74,6 +74,8 @@ class CompressedMemory(DenseContext):
             beyond the trained range of positions is pulled in. Default 1: right before the window.
     """
 
+    name = "compressed_memory"
+
     def __init__(
         self,
         tile: tuple[int, int] = (8, 8),
@@ -112,11 +114,16 @@ class CompressedMemory(DenseContext):
         """q `[B, N, H, D]` over k, v `[B, M, H, D]` and the past."""
         past = self._past.get(call.layer)
         if not past:
-            return super().attend(call, q, k, v)
-        summary = _rotate(past, self._positions(call, past), call.rotary)
-        out, lse = attend_with_lse(q, k, v)
-        far, far_lse = attend_summary(q.transpose(1, 2), summary)
-        return merge((out.transpose(1, 2), far), (lse, far_lse.to(lse.dtype)))[0].transpose(1, 2)
+            return self.dense(call, q, k, v, "nothing has left the window yet")
+        with call.record.timed("select", q.device):
+            summary = _rotate(past, self._positions(call, past), call.rotary)
+        gone = sum(entry.count for entry in past) * call.frame_tokens
+        call.record.backend = self.name
+        call.record.density = (k.shape[1] + summary.mean_k.shape[2]) / (k.shape[1] + gone)
+        with call.record.timed("attend", q.device):
+            out, lse = attend_with_lse(q, k, v)
+            far, far_lse = attend_summary(q.transpose(1, 2), summary)
+            return merge((out.transpose(1, 2), far), (lse, far_lse.to(lse.dtype)))[0].transpose(1, 2)
 
     def _positions(self, call: AttentionCall, past: list[Entry]) -> tuple[float, ...]:
         """Where the past stands: before the oldest attended frame that is newer than it."""

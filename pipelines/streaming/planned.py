@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import UnsupportedError
-from dit_accel.kernels import block_attention
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.order import TokenOrder
 from dit_accel.pipelines.streaming.attention import CLEAN, AttentionCall, DenseContext
+from dit_accel.pipelines.streaming.records import run_plan
 from dit_accel.plan import BlockPlan
+from dit_accel.report import CallRecord
 from dit_accel.rows import rows_of_plan
 from dit_accel.state import CallContext
 
@@ -35,24 +36,29 @@ class PlannedContext(DenseContext):
 
     def __init__(self, method: Method, dense_clean: bool = True, min_frames: int = 6) -> None:
         self.method, self.dense_clean, self.min_frames = method, dense_clean, min_frames
+        self.name, self.requested_density = method.name, method.requested_density
         self._memory: dict[Any, dict[str, Any]] = {}
         self._static: tuple[tuple[Any, ...], tuple[TokenOrder | None, BlockPlan]] | None = None
 
     def attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q `[B, N, H, D]` over k, v `[B, M, H, D]`."""
-        if len(call.frames) < self.min_frames or (call.step == CLEAN and self.dense_clean):
-            return super().attend(call, q, k, v)
+        if len(call.frames) < self.min_frames:
+            reason = f"{len(call.frames)} frames are fewer than min_frames {self.min_frames}"
+            return self.dense(call, q, k, v, reason)
+        if call.step == CLEAN and self.dense_clean:
+            return self.dense(call, q, k, v, "the pass that writes the cache is dense")
         frames = sorted(call.frames)
         place = [call.frames.index(frame) for frame in frames]
         k, v = (x.unflatten(1, (len(frames), -1))[:, place].flatten(1, 2).transpose(1, 2) for x in (k, v))
         layout = TokenLayout((len(frames), *call.grid), prefix_frames=_prefix(frames))
         repeats = -(-k.shape[2] // q.shape[1])
         queries = q.repeat(1, repeats, 1, 1)[:, -k.shape[2] :].transpose(1, 2)
-        order, plan = self._plan(layout, queries, k, v, call)
+        with call.record.timed("select", q.device):
+            order, plan = self._plan(layout, queries, k, v, call)
         first = frames.index(call.own.start) * call.frame_tokens
         own = torch.arange(first, first + q.shape[1])
         scale = self.method.logit_scale(q.shape[-1], layout)
-        return _rows_of(queries, k, v, order, plan, own, self.method, scale).transpose(1, 2)
+        return _rows_of(queries, k, v, order, plan, own, self.method, scale, call.record).transpose(1, 2)
 
     def _plan(
         self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
@@ -101,6 +107,7 @@ def _rows_of(
     own: Tensor,
     method: Method,
     scale: float | None,
+    record: CallRecord,
 ) -> Tensor:
     """Attention of the tokens `own` alone.
 
@@ -110,15 +117,18 @@ def _rows_of(
         own: token indices, int64 `[N]` on the CPU.
         method: says remainder and precision.
         scale: factor on the logits. None: 1 / sqrt(D).
+        record: of the call.
     """
     at = own
     if order is not None:
         if order.query.ndim > 1:
             raise UnsupportedError(f"streaming with {method.name!r}: its order differs between heads; choose another")
         at = order.inverse.cpu()[own]
-        q, k, v = order.to(q.device).apply(q, k, v)
+        with record.timed("order", q.device):
+            q, k, v = order.to(q.device).apply(q, k, v)
     tokens, place = at.sort()
     on_device, some = tokens.to(q.device), rows_of_plan(plan, tokens)
-    arithmetic: dict[str, Any] = {"scale": scale, "remainder": method.remainder, "precision": method.precision}
-    out = block_attention(q[:, :, on_device], k, v, some, **arithmetic)
+    out = run_plan(
+        record, q[:, :, on_device], k, v, some, scale=scale, remainder=method.remainder, precision=method.precision
+    )
     return out[:, :, place.argsort().to(q.device)]

@@ -16,6 +16,7 @@ from dit_accel.errors import ConfigError
 from dit_accel.pipelines.streaming.decoder import LatentDecoder
 from dit_accel.pipelines.streaming.driver import ChunkDriver, Finished, SwitchMode
 from dit_accel.pipelines.streaming.states import load_state, save_state
+from dit_accel.report import Report
 
 OutputType = Literal["np", "pt", "latent"]
 
@@ -146,6 +147,18 @@ class VideoStream(Iterator[StreamChunk]):
         """Bytes of keys and values, text and what the attention policy holds."""
         return self.driver.bytes
 
+    def report(self) -> Report:
+        """The attention calls of the chunk that was finished last; `chunk_sums` says what those before came to."""
+        attention = self.driver.settings.attention
+        policy = self.driver.branches[0].policy
+        parameters = attention.parameters if policy.name == attention.name else {}
+        return self.driver.calls.report({"method": policy.name, "parameters": parameters})
+
+    @property
+    def chunk_sums(self) -> list[dict[str, Any]]:
+        """What the calls of each chunk came to; see `StreamCalls.chunks`."""
+        return self.driver.calls.chunks
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on in another process, at a chunk boundary; copies of tensors."""
         given = [{"start": x.frames.start, "latents": x.latents} for x in self._given]
@@ -167,6 +180,7 @@ class VideoStream(Iterator[StreamChunk]):
             Finished(range(x["start"], x["start"] + x["latents"].shape[2]), x["latents"]) for x in state["given"]
         ]
         self._index, self._frame, self._switch = state["index"], state["frame"], state["switch"]
+        self.driver.calls.begin_at(self._index + len(self._given))
 
     def save(self, path: str | Path) -> None:
         """Write `state_dict()` as safetensors."""

@@ -355,7 +355,7 @@ def test_a_method_says_the_factor_on_the_logits(rotary):
 
 def test_orders_per_head_are_refused(rotary):
     class PerHead:
-        name, is_static, remainder, precision = "per_head", False, None, None
+        name, is_static, remainder, precision, requested_density = "per_head", False, None, None, None
 
         def logit_scale(self, *_):
             return None

@@ -20,6 +20,7 @@ from dit_accel.cli.prompts import LivePrompts, parse_line, read_prompts
 from dit_accel.errors import ConfigError
 from dit_accel.pipelines.streaming import StreamingWanPipeline
 from dit_accel.presets import list_presets, load_preset, streaming_preset
+from dit_accel.report_page import read_run, render_page
 from dit_accel.streaming import stream_preset
 from dit_accel.video_stream import StreamingVideoFile
 
@@ -69,6 +70,12 @@ def test_a_stream_becomes_a_video_and_a_report(command, tmp_path):
     assert report["end_to_end_fps"] == pytest.approx(report["denoise_fps"], rel=1) or report["denoise_fps"] > 0
     assert 0 < report["first_frame_latency_s"] < 60
     assert "first frame after" in out
+    # Two layers in two steps and in the pass that writes the chunk before.
+    assert [(x["layer"], x["step"]) for x in report["calls"]] == [(i, s) for s in (-1, 0, 1) for i in (0, 1)]
+    assert {(x["method"], x["reason"]) for x in report["calls"]} == {("dense", "attention of the stream is dense")}
+    assert [x["chunk"] for x in report["chunks"]] == [1, 2, 3]
+    assert report["peak_memory_mib"]["process"] > 0
+    assert report["environment"]["torch"] == torch.__version__
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o.json", "o.mp4", "stream.yaml"]
 
 
@@ -112,6 +119,13 @@ def test_a_policy_is_chosen_like_a_method(command, tmp_path, name):
     assert code == 0, err
     report = json.loads((tmp_path / "o.json").read_text())
     assert report["stream"]["attention"] == {"name": name, "parameters": {}}
+    assert report["settings"] == {"method": name, "parameters": {}}
+    assert {x["method"] for x in report["calls"]} == {name}
+    assert any(x["reason"] is None and x["density"] < 1 for x in report["calls"])
+    page = render_page(read_run(tmp_path / "o.json"))
+    assert "density, realised" in page
+    assert "over the last chunk" in page
+    assert f"density {report['chunks'][4]['density']:.3f} in 8 calls" in page
     assert not np.array_equal(frames_of(tmp_path / "o.mp4"), frames_of(tmp_path / "dense.mp4"))
 
 
