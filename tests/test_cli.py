@@ -13,12 +13,14 @@ from pathlib import Path
 import imageio.v2 as imageio
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from dit_accel.cli import generate, main
 from dit_accel.cli.app import dashes
 from dit_accel.cli.inputs import open_image
 from dit_accel.kernels import products
+from dit_accel.presets import load_preset
 from dit_accel.video_io import write_mp4
 
 SMALL = ["--height", "32", "--width", "48", "--num-frames", "9", "--num-inference-steps", "2"]
@@ -91,6 +93,37 @@ def test_a_dry_run_shows_tokens_and_gain_and_loads_nothing(command):
     assert "72% of the transformer's operations" in out
     assert "predicted gain" in out
     assert "not loaded" in out
+
+
+def test_the_guard_is_an_option_that_a_dry_run_shows_and_both_experts_get(command):
+    code, out, err = command("--preset", "wan2.2-t2v-a14b-720p/rectified", "--max-error", "0.05", "--dry-run")
+    assert code == 0, err
+    assert load_preset("wan2.2-t2v-a14b-720p/rectified").schedule_2.max_error is None
+    shown = yaml.safe_load(out[: out.index("\nmodel: ")])
+    assert (shown["schedule"]["max_error"], shown["schedule_2"]["max_error"]) == (0.05, 0.05)
+
+
+def test_the_guard_measures_in_a_run(command, pipeline_folder, tmp_path):
+    words = [
+        "--prompt",
+        "x",
+        "--model",
+        pipeline_folder,
+        "--method",
+        "composed",
+        "--density",
+        "0.2",
+        "--dense-steps",
+        "0",
+    ]
+    size = ["--height", "112", "--width", "112", "--num-frames", "17", "--num-inference-steps", "1"]
+    code, _, err = command(*words, *size, "--max-error", "9", "--output", "o.gif")
+    assert code == 0, err
+    report = json.loads((tmp_path / "o.json").read_text())
+    assert report["preset"]["schedule"]["max_error"] == 9
+    sparse = [call for call in report["calls"] if call["reason"] is None]
+    assert sparse
+    assert all(0 < call["error"] < call["error_bound"] for call in sparse)
 
 
 def test_a_dry_run_speaks_of_the_machine_at_hand(command):
@@ -166,6 +199,10 @@ def test_presets_are_listed(command):
         (["--prompt", "x", "--seed", str(2**64)], "Invalid value for '--seed'"),
         (["--prompt", "x", "--output", "clip.mp4", "--report", "clip.mp4"], "is the result itself"),
         (["--prompt", "x", "--density", "1.5"], "less than or equal to 1"),
+        (["--prompt", "x", "--max-error", "0"], "schedule.max_error"),
+        (["--prompt", "x", "--max-error", "0.1", "--method", "dense"], "--max-error: preset tiny-wan runs dense"),
+        (["--prompt", "x", "--max-error", "0.1", "--num-frames", "9"], "tokens are too few to check"),
+        (["--prompt", "x", "--max-error", "0.1", "--stream"], "--max-error: a stream does not take it"),
         (["--prompt", "x", "--height", "81"], "generation.height: expected a multiple of 16, got 81; 80 would do"),
         (["--prompt", "x", "--num-frames", "10"], "1 plus a multiple of 2"),
         (["--prompt", "x", "--num-inference-steps", "0"], "generation.num_inference_steps"),

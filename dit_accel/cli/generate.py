@@ -59,6 +59,9 @@ def generate(
     method: Annotated[str | None, typer.Option(help=METHOD_HELP)] = None,
     density: Annotated[float | None, typer.Option(help="Density of the method, in (0, 1].")] = None,
     dense_steps: Annotated[int | None, typer.Option(help="First steps that run dense.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Guard: budget for the relative error of each attention call.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="Backend of the sparse attention.")] = "auto",
     report: Annotated[Path | None, typer.Option(help="JSON report. Default: beside the output.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Write the video while it is made, chunk by chunk.")] = False,
@@ -122,6 +125,7 @@ def generate(
         "method": method,
         "density": density,
         "dense_steps": dense_steps,
+        "max_error": max_error,
     }
     inputs = {"image": image, "last_image": last_image, "mask": mask, "video": video}
     if prompts is not None:

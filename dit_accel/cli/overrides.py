@@ -7,7 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dit_accel.error_estimate import rows_to_check
 from dit_accel.errors import ConfigError
+from dit_accel.estimate import token_layout
 from dit_accel.methods.registry import config_error
 from dit_accel.models import TINY, call_parameters, stock_pipeline
 from dit_accel.presets import Generation, MethodSpec, Preset, load_preset
@@ -17,7 +19,8 @@ from dit_accel.resolve import resolve_policy
 _BY_GUIDER = "guidance_scale"
 
 
-METHOD_OPTIONS = ("method", "density", "dense_steps")
+_TIMING = ("dense_steps", "max_error")  # fields of schedules, of both where a preset has two
+METHOD_OPTIONS = ("method", "density", *_TIMING)
 
 
 def resolve(preset: str, options: dict[str, Any], model: str | None) -> Preset:
@@ -25,16 +28,34 @@ def resolve(preset: str, options: dict[str, Any], model: str | None) -> Preset:
 
     Args:
         preset: name or YAML file.
-        options: fields of `Generation`, and `method`, `density`, `dense_steps`; None where left out.
+        options: fields of `Generation`, and `METHOD_OPTIONS`; None where left out.
         model: the option `--model`.
 
     Raises:
-        ConfigError: see `override_generation` and `override_method`.
+        ConfigError: see `override_generation` and `override_method`; `max_error` where nothing can be checked.
     """
     generation = {name: value for name, value in options.items() if name not in METHOD_OPTIONS}
     chosen = override_generation(load_preset(preset), generation, model)
     changes = {name: options.get(name) for name in METHOD_OPTIONS if name != "method"}
-    return override_method(chosen, options.get("method"), changes)
+    resolved = override_method(chosen, options.get("method"), changes)
+    if options.get("max_error") is not None:
+        _check_guard(resolved, model)
+    return resolved
+
+
+def _check_guard(preset: Preset, model: str | None) -> None:
+    """A guard that is asked for must have something to check; a model that is not the preset's has its own geometry."""
+    if preset.method.name == "dense" and preset.schedule.head_table is None:
+        raise ConfigError(
+            "--max-error", f"preset {preset.name} runs dense, which has no error; choose another --method"
+        )
+    tokens = token_layout(preset.model, preset.generation).tokens
+    if model is None and rows_to_check(tokens) == 0:
+        raise ConfigError(
+            "--max-error",
+            f"{tokens} tokens are too few to check under 1 % of the rows, so every call would run dense; expected "
+            "about 4,000: leave it out, or make the result larger or longer",
+        )
 
 
 def frames_of(seconds: float, frames: int | None, preset: Preset, fps: int | None) -> int:
@@ -84,15 +105,15 @@ def override_generation(preset: Preset, values: dict[str, Any], model: str | Non
 
 
 def override_method(preset: Preset, method: str | None, changes: dict[str, Any]) -> Preset:
-    """The preset with another method, other parameters (`density`) or dense steps; None where left out."""
+    """The preset with another method, other parameters (`density`) or other timing; None where left out."""
     given = {name: value for name, value in changes.items() if value is not None}
     policy, schedule = resolve_policy(preset, method, None, dict(given))
     chosen = MethodSpec(name=policy.name, parameters=policy.model_dump(mode="json", exclude_unset=True))
     update: dict[str, Any] = {"method": chosen, "schedule": schedule}
-    if preset.schedule_2 is not None and "dense_steps" in given:
-        update["schedule_2"] = schedule.make(
-            "schedule_2", **{**preset.schedule_2.model_dump(exclude_unset=True), "dense_steps": given["dense_steps"]}
-        )
+    timing = {name: value for name, value in given.items() if name in _TIMING}
+    if preset.schedule_2 is not None and timing:
+        second = preset.schedule_2.model_dump(exclude_unset=True)
+        update["schedule_2"] = schedule.make("schedule_2", **{**second, **timing})
     return preset.model_copy(update=update)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dit_accel.pipelines.clip_layout import ClipLayout
 
 _OVERLAP = 9 / 13  # of a clip, as the authors recommend
-_NO_USE = ("method", "density", "dense_steps", "backend", "ulysses_degree", "ring_degree")
+_NO_USE = ("method", "density", "dense_steps", "max_error", "backend", "ulysses_degree", "ring_degree")
 
 
 def check_several(preset: Preset, options: Mapping[str, Any]) -> None:
