@@ -13,6 +13,7 @@ from packaging.version import Version
 
 from dit_accel.bench.timing import available_bytes
 from dit_accel.errors import UnsupportedError
+from dit_accel.estimate import block_parameters
 from dit_accel.kernels.registry import Request, backends, choose_backend
 from dit_accel.kernels.selftest import fault_of
 from dit_accel.methods.registry import get_method
@@ -190,6 +191,26 @@ def installs() -> Iterator[str]:
     for module, package, gives in _INSTALLS:
         if util.find_spec(module) is None and ("gpu" not in package or torch.cuda.is_available()):
             yield f"pip install {package} gives {gives}"
+
+
+def weights(family: str | None = None, every: bool = False) -> Iterator[tuple[str, str]]:
+    """Preset, and whether the weights of its blocks fit into the memory that is free on the default device.
+
+    Args:
+        family, every: as in `backend_choices`.
+    """
+    device, dtypes = here()
+    free = available_bytes(device)
+    if free is None:
+        return
+    for name in (name for name in list_presets(family) if every or "/" not in name):
+        model = load_preset(name).model
+        least = block_parameters(model) * dtypes[0].itemsize
+        most = least if model.text == "cross" else 2 * least
+        verdict = "fit" if most <= free else "may fit" if least <= free else "do not fit"
+        size = " to ".join(f"{part / 2**30:.1f}" for part in dict.fromkeys((least, most)))
+        told = f"{verdict} into {free / 2**30:.1f} GiB free on {device.type}"
+        yield name, f"about {size} GiB in {str(dtypes[0])[6:]}, {told}"
 
 
 def memory() -> str:

@@ -103,6 +103,17 @@ def attention_share(model: ModelFacts, tokens: int) -> float:
     return attention / (attention + linear)
 
 
+def block_parameters(model: ModelFacts) -> int:
+    """Weights of attention and feed-forward layers in all blocks, of both experts where there are two.
+
+    Nearly all of a model with cross-attention; a joint-attention model that has weights of its own for text holds up to
+    twice as many.
+    """
+    dim = model.heads * model.head_dim
+    block = 4 * dim**2 * (2 if model.text == "cross" else 1) + 2 * dim * model.ffn_dim
+    return model.layers * block * (1 if model.boundary is None else 2)
+
+
 def saving(density: float, machine: Machine = GPU) -> float:
     """Share of its dense time that a sparse call saves: 1 - rho / e - o; 0 where that is a loss, since it runs dense.
 

@@ -16,9 +16,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from dit_accel import doctor
 from dit_accel.cli import generate, main
 from dit_accel.cli.app import dashes
 from dit_accel.cli.inputs import open_image
+from dit_accel.estimate import block_parameters
 from dit_accel.kernels import products
 from dit_accel.presets import load_preset
 from dit_accel.video_io import write_mp4
@@ -184,6 +186,25 @@ def test_inputs_reach_the_pipelines_that_need_them(command, tmp_path, preset, in
     assert len(report["times"]["steps"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("wan2.1-t2v-1.3b-480p", 1.42), ("wan2.1-t2v-14b-720p", 14.3), ("wan2.2-t2v-a14b-720p", 28.6)],
+)
+def test_the_doctor_weighs_models_as_published(name, billions, monkeypatch):
+    assert block_parameters(load_preset(name).model) == pytest.approx(billions * 1e9, rel=0.03)
+    size = doctor.here()[1][0].itemsize * block_parameters(load_preset(name).model)
+    for free, verdict in ((size, " fit into"), (size - 1, " do not fit into")):
+        monkeypatch.setattr(doctor, "available_bytes", lambda device, free=free: free)
+        assert verdict in dict(doctor.weights("wan"))[name]
+
+
+def test_the_doctor_does_not_promise_what_weights_of_text_may_take(monkeypatch):
+    least = block_parameters(load_preset("flux1-dev").model) * doctor.here()[1][0].itemsize
+    for free, verdict in ((2 * least, ", fit into"), (2 * least - 1, ", may fit"), (least - 1, ", do not fit")):
+        monkeypatch.setattr(doctor, "available_bytes", lambda device, free=free: free)
+        assert verdict in dict(doctor.weights("flux"))["flux1-dev"]
+
+
 def test_presets_are_listed(command):
     code, out, _ = command("--list-presets")
     assert code == 0
@@ -320,5 +341,8 @@ def test_dit_accel_lists_shows_and_examines(monkeypatch, capsys, tmp_path):
     assert "decay: 1.0" in shown
     told = run(monkeypatch, capsys, main.main, "doctor")[1]
     assert "backend torch: usable" in told
+    (small,) = [line for line in told.splitlines() if line.startswith("weights") and "tiny-wan" in line]
+    assert "about 0.0 GiB in" in small
+    assert " fit into " in small
     assert f"fp32 products on the CPU: {products.library()}" in told
     assert run(monkeypatch, capsys, main.main, "methods", "show", "radail")[0] == 2

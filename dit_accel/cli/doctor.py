@@ -21,7 +21,7 @@ def doctor(
 
     Leaves with 1 when a backend computes wrong results here, or a version is known to break.
     """
-    from dit_accel.doctor import backend_choices, backend_findings, installs, known_to_break, memory
+    from dit_accel.doctor import backend_choices, backend_findings, installs, known_to_break, memory, weights
     from dit_accel.kernels.products import library
     from dit_accel.report import environment
 
@@ -38,6 +38,11 @@ def doctor(
         groups[choice.method, choice.backend, choice.why].append(choice.preset)
     for (method, backend, why), presets in groups.items():
         console.print(f"{method} runs on {backend}, {why}: {', '.join(presets)}", markup=False)
+    sizes: dict[str, list[str]] = defaultdict(list)
+    for preset, told in weights(family, every):
+        sizes[told].append(preset)
+    for told, presets in sizes.items():
+        console.print(f"weights of the transformer's blocks, {told}: {', '.join(presets)}", markup=False)
     for line in installs():
         console.print(f"to install: {line}", markup=False)
     for fault in faults:
