@@ -101,11 +101,10 @@ def _generate(
     pipe: Any, plan: Plan, held: Statistics, run: Run, inputs: dict[str, Any] | None
 ) -> tuple[np.ndarray, tuple[float, float]]:
     """The picture, and the time of attention without ordering, and of ordering."""
-    if run.candidate == DENSE:
-        method, first, second = get_method("composed"), ALL_DENSE, plan.preset.schedule_2 and ALL_DENSE
-    else:
-        method = list(plan.candidates.values())[run.candidate]
-        first, second = (s and _ruled(s, run, method, held) for s in (plan.preset.schedule, plan.preset.schedule_2))
+    is_dense = run.candidate == DENSE
+    method = get_method("composed") if is_dense else list(plan.candidates.values())[run.candidate]
+    own = (plan.preset.schedule, plan.preset.schedule_2)
+    first, second = (s and (ALL_DENSE if is_dense else _ruled(s, run, method, held)) for s in own)
     # Hoisted or not, ordering is told apart.
     with accelerate(pipe, method=method, schedule=first, schedule_2=second, hoist=False) as acceleration:
         prompt, seed = plan.prompts[run.prompt], plan.seed + run.prompt
