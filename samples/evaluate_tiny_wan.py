@@ -21,19 +21,31 @@ import torch
 import dit_accel
 from dit_accel.generation import call_pipeline
 from dit_accel.models import load_pipeline
-from dit_accel.presets import Generation, Preset
+from dit_accel.presets import Preset
 from dit_accel.report import environment
+from dit_accel.samples.cheap_attention import dense_in_half
 from dit_accel.samples.held_out import Task, Verdict, criteria, held_out_tasks
-from dit_accel.samples.repertoire import repertoire_of, to_frames, to_pixels
+from dit_accel.samples.repertoire import REPERTOIRES, Repertoire, repertoire_of, to_frames, to_pixels
 from dit_accel.samples.scenes.draw import Canvas
 
 
-def generate(pipe: Any, preset: Preset, generation: Generation, tasks: Sequence[Task], seed: int) -> list[np.ndarray]:
-    """What the pipeline makes of each prompt, uint8 `[T, H, W, 3]`."""
+def generate(
+    pipe: Any, preset: Preset, tasks: Sequence[Task], seed: int, half: Repertoire | None = None
+) -> list[np.ndarray]:
+    """What the pipeline makes of each prompt, uint8 `[T, H, W, 3]`.
+
+    Args:
+        pipe: a Wan pipeline.
+        preset: how.
+        tasks: the prompts.
+        seed: of the first clip's noise.
+        half: what the model knows, to run it dense in bfloat16 instead. Default None: as the preset says.
+    """
     made = []
-    with dit_accel.accelerate(pipe, preset):
+    cheap = dense_in_half(pipe.transformer, half.text_tokens) if half else dit_accel.accelerate(pipe, preset)
+    with cheap:
         for number, task in enumerate(tasks):
-            frames, _ = call_pipeline(pipe, generation, task.text, seed + number)
+            frames, _ = call_pipeline(pipe, preset.generation, task.text, seed + number)
             made.append(np.round(frames * 255).astype(np.uint8))
             print(task.text, task.judge(made[-1]), flush=True)
     return made
@@ -61,29 +73,42 @@ def table(rows: dict[str, list[Verdict]], names: Sequence[str]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    """Generate, judge and print one table."""
+def read_options(given: Sequence[str] | None) -> tuple[argparse.Namespace, Preset]:
+    """Options of the command, and the preset with the steps that they ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny-wan/dense")
     parser.add_argument("--model", default=None, help="pipeline folder instead of the preset's")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--num-prompts", type=int, default=64)
+    parser.add_argument("--repertoire", choices=REPERTOIRES, help="of the prompts; default: all that the model knows")
     parser.add_argument("--steps", type=int, default=None, help="denoising steps instead of the preset's")
+    parser.add_argument("--half", action="store_true", help="dense, in bfloat16: faster on CPUs that multiply it fast")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-clips", type=Path, default=None, help="keep what was made, as .npz")
     parser.add_argument("--clips", type=Path, default=None, help="judge these instead of generating")
     parser.add_argument("--output", type=Path, default=None, help="write the verdicts as JSON")
     arguments = parser.parse_args(given)
     preset = dit_accel.load_preset(arguments.preset)
-    generation = preset.generation
+    if arguments.half and (preset.method.name != "dense" or arguments.device not in ("auto", "cpu")):
+        parser.error(f"--half: expected a dense preset and a CPU, got {preset.name} and device {arguments.device}")
+    arguments.device = "cpu" if arguments.half else arguments.device
     if arguments.steps is not None:
-        generation = generation.model_copy(update={"num_inference_steps": arguments.steps})
+        generation = preset.generation.model_copy(update={"num_inference_steps": arguments.steps})
+        preset = preset.model_copy(update={"generation": generation})
+    return arguments, preset
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Generate, judge and print one table."""
+    arguments, preset = read_options(given)
+    generation = preset.generation
     pipe = load_pipeline(arguments.model or preset.repository, arguments.device)
-    repertoire = repertoire_of(pipe.tokenizer)
+    known = repertoire_of(pipe.tokenizer)
+    repertoire = REPERTOIRES[arguments.repertoire] if arguments.repertoire else known
     canvas = Canvas(generation.num_frames, generation.height, generation.width)
     tasks = held_out_tasks(repertoire, arguments.num_prompts, canvas, arguments.seed + 99)
     if arguments.clips is None:
-        made = generate(pipe, preset, generation, tasks, arguments.seed)
+        made = generate(pipe, preset, tasks, arguments.seed, known if arguments.half else None)
     else:
         made = list(np.load(arguments.clips, allow_pickle=False)["clips"])[: len(tasks)]
     if arguments.save_clips is not None:
@@ -96,7 +121,7 @@ def main(given: Sequence[str] | None = None) -> None:
     }
     rows = {what: [t.judge(c) for t, c in zip(tasks, clips, strict=True)] for what, clips in shown.items()}
     print(", ".join(f"{name} {value}" for name, value in environment().items()), time.strftime("%Y-%m-%d"))
-    print(f"preset {preset.name}, {generation}")
+    print(f"preset {preset.name}{', in bfloat16' if arguments.half else ''}, {generation}")
     print("\n".join(table(rows, criteria(repertoire))))
     if arguments.output is not None:
         found = [{"prompt": task.text, **verdict} for task, verdict in zip(tasks, rows["generated"], strict=True)]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from dit_accel.samples.half_attention import SelfAttentionInHalf
+from dit_accel.samples.cheap_attention import PIPELINE_TEXT, PaddedCrossAttention, SelfAttentionInHalf
 from dit_accel.samples.muon import Muon, split_parameters
 from dit_accel.samples.repertoire import BASIC
 from dit_accel.samples.tiny_wan_model import make_text_encoder, make_tokenizer, make_transformer, save_pipeline
@@ -23,7 +20,6 @@ from dit_accel.samples.tiny_wan_run import Place, TrainingRun, linear_rate, repl
 from dit_accel.samples.tiny_wan_show import show_samples
 from dit_accel.samples.tiny_wan_vae import Bank, load_vae
 
-PIPELINE_TEXT = 512  # text tokens that WanPipeline attends unless told otherwise
 _SHORT, _SHORT_SHARE = 4, 0.8  # texts are padded by so many tokens at most, for which share of the steps
 DROP_CAPTION = 0.12
 DECAY = 0.1  # without it the output of cross-attention grows until it drowns everything else
@@ -33,38 +29,6 @@ _EMA = 0.998
 ADAM_PARTS = ("patch_embedding", "proj_out", "shared", "relative", "scale_shift")  # first and last layers, biases
 Start = tuple[WanTransformer3DModel, UMT5EncoderModel]
 _PHASES = (0.3, 0.75)  # shares of the steps at which the second and the third phase begin
-
-
-class PaddedCrossAttention:
-    """Cross-attention of training: one padding key stands for the many that WanPipeline attends.
-
-    WanPipeline pads text embeddings with zeros to `max_sequence_length` and masks nothing. All padding
-    keys are equal, so one of them with the bias ln(their number) gives the same output for a twentieth of the work.
-
-    Args:
-        tokens: of the texts; the last is always padding. Default: those of the basic repertoire.
-    """
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self, tokens: int = BASIC.text_tokens) -> None:
-        self.tokens = tokens
-        self.bias = torch.zeros(1, 1, 1, tokens)
-        self.pad_to(PIPELINE_TEXT)
-
-    def pad_to(self, tokens: int) -> None:
-        """Act as if texts were padded to `tokens`, at least as many as they have here."""
-        self.bias[..., -1] = math.log(tokens - self.tokens + 1)
-
-    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Attend `hidden_states` `[B, N, C]` to `encoder_hidden_states` `[B, L, C]`."""
-        q = attn.norm_q(attn.to_q(hidden_states))
-        k, v = attn.norm_k(attn.to_k(encoder_hidden_states)), attn.to_v(encoder_hidden_states)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias.to(q))
-        projected: Tensor = attn.to_out[0](out.transpose(1, 2).flatten(2, 3))
-        return projected
 
 
 class Captioner(nn.Module):

@@ -21,17 +21,11 @@ from torch import Tensor
 from dit_accel.errors import ConfigError
 from dit_accel.models import check_model
 from dit_accel.presets import load_preset
+from dit_accel.samples.cheap_attention import PaddedCrossAttention
 from dit_accel.samples.muon import Muon, split_parameters
 from dit_accel.samples.repertoire import repertoire_of
 from dit_accel.samples.tiny_wan_causal import CausalTeacher, Excerpt, draw_excerpt
-from dit_accel.samples.tiny_wan_flow import (
-    ADAM_PARTS,
-    DECAY,
-    DROP_CAPTION,
-    Captioner,
-    PaddedCrossAttention,
-    choose_padding,
-)
+from dit_accel.samples.tiny_wan_flow import ADAM_PARTS, DECAY, DROP_CAPTION, Captioner, choose_padding
 from dit_accel.samples.tiny_wan_model import save_part
 from dit_accel.samples.tiny_wan_recipes import RECIPES, CausalRecipe, Pace, Recipe
 from dit_accel.samples.tiny_wan_run import OutOfTime, Place, TrainingRun, linear_rate, replace_parts

@@ -9,8 +9,8 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
 from dit_accel.samples import grow_tiny_wan
+from dit_accel.samples.cheap_attention import SelfAttentionInHalf
 from dit_accel.samples.growth import copied, grow_text_encoder, grow_transformer, grow_vae
-from dit_accel.samples.half_attention import SelfAttentionInHalf
 from dit_accel.samples.muon import orthogonalize
 from dit_accel.samples.repertoire import BASIC, FULL, MIXED
 from dit_accel.samples.scenes.draw import Canvas

@@ -10,6 +10,7 @@ import torch
 from diffusers import WanPipeline
 
 from dit_accel.models import shipped_model
+from dit_accel.samples.cheap_attention import PaddedCrossAttention, dense_in_half
 from dit_accel.samples.clips import (
     BACKGROUNDS,
     caption,
@@ -24,12 +25,7 @@ from dit_accel.samples.judge import judge
 from dit_accel.samples.muon import orthogonalize
 from dit_accel.samples.repertoire import BASIC
 from dit_accel.samples.tiny_random import random_wan_pipeline
-from dit_accel.samples.tiny_wan_flow import (
-    Captioner,
-    FrameRope,
-    PaddedCrossAttention,
-    choose_frames,
-)
+from dit_accel.samples.tiny_wan_flow import Captioner, FrameRope, choose_frames
 from dit_accel.samples.tiny_wan_model import make_tokenizer
 from dit_accel.samples.tiny_wan_probe import Probe
 
@@ -120,7 +116,26 @@ def test_one_biased_padding_key_stands_for_all_of_the_pipelines():
     cross = PaddedCrossAttention()
     model.set_attn_processor({n: cross if "attn2" in n else p for n, p in model.attn_processors.items()})
     short = Captioner(pipe.tokenizer, pipe.text_encoder)(captions)
-    torch.testing.assert_close(model(latents, timestep, short, return_dict=False)[0], stock, atol=1e-5, rtol=1e-4)
+    for given in (short, embeds):
+        torch.testing.assert_close(model(latents, timestep, given, return_dict=False)[0], stock, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_pipeline_in_half_makes_nearly_the_same_clip_and_is_itself_again():
+    pipe = random_wan_pipeline()
+    stock = pipe.transformer.attn_processors
+
+    def call():
+        options = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"}
+        return pipe("a red ball", generator=torch.Generator().manual_seed(0), **options).frames
+
+    wanted = call()
+    with dense_in_half(pipe.transformer, BASIC.text_tokens):
+        found = call()
+    error = (found - wanted).norm() / wanted.norm()
+    assert 1e-6 < error < 0.02
+    assert pipe.transformer.attn_processors == stock
+    assert torch.equal(call(), wanted)
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
-from dit_accel.samples import make_tiny_wan, train_tiny_wan, tune_tiny_wan_decoder
+from dit_accel.samples import evaluate_tiny_wan, make_tiny_wan, train_tiny_wan, tune_tiny_wan_decoder
+from dit_accel.samples.cheap_attention import PaddedCrossAttention
 from dit_accel.samples.muon import Muon, split_parameters
 from dit_accel.samples.repertoire import FULL, repertoire_of
 from dit_accel.samples.scenes.draw import Canvas
 from dit_accel.samples.tiny_random import random_wan_pipeline
 from dit_accel.samples.tiny_wan_causal import CausalTeacher
-from dit_accel.samples.tiny_wan_flow import FrameRope, PaddedCrossAttention, flow_loss, train_transformer
+from dit_accel.samples.tiny_wan_flow import FrameRope, flow_loss, train_transformer
 from dit_accel.samples.tiny_wan_model import TinyWanSizes, make_text_encoder, make_tokenizer, make_transformer, make_vae
 from dit_accel.samples.tiny_wan_probe import Probe
 from dit_accel.samples.tiny_wan_recipes import (
@@ -160,6 +161,21 @@ def test_one_command_makes_both_models_and_judges_them(tmp_path, capsys):
     (work / "clips.done").unlink()
     with pytest.raises(OutOfTime, match="clips"):
         make_tiny_wan.make(Place(work, deadline=0.0), output, recipe, seed=0, prompts=2, preset=str(preset))
+
+
+def test_prompts_of_one_repertoire_are_judged_in_half_precision(tmp_path, capsys):
+    preset, folder = tmp_path / "mine.yaml", tmp_path / "model"
+    preset.write_text("extends: tiny-wan/dense\ngeneration: {height: 32, width: 32, num_frames: 5}\n")
+    random_wan_pipeline().save_pretrained(folder)
+    options = ["--model", str(folder), "--num-prompts", "1", "--steps", "1", "--half"]
+    evaluate_tiny_wan.main(["--preset", str(preset), "--repertoire", "full", *options])
+    told = capsys.readouterr().out
+    assert "in bfloat16" in told
+    assert "num_inference_steps=1" in told
+    assert "texture" in told  # of the full repertoire, which this model does not know
+    with pytest.raises(SystemExit):
+        evaluate_tiny_wan.main(["--preset", "tiny-wan/radial", *options])
+    assert "expected a dense preset and a CPU, got tiny-wan/radial" in capsys.readouterr().err
 
 
 def test_minutes_can_be_stretched_and_steps_cannot():
