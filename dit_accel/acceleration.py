@@ -12,8 +12,8 @@ from torch import nn
 
 from dit_accel.engine import Engine
 from dit_accel.errors import ConfigError, UnsupportedError
-from dit_accel.extras_cache import Guidance
-from dit_accel.extras_install import install_extras
+from dit_accel.extras.cache import Guidance
+from dit_accel.extras.install import install_extras
 from dit_accel.families.base import Family
 from dit_accel.families.hoisting import Hoist
 from dit_accel.families.registry import family_of

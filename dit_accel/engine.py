@@ -20,9 +20,9 @@ from dit_accel.layer_methods import Groups, LayerGroup, LayerMethods
 from dit_accel.layout import TextPosition, TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.parts import Part, join, of_heads
-from dit_accel.plan_picture import PlanPicture, picture
 from dit_accel.planner import QKV, Planner, PlanRequest
-from dit_accel.report import CallRecord
+from dit_accel.report.plan_picture import PlanPicture, picture
+from dit_accel.report.records import CallRecord
 from dit_accel.schedule import Schedule
 from dit_accel.shard import HeadShard, TokenShard
 from dit_accel.siblings import Siblings

@@ -13,7 +13,7 @@ from torch import nn
 from dit_accel.engine import Engine
 from dit_accel.families.hoisting import Hoist
 from dit_accel.families.tracking import RunStateHook, untrack
-from dit_accel.report import Report
+from dit_accel.report.records import Report
 
 # Where a transformer keeps its handle: a table of ours would keep the transformer alive, and not know copies of it.
 _HANDLE = "_dit_accel_handle"

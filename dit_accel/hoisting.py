@@ -11,7 +11,7 @@ from torch import Tensor
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.order import TokenOrder, permute, video_order
-from dit_accel.report import CallRecord
+from dit_accel.report.records import CallRecord
 from dit_accel.state import CallContext, RunState
 
 _LAYOUTS_KEPT = 32

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.errors import ConfigError
-from dit_accel.extras import Extras, quantization_config
+from dit_accel.extras.settings import Extras, quantization_config
 from dit_accel.presets import Generation, Preset
 
 _SHIPPED = "samples/"

@@ -15,7 +15,7 @@ from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Method
 from dit_accel.order import TokenOrder, relative
 from dit_accel.plan import BlockPlan
-from dit_accel.report import CallRecord
+from dit_accel.report.records import CallRecord
 from dit_accel.reuse import for_other_layers, order_for_all, overlap, plan_for_all, representative_heads
 from dit_accel.rows import rows_of_order, rows_of_plan
 from dit_accel.schedule import Schedule

@@ -17,7 +17,7 @@ from torch import Tensor
 from dit_accel.errors import UnsupportedError
 from dit_accel.pipelines.clip_layout import ClipLayout
 from dit_accel.pipelines.shared_keys import Control, Sharing, sharing_keys
-from dit_accel.report import Report
+from dit_accel.report.records import Report
 
 _TEXT_TOKENS = 226
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from dit_accel.errors import UnsupportedError
 from dit_accel.families.cogvideox import CogVideoXJointAttention
 from dit_accel.families.processor import AttentionInputs
-from dit_accel.report import CallRecord, Report
+from dit_accel.report.records import CallRecord, Report
 
 _CHUNK_NUMBERS = 1 << 24  # size of the largest temporary of a subject map, in numbers: 64 MiB in fp32
 _METHOD = "shared_keys"

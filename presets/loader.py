@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dit_accel.errors import ConfigError
-from dit_accel.extras import EXTRAS_MODELS
+from dit_accel.extras.settings import EXTRAS_MODELS
 from dit_accel.layer_methods import check_policy
 from dit_accel.methods.registry import config_error, get_method
 from dit_accel.presets.compose import preset_data, preset_names

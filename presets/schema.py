@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from dit_accel.errors import ConfigError
-from dit_accel.extras import Extras
+from dit_accel.extras.settings import Extras
 from dit_accel.schedule import Schedule
 from dit_accel.streaming import StreamSettings
 

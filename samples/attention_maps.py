@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dit_accel.layout import TokenLayout
-from dit_accel.report import environment
+from dit_accel.report.records import environment
 from dit_accel.samples.captured_attention import Call
 from dit_accel.samples.recall_table import Planner, by_method, capture, measure, oracle_plan
 from dit_accel.selection.scores import block_mass

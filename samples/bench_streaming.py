@@ -29,7 +29,7 @@ from dit_accel.pipelines.streaming.light_forcing import LightForcing
 from dit_accel.pipelines.streaming.memory import CompressedMemory
 from dit_accel.pipelines.streaming.planned import PlannedContext
 from dit_accel.pipelines.streaming.rolling import make_driver
-from dit_accel.report import environment
+from dit_accel.report.records import environment
 from dit_accel.streaming import StreamSettings
 
 _STEPS = (1000.0, 750.0, 500.0, 250.0)

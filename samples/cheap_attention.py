@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from diffusers import WanTransformer3DModel
+from torch import Tensor
 from torch.nn import functional as F
 
 from dit_accel.samples.repertoire import BASIC
@@ -80,7 +81,7 @@ class SelfAttentionInHalf:
 
 
 @contextmanager
-def dense_in_half(transformer: nn.Module, text_tokens: int) -> Iterator[None]:
+def dense_in_half(transformer: WanTransformer3DModel, text_tokens: int) -> Iterator[None]:
     """Calls of a Wan pipeline inside run its `transformer` in bfloat16, with both processors of this module.
 
     Args:

@@ -19,7 +19,7 @@ from pathlib import Path
 from dit_accel.kernels.aot import Resources, compile_cases
 from dit_accel.kernels.aot_cases import Case, shipped
 from dit_accel.kernels.triton_configs import TILES
-from dit_accel.report import environment
+from dit_accel.report.records import environment
 
 # What a launch tells the compiler beside the constants of the kernel.
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")

@@ -21,7 +21,7 @@ import torch
 from dit_accel.pipelines.streaming import StreamingWanPipeline
 from dit_accel.pipelines.streaming.attention import DenseContext
 from dit_accel.pipelines.streaming.memory import CompressedMemory
-from dit_accel.report import environment
+from dit_accel.report.records import environment
 from dit_accel.samples.held_out import Task, held_out_tasks
 from dit_accel.samples.judge import describe
 from dit_accel.samples.repertoire import BASIC, repertoire_of

@@ -22,7 +22,7 @@ import dit_accel
 from dit_accel.generation import call_pipeline
 from dit_accel.models import load_pipeline
 from dit_accel.presets import Preset
-from dit_accel.report import environment
+from dit_accel.report.records import environment
 from dit_accel.samples.cheap_attention import dense_in_half
 from dit_accel.samples.held_out import Task, Verdict, criteria, held_out_tasks
 from dit_accel.samples.repertoire import REPERTOIRES, Repertoire, repertoire_of, to_frames, to_pixels

@@ -15,7 +15,7 @@ from diffusers import WanPipeline
 import dit_accel
 from dit_accel.metrics import check_metrics, closeness
 from dit_accel.models import shipped_model
-from dit_accel.video_io import OutputFile
+from dit_accel.video.files import OutputFile
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dit_accel.pipelines.streaming import StreamingWanPipeline
-from dit_accel.video_stream import StreamingVideoFile
+from dit_accel.video.growing import StreamingVideoFile
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

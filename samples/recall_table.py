@@ -27,7 +27,7 @@ from dit_accel.models import load_pipeline
 from dit_accel.order import TokenOrder
 from dit_accel.plan import BlockPlan
 from dit_accel.presets import load_preset
-from dit_accel.report import environment
+from dit_accel.report.records import environment
 from dit_accel.samples.captured_attention import Call, captured
 from dit_accel.samples.rank_methods import PAIRS
 from dit_accel.selection import TopK, generator_for, select_plan

@@ -25,7 +25,7 @@ from dit_accel.methods.registry import get_method, list_methods, method_class
 from dit_accel.methods.svg import SVG, plans_of_kinds
 from dit_accel.orders.tiles import tile_blocks, tile_order
 from dit_accel.plan import BlockPlan
-from dit_accel.report import environment
+from dit_accel.report.records import environment
 from dit_accel.state import CallContext
 
 LONG = TokenLayout((33, 45, 80))

@@ -23,7 +23,7 @@ from dit_accel.pipelines.streaming import CausalWan, StreamingWanPipeline
 from dit_accel.pipelines.streaming.attention import AttentionCall, DenseContext
 from dit_accel.pipelines.streaming.decoder import LatentScale
 from dit_accel.pipelines.streaming.memory import CompressedMemory
-from dit_accel.report import environment
+from dit_accel.report.records import environment
 from dit_accel.samples.clips import captioned_clips
 from dit_accel.streaming import StreamSettings
 

@@ -14,7 +14,7 @@ from dit_accel.engine import Engine
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
 from dit_accel.planner import Planner, PlanRequest
-from dit_accel.report import CallRecord
+from dit_accel.report.records import CallRecord
 from dit_accel.samples.captured_attention import synthetic
 from dit_accel.samples.tiny_random import tiny_arguments, tiny_pipeline
 from dit_accel.schedule import Schedule

@@ -23,7 +23,7 @@ from dit_accel.cli.inputs import open_image
 from dit_accel.estimate import block_parameters
 from dit_accel.kernels import products
 from dit_accel.presets import load_preset
-from dit_accel.video_io import write_mp4
+from dit_accel.video.files import write_mp4
 
 SMALL = ["--height", "32", "--width", "48", "--num-frames", "9", "--num-inference-steps", "2"]
 

@@ -15,7 +15,7 @@ from dit_accel.cli.overrides import frames_of
 from dit_accel.errors import ConfigError
 from dit_accel.pipelines.ditctrl import MultiPromptCogVideoXPipeline
 from dit_accel.presets import load_preset
-from dit_accel.report_page import read_run, render_page
+from dit_accel.report.page import read_run, render_page
 
 SEVERAL = ["--preset", "cogvideox-2b", "--model", "tiny", "--device", "cpu", "--num-inference-steps", "2"]
 AB = ["--prompt", "a red ball", "--prompt", "a blue square"]

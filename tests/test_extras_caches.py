@@ -9,11 +9,11 @@ from diffusers import FirstBlockCacheConfig
 from extras_cases import CACHES, COG, IMAGE, SPARSE, STEPS, WAN, WAN_TWO, cached, generate, with_extras
 from preset_cases import pipeline_of
 
-from dit_accel import extras_cache
 from dit_accel.acceleration import accelerate
 from dit_accel.errors import ConfigError, UnsupportedError
-from dit_accel.extras import Extras
-from dit_accel.extras_cache import Guidance, enable_cache
+from dit_accel.extras import cache as extras_cache
+from dit_accel.extras.cache import Guidance, enable_cache
+from dit_accel.extras.settings import Extras
 from dit_accel.families.registry import family_of
 from dit_accel.presets import list_presets, load_preset
 from dit_accel.samples.tiny_random import tiny_pipeline

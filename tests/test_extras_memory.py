@@ -9,7 +9,7 @@ from preset_cases import pipeline_of
 
 from dit_accel.acceleration import accelerate
 from dit_accel.errors import UnsupportedError
-from dit_accel.extras import Extras
+from dit_accel.extras.settings import Extras
 from dit_accel.presets import load_preset
 from dit_accel.samples.tiny_random import tiny_pipeline
 
@@ -59,14 +59,14 @@ def test_weights_that_come_when_needed_give_the_same_under_sparse_attention(monk
 
 
 def test_streams_are_refused_on_an_accelerator_without_them(monkeypatch):
-    monkeypatch.setattr("dit_accel.extras_install._accelerator", lambda: "mps")
+    monkeypatch.setattr("dit_accel.extras.install._accelerator", lambda: "mps")
     preset = with_extras(WAN, offload={"mode": "group", "stream": True})
     with pytest.raises(UnsupportedError, match=r"extras\.offload: stream is for CUDA and XPU devices.*mps"):
         accelerate(pipeline_of(preset.tiny), preset)
 
 
 def test_model_and_sequential_offload_switch_diffusers_on_once(monkeypatch):
-    monkeypatch.setattr("dit_accel.extras_install._accelerator", lambda: "cuda")
+    monkeypatch.setattr("dit_accel.extras.install._accelerator", lambda: "cuda")
     for mode, method in (("model", "enable_model_cpu_offload"), ("sequential", "enable_sequential_cpu_offload")):
         pipe, called = tiny_pipeline(load_preset(WAN).tiny), []
         monkeypatch.setattr(pipe, method, lambda device, called=called: called.append(device))

@@ -10,10 +10,10 @@ import torch
 from extras_cases import WAN, with_extras
 from preset_cases import pipeline_of
 
-from dit_accel import extras as extras_module
 from dit_accel.acceleration import accelerate
 from dit_accel.errors import ConfigError, UnsupportedError
-from dit_accel.extras import Extras, Quantization, quantization_config
+from dit_accel.extras import settings as extras_module
+from dit_accel.extras.settings import Extras, Quantization, quantization_config
 from dit_accel.models import load_for_preset
 from dit_accel.presets import load_preset
 

@@ -9,7 +9,7 @@ from preset_cases import pipeline_of
 
 from dit_accel.acceleration import accelerate
 from dit_accel.errors import UnsupportedError
-from dit_accel.extras import Extras
+from dit_accel.extras.settings import Extras
 from dit_accel.samples.tiny_random import tiny_pipeline
 
 

@@ -188,7 +188,7 @@ def test_a_preset_that_cannot_be_installed_leaves_nothing_on(monkeypatch):
     def fail(*_):
         raise MemoryError
 
-    for place in ("dit_accel.acceleration.track", "dit_accel.extras_install._compile"):
+    for place in ("dit_accel.acceleration.track", "dit_accel.extras.install._compile"):
         with monkeypatch.context() as patched:
             patched.setattr(place, fail)
             with pytest.raises(MemoryError):

@@ -25,7 +25,7 @@ from dit_accel.plan import Blocking, BlockPlan
 from dit_accel.presets import load_preset
 from dit_accel.samples.tiny_random import tiny_arguments, tiny_pipeline
 from dit_accel.schedule import Schedule
-from dit_accel.video_io import OutputFile
+from dit_accel.video.files import OutputFile
 
 PAGE = (Path(__file__).parents[1] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 NO_MESSAGE = ("torch.compile",)

@@ -10,8 +10,8 @@ import pytest
 
 from dit_accel.cli.files import report_path
 from dit_accel.errors import ConfigError, UnsupportedError
-from dit_accel.video_io import OutputFile, check_frames
-from dit_accel.video_stream import StreamingVideoFile
+from dit_accel.video.files import OutputFile, check_frames
+from dit_accel.video.growing import StreamingVideoFile
 
 
 def clip(frames=5, height=48, width=64):

@@ -18,7 +18,7 @@ def stamp() -> dict[str, str]:
     "load" is how many processes were at work on the machine in the minute before, where the system says it; above 0 in
     front of a run something else was.
     """
-    from dit_accel.report import environment
+    from dit_accel.report.records import environment
 
     load = {"load": f"{os.getloadavg()[0]:.1f}"} if hasattr(os, "getloadavg") else {}
     return {"date": time.strftime("%Y-%m-%d"), **environment(), **load}

@@ -19,7 +19,7 @@ from dit_accel.calibrate.statistics import Statistics
 from dit_accel.generation import call_pipeline
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method
-from dit_accel.report import CallRecord
+from dit_accel.report.records import CallRecord
 from dit_accel.schedule import ALL_DENSE, Schedule
 
 if TYPE_CHECKING:

@@ -89,7 +89,7 @@ def compare(
 
 def _write_video(folder: Path, number: int, outcomes: Any, fps: int) -> None:
     from dit_accel.compare.video import side_by_side
-    from dit_accel.video_io import OutputFile
+    from dit_accel.video.files import OutputFile
 
     clip = side_by_side([(outcome.candidate.label, outcome.clip) for outcome in outcomes])
     suffix = ".mp4" if len(clip) > 1 else ".png"

@@ -23,7 +23,7 @@ def doctor(
     """
     from dit_accel.doctor import backend_choices, backend_findings, installs, known_to_break, memory, weights
     from dit_accel.kernels.products import library
-    from dit_accel.report import environment
+    from dit_accel.report.records import environment
 
     for name, value in environment().items():
         console.print(f"{name}: {value}", markup=False)

@@ -14,8 +14,8 @@ from dit_accel.cli.files import report_path, write_json
 from dit_accel.cli.parallel import ALONE, Degrees
 from dit_accel.errors import ConfigError
 from dit_accel.presets import Preset
-from dit_accel.report import Report, environment
-from dit_accel.video_io import OutputFile, check_frames
+from dit_accel.report.records import Report, environment
+from dit_accel.video.files import OutputFile, check_frames
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def report(
 ) -> None:
     """Show a run on one self-contained page: density, time and error over layers and steps, plans, preset, video."""
     from dit_accel.errors import ConfigError
-    from dit_accel.report_page import find_video, read_run, render_page
+    from dit_accel.report.page import find_video, read_run, render_page
 
     if video is not None and not video.is_file():
         raise ConfigError("--video", f"no such file: {video}")

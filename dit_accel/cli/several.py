@@ -13,7 +13,7 @@ from dit_accel.cli.files import report_path, write_json
 from dit_accel.cli.making import Run
 from dit_accel.errors import ConfigError
 from dit_accel.presets import Preset
-from dit_accel.video_io import OutputFile, check_frames
+from dit_accel.video.files import OutputFile, check_frames
 
 if TYPE_CHECKING:
     from dit_accel.pipelines.clip_layout import ClipLayout
@@ -87,8 +87,8 @@ def make_several(run: Run, prompts: list[str], frames: int | None, target: Path,
         path = report_path(report, target)
         import torch
 
-        from dit_accel.extras_cache import Guidance
-        from dit_accel.extras_install import install_extras
+        from dit_accel.extras.cache import Guidance
+        from dit_accel.extras.install import install_extras
         from dit_accel.models import load_for_preset, quiet_loading
         from dit_accel.pipelines.ditctrl import MultiPromptCogVideoXPipeline
 

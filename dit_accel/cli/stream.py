@@ -21,7 +21,7 @@ from dit_accel.cli.prompts import LivePrompts, PromptChange, read_prompts
 from dit_accel.errors import ConfigError
 from dit_accel.presets import Preset, streaming_preset
 from dit_accel.streaming import STREAM_PRESETS, StreamAttention, StreamSettings, stream_preset, stream_settings
-from dit_accel.video_stream import StreamingVideoFile
+from dit_accel.video.growing import StreamingVideoFile
 
 _SHARED = {
     *("prompt", "output", "preset", "negative_prompt", "height", "width", "num_frames", "seconds"),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from dit_accel.video_io import to_uint8
+from dit_accel.video.files import to_uint8
 
 _LEAST_WIDTH = 192
 _BAND = 22

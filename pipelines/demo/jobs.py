@@ -20,8 +20,8 @@ from dit_accel.generation import call_pipeline
 from dit_accel.models import load_pipeline
 from dit_accel.presets import Generation, Preset, list_presets, load_preset
 from dit_accel.presets.schema import TASK_INPUTS, check_size
-from dit_accel.report import environment
-from dit_accel.video_io import OutputFile, check_frames, to_uint8
+from dit_accel.report.records import environment
+from dit_accel.video.files import OutputFile, check_frames, to_uint8
 
 
 class Cancelled(Exception):

@@ -15,7 +15,7 @@ import numpy as np
 from dit_accel.errors import ConfigError, UnsupportedError
 from dit_accel.pipelines.demo.jobs import Cancelled, Studio
 from dit_accel.streaming import StreamSettings
-from dit_accel.video_io import OutputFile, to_uint8
+from dit_accel.video.files import OutputFile, to_uint8
 
 MOST_CHUNKS = 200
 _MODES = ("cut", "recache", "blend", "keep")

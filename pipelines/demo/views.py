@@ -9,8 +9,8 @@ import numpy as np
 
 from dit_accel.metrics import IDENTICAL_PSNR, closeness
 from dit_accel.pipelines.demo.jobs import Clip
-from dit_accel.report_page import render_page
-from dit_accel.video_io import OutputFile
+from dit_accel.report.page import render_page
+from dit_accel.video.files import OutputFile
 
 _CONTRAST = 4
 

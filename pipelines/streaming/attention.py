@@ -18,7 +18,7 @@ from dit_accel.pipelines.streaming.cache import FrameCache
 from dit_accel.pipelines.streaming.positions import PositionRule, Rotary
 from dit_accel.pipelines.streaming.records import BRANCHES, StreamCalls, record_call
 from dit_accel.plan import Blocking, BlockPlan
-from dit_accel.report import CallRecord
+from dit_accel.report.records import CallRecord
 
 _BLOCK = 64
 

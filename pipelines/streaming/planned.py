@@ -17,7 +17,7 @@ from dit_accel.order import TokenOrder
 from dit_accel.pipelines.streaming.attention import CLEAN, AttentionCall, DenseContext
 from dit_accel.pipelines.streaming.records import run_plan
 from dit_accel.plan import BlockPlan
-from dit_accel.report import CallRecord
+from dit_accel.report.records import CallRecord
 from dit_accel.rows import rows_of_plan
 from dit_accel.state import CallContext
 

@@ -11,7 +11,7 @@ from dit_accel.kernels import block_attention
 from dit_accel.kernels.attention import request_of
 from dit_accel.kernels.registry import choose_backend
 from dit_accel.plan import BlockPlan
-from dit_accel.report import CallRecord, Report
+from dit_accel.report.records import CallRecord, Report
 
 SUMMARIES = 1000
 """Chunks whose sums are kept, the newest ones, so that the report of an endless stream does not grow without end."""

@@ -16,7 +16,7 @@ from dit_accel.errors import ConfigError
 from dit_accel.pipelines.streaming.decoder import LatentDecoder
 from dit_accel.pipelines.streaming.driver import ChunkDriver, Finished, SwitchMode
 from dit_accel.pipelines.streaming.states import load_state, save_state
-from dit_accel.report import Report
+from dit_accel.report.records import Report
 
 OutputType = Literal["np", "pt", "latent"]
 

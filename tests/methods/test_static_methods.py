@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method, list_methods, method_class
 from dit_accel.planner import Planner, PlanRequest
-from dit_accel.report import CallRecord
+from dit_accel.report.records import CallRecord
 from dit_accel.schedule import Schedule
 from dit_accel.state import CallContext, RunState
 

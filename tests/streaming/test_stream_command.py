@@ -20,9 +20,9 @@ from dit_accel.cli.prompts import LivePrompts, parse_line, read_prompts
 from dit_accel.errors import ConfigError
 from dit_accel.pipelines.streaming import StreamingWanPipeline
 from dit_accel.presets import list_presets, load_preset, streaming_preset
-from dit_accel.report_page import read_run, render_page
+from dit_accel.report.page import read_run, render_page
 from dit_accel.streaming import stream_preset
-from dit_accel.video_stream import StreamingVideoFile
+from dit_accel.video.growing import StreamingVideoFile
 
 SETTINGS = "steps: [1000, 500]\nchunk: 2\nwindow: 6\nsink: 2\n"
 
@@ -291,7 +291,7 @@ def test_a_typed_line_that_is_no_text_ends_the_input(capsys):
 def test_a_killed_writer_leaves_a_playable_file(tmp_path):
     path = tmp_path / "o.mp4"
     code = (
-        "import sys, time, numpy as np\nfrom dit_accel.video_stream import StreamingVideoFile\n"
+        "import sys, time, numpy as np\nfrom dit_accel.video.growing import StreamingVideoFile\n"
         "file = StreamingVideoFile(sys.argv[1], 8)\n"
         "rng = np.random.default_rng(0)\n"
         "for _ in range(5):\n    file.write(rng.random((8, 32, 32, 3)).astype('float32'))\n"

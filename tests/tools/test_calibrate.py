@@ -26,7 +26,7 @@ from dit_accel.errors import ConfigError
 from dit_accel.kernels import block_attention
 from dit_accel.methods.registry import get_method
 from dit_accel.presets import Generation, load_preset
-from dit_accel.report import CallRecord
+from dit_accel.report.records import CallRecord
 from dit_accel.samples.tiny_random import random_wan_pipeline
 from dit_accel.schedule import Schedule
 from dit_accel.state import CallContext, RunState

@@ -15,12 +15,12 @@ import torch
 import dit_accel
 from dit_accel.cli import main
 from dit_accel.plan import Blocking, BlockPlan
-from dit_accel.plan_picture import coarse_shares, picture
-from dit_accel.report import PHASES, CallRecord, Report
-from dit_accel.report_page import find_video, read_run, render_page
-from dit_accel.report_page_charts import color, heat_map
+from dit_accel.report.charts import color, heat_map
+from dit_accel.report.page import find_video, read_run, render_page
+from dit_accel.report.plan_picture import coarse_shares, picture
+from dit_accel.report.records import PHASES, CallRecord, Report
 from dit_accel.samples.tiny_random import random_wan_pipeline
-from dit_accel.video_io import OutputFile
+from dit_accel.video.files import OutputFile
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_the_page_is_self_contained_and_shows_every_cell(run, tmp_path):
 
 
 def test_a_large_video_is_named_and_not_embedded(run, tmp_path, monkeypatch):
-    from dit_accel import report_page
+    from dit_accel.report import page as report_page
 
     monkeypatch.setattr(report_page, "LARGEST_VIDEO", 10)
     video = tmp_path / "clip.gif"

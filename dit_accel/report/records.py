@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.plan_picture import PlanPicture
+from dit_accel.report.plan_picture import PlanPicture
 
 PHASES = ("order", "select", "attend", "guard")
 """The timed parts of a call: put tokens in order, choose blocks, compute, and check a sample of rows."""

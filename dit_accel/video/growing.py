@@ -10,7 +10,7 @@ import imageio.v2 as imageio
 import numpy as np
 
 from dit_accel.errors import ConfigError
-from dit_accel.video_io import check_encoder, to_uint8
+from dit_accel.video.files import check_encoder, to_uint8
 
 # Every second begins a fragment that is complete in itself; nothing waits in a buffer.
 _FRAGMENTS = ["-movflags", "frag_keyframe+empty_moov+default_base_moof", "-flush_packets", "1"]

@@ -1,5 +1,5 @@
 """What a preset may switch on besides attention, all of it Diffusers' own: step cache, offload, casting, compilation,
-quantisation. This file says what may be asked for; `extras_install` does it.
+quantisation. This file says what may be asked for; `install.py` does it.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Extras(BaseModel):
             ConfigError: the setting, and the reason.
         """
         if self.cache is not None:
-            from dit_accel.extras_cache import check_cache
+            from dit_accel.extras.cache import check_cache
 
             check_cache(self.cache)
         if self.compile is not None and self.compile.fullgraph:

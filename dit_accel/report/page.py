@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from dit_accel.errors import ConfigError
-from dit_accel.report import PHASES
-from dit_accel.report_page_charts import Cells, heat_map, plan_picture
+from dit_accel.report.charts import Cells, heat_map, plan_picture
+from dit_accel.report.records import PHASES
 
 LARGEST_VIDEO = 8 * 2**20
 """Bytes; larger videos are named, not embedded."""

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dit_accel.errors import UnsupportedError
-from dit_accel.extras import Compile, Extras, LayerwiseCasting, Offload
-from dit_accel.extras_cache import Guidance, enable_cache
+from dit_accel.extras.cache import Guidance, enable_cache
+from dit_accel.extras.settings import Compile, Extras, LayerwiseCasting, Offload
 
 
 def install_extras(extras: Extras, pipe: Any, models: dict[str, nn.Module], guidance: Guidance) -> Callable[[], None]:

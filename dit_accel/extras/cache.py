@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from torch import Tensor, nn
 
 from dit_accel.errors import ConfigError, UnsupportedError
-from dit_accel.extras import StepCache
+from dit_accel.extras.settings import StepCache
 from dit_accel.methods.registry import config_error
 
 _CONFIGS = {

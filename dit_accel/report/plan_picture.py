@@ -12,7 +12,7 @@ from torch import Tensor
 from dit_accel.plan import BlockPlan
 
 if TYPE_CHECKING:
-    from dit_accel.report import CallRecord
+    from dit_accel.report.records import CallRecord
 
 _SIDE = 48
 _HEADS = 8  # more would cost memory for a picture that is averaged anyway
