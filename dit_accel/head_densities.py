@@ -15,7 +15,7 @@ def without_density(method: Method) -> Method:
 
     Methods of which the same is left make the same order, keep the same things between calls, and can run as one.
     """
-    if "densities" not in type(method).model_fields or not _is_share(method):
+    if not method.keeps_shares or method.requested_density is None:
         return method
     return method.model_copy(update={"density": None, "densities": None})
 
@@ -51,10 +51,3 @@ def _as_one(groups: list[HeadGroup]) -> HeadGroup:
     heads = tuple(sorted(densities))
     method = first.method.model_copy(update={"densities": tuple(densities[head] for head in heads)})
     return replace(first, method=method, heads=heads)
-
-
-def _is_share(method: Method) -> bool:
-    """Whether the density alone says how many blocks each head keeps, whatever the other heads do."""
-    told = method.model_dump(include={"density", "mass", "tau", "heads", "scope"})
-    alone = told["mass"] is None and told["tau"] is None
-    return alone and told["density"] is not None and told["heads"] == "uniform" and told["scope"] != "layer"

@@ -170,6 +170,14 @@ class Method(BaseModel):
         """The density the user asked for, for the report; None where the method's rule decides."""
         return getattr(self, "density", None)
 
+    @property
+    def keeps_shares(self) -> bool:
+        """Whether every head keeps the share `density` of its blocks, in which no other head has a say.
+
+        Such a method has a parameter `densities` too, one for every head. Default False.
+        """
+        return False
+
     def plan(
         self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor | None = None, call: CallContext | None = None
     ) -> tuple[TokenOrder | None, BlockPlan]:

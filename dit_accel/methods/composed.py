@@ -147,7 +147,7 @@ class Composed(Method):
 
     @property
     def keeps_shares(self) -> bool:
-        """Whether every head keeps a share of its blocks that no other head has a say in."""
+        """See `Method.keeps_shares`: no mass, threshold, ranking of heads or of a layer decides."""
         return self.mass is None and self.tau is None and self.heads == "uniform" and self.scope != "layer"
 
     @property
