@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 
+from dit_accel.flow_shift import noise_levels
 from dit_accel.head_table import HeadTable
 from dit_accel.layer_methods import method_of_layer
 from dit_accel.layout import TokenLayout
@@ -127,12 +128,6 @@ def saving(density: float, machine: Machine = GPU) -> float:
 def speed_up(share: float, saved: float) -> float:
     """Amdahl's law: 1 / (1 - s x) for attention's share s of the time, of which x is saved."""
     return 1 / (1 - share * saved)
-
-
-def noise_levels(steps: int, flow_shift: float) -> list[float]:
-    """Noise level at the start of every step of a schedule whose levels are shifted by `flow_shift`."""
-    even = [1 - step / steps for step in range(steps)]
-    return [flow_shift * level / (1 + (flow_shift - 1) * level) for level in even]
 
 
 def estimate(preset: Preset, machine: Machine = GPU) -> Estimate:

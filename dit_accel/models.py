@@ -11,6 +11,7 @@ from typing import Any
 
 from dit_accel.errors import ConfigError
 from dit_accel.extras.settings import Extras, quantization_config
+from dit_accel.flow_shift import set_flow_shift
 from dit_accel.presets import Generation, Preset
 
 _SHIPPED = "samples/"
@@ -124,10 +125,10 @@ def load_pipeline(
 def load_for_preset(
     preset: Preset, model: str | None, device: str = "auto", dtype: str = "auto", pipeline_class: Any = None
 ) -> Any:
-    """Load the model that a preset is for, or `model` in its place.
+    """Load the model that a preset is for, or `model` in its place; noise is shifted as the preset says.
 
     Args:
-        preset: says the model and what to do while loading.
+        preset: says the model, what to do while loading, and the shift of the noise schedule.
         model: pipeline folder, hub id, or "tiny": random weights at the structure of the preset's model, made here.
             Default None: the preset's.
         device, dtype: as in `load_pipeline`.
@@ -137,8 +138,16 @@ def load_for_preset(
         ConfigError: see `load_pipeline`; "tiny" with quantisation, since nothing is loaded then.
     """
     cls = pipeline_class or stock_pipeline(preset.pipeline)
-    if model != TINY:
-        return load_pipeline(model or preset.repository, device, dtype, cls, preset.extras)
+    if model == TINY:
+        pipe = _tiny(preset, cls, device, dtype)
+    else:
+        pipe = load_pipeline(model or preset.repository, device, dtype, cls, preset.extras)
+    set_flow_shift(pipe, preset.model.flow_shift)
+    return pipe
+
+
+def _tiny(preset: Preset, cls: Any, device: str, dtype: str) -> Any:
+    """The tiny random model of a preset, as a pipeline of class `cls`."""
     if preset.extras.quantization is not None:
         raise ConfigError(
             "extras.quantization", "weights are quantised while loading, and the tiny model is not loaded"

@@ -88,7 +88,10 @@ class ModelFacts(BaseModel):
         text: where text stands: "cross" (cross-attention), or "before" or "after" the video in one sequence.
         text_tokens: keys of the cross-attention, or text tokens of the joint sequence.
         references: reference images of the result's size that stand in the sequence. Default 0.
-        flow_shift: shift of the noise schedule, from the published scheduler. Default 1: noise falls evenly.
+        flow_shift: shift of the noise schedule at the preset's size, as the model's publishers run it. Loading the
+            preset sets it in the scheduler, whose published file may say otherwise (one file serves all sizes). Where
+            the scheduler derives its shift from the length of the sequence (FLUX), what it derives. Default None: the
+            scheduler's own, or none: noise falls evenly.
         boundary: noise level below which the second expert runs. Default None: there is one transformer.
     """
 
@@ -105,7 +108,7 @@ class ModelFacts(BaseModel):
     text: Literal["cross", "before", "after"] = "cross"
     text_tokens: Positive = 512
     references: Annotated[int, Field(ge=0)] = 0
-    flow_shift: Annotated[float, Field(gt=0)] = 1.0
+    flow_shift: Annotated[float, Field(gt=0)] | None = None
     boundary: Share | None = None
 
 

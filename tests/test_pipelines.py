@@ -141,6 +141,7 @@ def test_every_wrapper_behaves_like_its_pipeline(wrapper, name):
     preset = pipe.preset
     assert isinstance(pipe, cls.stock_class())
     stock = tiny_pipeline(preset.tiny)
+    stock.scheduler = type(stock.scheduler).from_config(pipe.scheduler.config)  # whose shift is the preset's
     call = tiny_arguments(preset.tiny)
     guidance = {k: v for k, v in call_arguments(stock, preset.generation).items() if k not in call}
     expected = np.asarray(stock(**call, **guidance)[0])

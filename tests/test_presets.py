@@ -17,12 +17,12 @@ from dit_accel.estimate import (
     Machine,
     attention_share,
     estimate,
-    noise_levels,
     saving,
     speed_up,
     token_layout,
 )
 from dit_accel.families.registry import family_names
+from dit_accel.flow_shift import noise_levels
 from dit_accel.methods.registry import list_methods
 from dit_accel.presets import compose, list_presets, load_preset
 from dit_accel.presets.files import merge, read_yaml

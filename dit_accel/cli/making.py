@@ -13,6 +13,7 @@ from dit_accel.cli.app import console
 from dit_accel.cli.files import report_path, write_json
 from dit_accel.cli.parallel import ALONE, Degrees
 from dit_accel.errors import ConfigError
+from dit_accel.flow_shift import set_flow_shift
 from dit_accel.presets import Preset
 from dit_accel.report.records import Report, environment
 from dit_accel.video.files import OutputFile, check_frames
@@ -60,6 +61,7 @@ class PipelineHolder:
             if not run.degrees.is_alone:
                 run.degrees.enable(self._pipe, run.device)
             self._key = key
+        set_flow_shift(self._pipe, preset.model.flow_shift)  # sizes of one model may differ in it
         return self._pipe
 
 
