@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ def accelerate(
             the first. Default: the preset's, else as `schedule`.
         backend: backend of `block_attention`. Default "auto".
         break_even: density above which a call runs dense because dense is faster. Default None: as measured for the
-            backend; 1.0 turns the rule off.
+            backend; 1.0 turns the rule off. On a GPU it is compared with the density asked for where blocks are chosen
+            there; of a rule that names none, such as a share of the mass, nobody knows it in time.
         seed: seed of methods that draw random numbers. Default 0.
         hoist: where all heads and layers want the tokens in one order (tiles), put them into it once per forward pass
             instead of in every layer, in families that allow it. Blocks then see tokens in that order: turn it off for
@@ -83,8 +84,13 @@ def accelerate(
     second = second_schedule(resolved, schedule, schedule_2, timing, models, policy) or timetable
     families = {name: (family or family_of(model)).for_model(model) for name, model in models.items()}
     _check_family(resolved, families)
-    for model in models.values():
-        _check_arithmetic(policy, model, backend)
+    engines = {}
+    for name, model in models.items():
+        modules = [layer.module for layer in families[name].layers(model)]
+        chosen = second if name == "transformer_2" else timetable
+        engines[name] = Engine(policy, chosen, modules, name, backend, break_even, seed, hoist)
+        _check_arithmetic(engines[name].methods.all(), model, backend)
+    # Not before all that can be checked has been: where this call fails, what ran before goes on.
     for model in models.values():
         if (earlier := handle_of(model)) is not None:
             earlier.remove()
@@ -106,8 +112,7 @@ def accelerate(
     installed = {}
     try:
         for name, model in models.items():
-            chosen = second if name == "transformer_2" else timetable
-            installed[name] = _install(name, model, families[name], policy, chosen, backend, break_even, seed, hoist)
+            installed[name] = _install(model, families[name], engines[name])
     except BaseException:
         Acceleration(settings, installed, lambda: None).remove()
         undo_extras()
@@ -119,18 +124,19 @@ def accelerate(
     return Acceleration(settings, installed, undo_extras)
 
 
-def _check_arithmetic(method: Method, model: nn.Module, backend: str) -> None:
+def _check_arithmetic(methods: Iterable[Method], model: nn.Module, backend: str) -> None:
     """Refuse what the GPU of the model cannot compute before the steps that run dense have been waited for.
 
     A model that is moved to a GPU later is refused there by its first call.
     """
     weight = next(model.parameters(), None)
-    if method.precision is None or weight is None or weight.device.type != "cuda":
+    if weight is None or weight.device.type != "cuda":
         return
-    # Weights may be stored in fewer bits than they are used in; every head size has the same arithmetic.
-    request = Request(weight.device, torch.bfloat16, 64, remainder=method.remainder, precision=method.precision)
-    if (reason := why_none(backend, request)) is not None:
-        raise UnsupportedError(f"method {method.name!r} asks for arithmetic that {weight.device} lacks: {reason}")
+    for method in (method for method in methods if method.precision is not None):
+        # Weights may be stored in fewer bits than they are used in; every head size has the same arithmetic.
+        request = Request(weight.device, torch.bfloat16, 64, remainder=method.remainder, precision=method.precision)
+        if (reason := why_none(backend, request)) is not None:
+            raise UnsupportedError(f"method {method.name!r} asks for arithmetic that {weight.device} lacks: {reason}")
 
 
 def _install_extras(preset: Preset | None, pipe: Any, models: dict[str, nn.Module]) -> Callable[[], None]:
@@ -141,19 +147,8 @@ def _install_extras(preset: Preset | None, pipe: Any, models: dict[str, nn.Modul
     return install_extras(preset.extras, pipe, models, guidance)
 
 
-def _install(
-    component: str,
-    model: nn.Module,
-    family: Family,
-    method: Method,
-    schedule: Schedule,
-    backend: str,
-    break_even: float | None,
-    seed: int,
-    hoist: bool,
-) -> Installed:
+def _install(model: nn.Module, family: Family, engine: Engine) -> Installed:
     layers = family.layers(model)
-    engine = Engine(method, schedule, [layer.module for layer in layers], component, backend, break_even, seed, hoist)
     first_of_role = {layer.role: layer for layer in reversed(layers)}
     processors = {role: family.processor(layer, engine) for role, layer in first_of_role.items()}
     for role, layer in first_of_role.items():

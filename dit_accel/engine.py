@@ -19,7 +19,7 @@ from dit_accel.kernels.registry import choose_backend
 from dit_accel.layer_methods import Groups, LayerGroup, LayerMethods
 from dit_accel.layout import TextPosition, TokenLayout
 from dit_accel.methods.base import Method
-from dit_accel.parts import Part, join, of_heads
+from dit_accel.parts import Part, join, known_density, of_heads
 from dit_accel.planner import QKV, Planner, PlanRequest
 from dit_accel.report.plan_picture import PlanPicture, picture
 from dit_accel.report.records import CallRecord
@@ -189,22 +189,25 @@ class Engine:
     ) -> Tensor | None:
         """The methods' way, q, k, v `[B, H, N, D]`; None, with the reason recorded, when dense is faster."""
         q, k, v = qkv
+        asked = tuple(group.method for group in groups)
         if self.guard is not None:
             groups = self._guarded(self.guard, groups, layout, record)
             if record.reason is not None:
                 return None
         parts = [self._part(group, layer, layout, qkv, tokens, record) for group in groups]
         shares = [1.0 if part.heads is None else len(part.heads) / q.shape[1] for part in parts]
-        density = sum((s * part.planned.density for s, part in zip(shares, parts, strict=True)), start=0.0)
+        # A density that is not known counts as none, so that what is said to be above the limit is.
+        known = [known_density(part.planned, part.method) for part in parts]
         names = ", ".join(dict.fromkeys(part.computed_by for part in parts))
         limit = max((part.backend.break_even for part in parts), default=1.0)
         limit = limit if self.break_even is None else self.break_even
         # Where heads differ, those above the limit run dense by themselves, and the others need not follow them.
         some_are_dense = any(part.is_dense for part in parts) and not all(part.is_dense for part in parts)
-        if isinstance(density, float) and density > limit and not some_are_dense:
+        density: float | Tensor = sum(s * (d or 0.0) for s, d in zip(shares, known, strict=True))
+        if density > limit and not some_are_dense:
             record.reason = f"density {density:.3f} is above the break-even {limit:.2f} of backend {names!r}"
             if self.guard is not None:
-                self.guard.ran_dense((layer, record.branch), tuple(group.method for group in groups), record.step)
+                self.guard.ran_dense((layer, record.branch), asked, record.step)
             return None
         density = sum((s * part.density for s, part in zip(shares, parts, strict=True)), start=0.0)
         record.density, record.backend = density, names or "none"
@@ -237,9 +240,9 @@ class Engine:
         record: CallRecord,
     ) -> Part:
         """Order, plan and backend of one group of heads; q, k, v `[B, H, N, D]` of all heads."""
-        state, (method, heads, key) = self.running, group
+        state, (method, heads, key, speakers) = self.running, group
         qkv, standing = of_heads(qkv, heads), self.standing.order(layout)
-        wanted = PlanRequest(method, layer, layout, state, standing, tokens, key)
+        wanted = PlanRequest(method, layer, layout, state, standing, tokens, key, speakers)
         planned, qkv = self._planner.plan(wanted, qkv, record)
         request = request_of(qkv[0], planned.plan, method.remainder, method.completes, method.precision)
         call = self._planner.call(wanted, len(qkv[0]))
@@ -247,7 +250,7 @@ class Engine:
         limit = backend.break_even if self.break_even is None else self.break_even
         # An explicit backend computes every head, and padding needs the lengths that only it knows.
         may_be_dense = self.backend == "auto" and heads is not None and not layout.is_padded
-        is_dense = may_be_dense and isinstance(planned.density, float) and planned.density > limit
+        is_dense = may_be_dense and (known_density(planned, method) or 0.0) > limit
         return Part(heads, method, planned, qkv, call, backend, is_dense)
 
     def _searches(self, layer: int, state: RunState, layout: TokenLayout, reason: str) -> bool:
@@ -256,9 +259,9 @@ class Engine:
         return reason == timetable and self.schedule.searches(layer, state.step, layout.tokens)
 
     def _search(self, groups: Groups, layer: int, layout: TokenLayout, qkv: QKV, record: CallRecord) -> None:
-        for member, heads, key in groups:
+        for member, heads, key, speakers in groups:
             taken, standing = of_heads(qkv, heads), self.standing.order(layout)
-            wanted = PlanRequest(member, layer, layout, self.running, standing, group=key)
+            wanted = PlanRequest(member, layer, layout, self.running, standing, None, key, speakers)
             self._planner.search(wanted, taken, record)
 
     def _reason(self, layer: int, state: RunState, layout: TokenLayout, k: Tensor) -> str | None:

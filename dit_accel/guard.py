@@ -163,7 +163,13 @@ class Guard:
             track.calm = 0
 
     def ran_dense(self, key: Key, methods: tuple[Method, ...], step: int) -> None:
-        """Take note that a call at a raised density ran dense after all, because dense is faster there."""
+        """Take note that a call at a raised density ran dense after all, because dense is faster there.
+
+        Args:
+            key: layer and guidance branch.
+            methods: the methods asked for, as in `choose`.
+            step: denoising step.
+        """
         track = self._tracks.setdefault(key, _Track())
         if track.level:
             track.level -= 1

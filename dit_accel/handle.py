@@ -161,7 +161,8 @@ class Acceleration:
     def reset(self) -> None:
         """Forget all state kept between calls; the next forward pass behaves like the first of a new process."""
         for part in self._installed.values():
-            part.engine.reset()
+            part.engine.end()
+            part.hook.forget()
 
     def remove(self) -> None:
         """Put the original processors back, the very same objects; the report stays. A second call does nothing.

@@ -47,7 +47,14 @@ def _as_one(groups: list[HeadGroup]) -> HeadGroup:
     first = groups[0]
     if len(groups) == 1 or first.method is None:
         return first
-    densities = {head: group.method.requested_density for group in groups if group.method for head in group.heads}
+    densities = {head: share for group in groups for head, share in zip(group.heads, _shares(group), strict=True)}
     heads = tuple(sorted(densities))
     method = first.method.model_copy(update={"densities": tuple(densities[head] for head in heads)})
     return replace(first, method=method, heads=heads)
+
+
+def _shares(group: HeadGroup) -> tuple[float | None, ...]:
+    """The density of every head of a group."""
+    assert group.method is not None
+    own: tuple[float, ...] | None = getattr(group.method, "densities", None)
+    return own if own is not None and len(own) > 1 else (group.method.requested_density,) * len(group.heads)

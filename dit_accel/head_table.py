@@ -195,11 +195,14 @@ class HeadTable(BaseModel):
             members.setdefault(self.modes[name].resolve(base, f"head_table.modes.{name}"), []).append(head)
         return tuple(HeadGroup(method, tuple(heads)) for method, heads in members.items())
 
+    def all_groups(self, bases: Sequence[Method]) -> list[HeadGroup]:
+        """The groups of all layers and ranges of steps, given the method of each layer; see `groups`."""
+        of_layers = list(enumerate(bases[: self.layer_count]))
+        return [g for step in (0, *self.starts) for layer, base in of_layers for g in self.groups(layer, base, step)]
+
     def methods(self, bases: Sequence[Method]) -> list[Method]:
         """Every method that some head runs under, given the method of each layer; skipped heads have none."""
-        of_layers = list(enumerate(bases[: self.layer_count]))
-        groups = (g for step in (0, *self.starts) for layer, base in of_layers for g in self.groups(layer, base, step))
-        return [group.method for group in groups if group.method is not None]
+        return [group.method for group in self.all_groups(bases) if group.method is not None]
 
     def slice(self, layers: slice = slice(None), heads: slice = slice(None)) -> HeadTable:
         """The table of some layers and heads, with the modes that they use."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dit_accel.errors import ConfigError
 from dit_accel.head_densities import merged, without_density
+from dit_accel.head_table import HeadTable
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method
 from dit_accel.reuse import check_representatives
@@ -25,11 +26,13 @@ class LayerGroup(NamedTuple):
         method: what they run under.
         heads: which, int64 `[H']`; None: all.
         key: tells groups apart in what is kept between calls; a group goes on at another density with what it kept.
+        representatives: heads that plans are made for, each the mean of a run of heads; None: every head.
     """
 
     method: Method
     heads: Tensor | None
     key: Hashable = None
+    representatives: int | None = None
 
 
 Groups = Sequence[LayerGroup]
@@ -60,7 +63,8 @@ class LayerMethods:
             heads: attention heads of every layer; None: not known.
 
         Raises:
-            ConfigError: parameters, representatives or a head table for another number of heads.
+            ConfigError: parameters, representatives or a head table for another number of heads, an entry of the table
+                that is no method, files that are not there.
         """
         table, groups = self._schedule.head_table, self._schedule.head_groups
         for method, count in zip(self._methods, heads, strict=True):
@@ -71,6 +75,9 @@ class LayerMethods:
                 continue
             check_representatives(count, groups or count)
             method.check_model(count if method.is_static else groups or count)
+        for group in () if table is None else table.all_groups(self._methods):
+            if group.method is not None:
+                group.method.check_model(len(group.heads))
 
     def of_layer(self, layer: int) -> Method:
         """The method of a layer; heads of a table that name none run under it."""
@@ -89,20 +96,29 @@ class LayerMethods:
         Raises:
             ConfigError: the head table is for a model of another size.
         """
-        table, method = self._schedule.head_table, self._methods[layer]
-        if table is None:
-            return [LayerGroup(method, None)]
-        key = (table.phase(step), layer, shard, device)
+        table = self._schedule.head_table
+        key = (0 if table is None else table.phase(step), layer, shard, device)
         if key not in self._heads:
-            table.check_size(len(self._methods), shard.total)
-            mine = slice(shard.first, shard.first + shard.count)
-            groups = table.slice(heads=mine).groups(layer, method, step) if shard.first < shard.total else ()
-            self._heads[key] = [
-                _of_shard(group.method, group.heads, shard, device)
-                for group in merged(groups)
-                if group.method is not None
-            ]
+            self._heads[key] = self._in_table(table, layer, shard, device, step) if table else self._alone(layer, shard)
         return self._heads[key]
+
+    def _alone(self, layer: int, shard: HeadShard) -> list[LayerGroup]:
+        """All heads of a shard under the method of the layer."""
+        method, groups = self._methods[layer], self._schedule.head_groups
+        if groups is None or method.is_static:
+            return [LayerGroup(method.of_heads(shard), None)]
+        check_representatives(shard.total, groups)
+        speakers = shard.grouped(groups)
+        return [LayerGroup(method.of_heads(speakers), None, representatives=speakers.count)]
+
+    def _in_table(
+        self, table: HeadTable, layer: int, shard: HeadShard, device: torch.device, step: int
+    ) -> list[LayerGroup]:
+        """The heads of a shard as the head table says."""
+        table.check_size(len(self._methods), shard.total)
+        mine = slice(shard.first, shard.first + shard.count)
+        groups = table.slice(heads=mine).groups(layer, self._methods[layer], step) if shard.first < shard.total else ()
+        return [_of_shard(g.method, g.heads, shard, device) for g in merged(groups) if g.method is not None]
 
 
 def _of_shard(method: Method, heads: tuple[int, ...], shard: HeadShard, device: torch.device) -> LayerGroup:

@@ -51,6 +51,14 @@ class Part:
         return out if self.planned.order is None else self.planned.order.restore(out)
 
 
+def known_density(planned: Planned, method: Method) -> float | None:
+    """Density of a plan as far as the host knows it: on a GPU, where reading it would wait, the one asked for.
+
+    None where it is chosen there by a rule, such as a share of the mass.
+    """
+    return planned.density if isinstance(planned.density, float) else method.requested_density
+
+
 def of_heads(qkv: QKV, heads: Tensor | None) -> QKV:
     """q, k, v `[B, H, N, D]` of some heads, int64 `[H']`; None: of all."""
     q, k, v = qkv

@@ -41,6 +41,8 @@ class PlanRequest:
         shard: whose tokens alone q holds; the method must be static. Default None: all.
         group: tells apart the groups of heads that keep things apart; one that is the same in all layers shares with
             all of them.
+        representatives: heads that the plan is made for, each the mean of a run of heads, where the method looks at
+            queries. Default None: every head.
     """
 
     method: Method
@@ -50,6 +52,7 @@ class PlanRequest:
     standing: TokenOrder | None = None
     shard: TokenShard | None = None
     group: Hashable = None
+    representatives: int | None = None
 
     def key(self, q: Tensor) -> tuple[Any, ...]:
         """What a plan that depends on q and k must agree in to serve this call; q `[B, H, N, D]`."""
@@ -135,7 +138,7 @@ class Planner:
         method, device, (batch, heads) = request.method, qkv[0].device, qkv[0].shape[:2]
         rows = deciding_rows(method, request.state, request.layout, batch)
         call = self.call(replace(request, layout=layout_of_rows(request.layout, rows)), batch)
-        speakers = self._representatives(method, of_rows(qkv, rows), record)
+        speakers = self._representatives(request, of_rows(qkv, rows), record)
         made, ordered = speakers[0].shape[:2], None
         with record.timed("order", device):
             order = method.order(*speakers, call)
@@ -161,10 +164,11 @@ class Planner:
             planned = Planned(order, plan.to(device), _density(plan, device, method.is_static))
         return planned, ordered
 
-    def _representatives(self, method: Method, qkv: QKV, record: CallRecord) -> QKV:
+    @staticmethod
+    def _representatives(request: PlanRequest, qkv: QKV, record: CallRecord) -> QKV:
         """The heads that plans are made for, `[B, g, N, D]`."""
-        groups = self.schedule.head_groups
-        if groups in (None, qkv[0].shape[1]) or method.is_static:
+        groups = request.representatives
+        if groups in (None, qkv[0].shape[1]):
             return qkv
         with record.timed("select", qkv[0].device):
             q, k, v = (representative_heads(x, groups) for x in qkv)

@@ -132,8 +132,3 @@ class BoxPredicate:
         ball = None if self.ball is None else to_device(self.ball, device)
         lower, upper, coordinates = (to_device(x, device) for x in (self.lower, self.upper, self.coordinates))
         return replace(self, lower=lower, upper=upper, coordinates=coordinates, ball=ball)
-
-
-def _holds_all(low: Tensor, high: Tensor, place: Tensor) -> bool:
-    """Whether an axis need not be looked at. On a GPU asking would make the host wait."""
-    return place.device.type == "cpu" and bool((low.amax() <= place.amin()) & (place.amax() < high.amin()))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dit_accel.errors import ConfigError
 from dit_accel.layout import TokenLayout
 
 
@@ -17,6 +19,30 @@ class HeadShard:
     first: int
     count: int
     total: int
+
+    def cut(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Of values that stand one per head of the model, those of the shard; a single one stands for all heads.
+
+        Heads that are padding take that of the last head.
+        """
+        if len(values) == 1:
+            return values
+        return tuple(values[min(head, len(values) - 1)] for head in range(self.first, self.first + self.count))
+
+    def grouped(self, groups: int) -> HeadShard:
+        """The same with runs of neighbouring heads counted for heads, `groups` of which the model's heads make.
+
+        Raises:
+            ConfigError: it holds parts of some.
+        """
+        run = self.total // groups
+        if self.first % run or self.count % run:
+            raise ConfigError(
+                "schedule.head_groups",
+                f"expected groups of which each lies in one process, which holds {self.count} heads; got groups of "
+                f"{run} heads: use more of them, or fewer processes",
+            )
+        return HeadShard(self.first // run, self.count // run, groups)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ class CallContext:
         shared: the same for all layers of this branch; emptied when a generation starts.
         branches: the same for all guidance branches of this layer; emptied when a generation starts.
         seed: seed for methods that draw random numbers (routing noise, sampled rows).
+        scratch: what `order` leaves for `select` of the same call.
         measures: what the method wants in the report of this call: numbers, or 0-d tensors that are read later.
     """
 
@@ -71,3 +72,4 @@ class CallContext:
     extra_density: float = 0.0
     measures: dict[str, Any] = field(default_factory=dict)
     branches: dict[str, Any] = field(default_factory=dict)
+    scratch: dict[str, Any] = field(default_factory=dict)

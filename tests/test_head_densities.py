@@ -139,3 +139,51 @@ def test_the_guard_raises_all_heads_alike():
     (raised,), level, reason = guard.choose((0, "cond"), (made,), 1, 4096)
     assert (level, reason) == (1, None)
     assert raised.densities == pytest.approx((0.15, 0.45, 1.0))
+
+
+def test_densities_of_a_mode_are_those_of_its_heads():
+    own = get_method("composed", densities=[0.1, 0.5])
+    (group,) = merged([HeadGroup(own, (0, 2)), HeadGroup(get_method("composed", density=0.3), (1,))])
+    assert (group.heads, group.method.densities) == ((0, 1, 2), (0.1, 0.3, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "cut"),
+    [
+        ("composed", {"densities": [0.1, 0.2, 0.3, 0.4]}, {"densities": (0.3, 0.4)}),
+        ("paro", {"axes": ["fhw", "hwf", "whf", "fwh"]}, {"axes": ("whf", "fwh")}),
+        ("xattention", {"threshold": [0.9, 0.8, 0.7, 0.6]}, {"threshold": (0.7, 0.6)}),
+        ("paro", {"axes": ["hwf"]}, {"axes": ("hwf",)}),
+    ],
+)
+def test_a_shard_of_the_heads_takes_its_own_parameters(name, parameters, cut):
+    method, q = get_method(name, block=8, **parameters), [x.transpose(1, 2) for x in tensors(heads=4)]
+    methods = LayerMethods(method, Schedule(), 1)
+    methods.check_model([4])
+    (group,) = methods.groups(0, HeadShard(2, 2, 4), torch.device("cpu"))
+    assert {key: getattr(group.method, key) for key in cut} == cut
+    whole, half = method.plan(TokenLayout(GRID), *q), group.method.plan(TokenLayout(GRID), *(x[:, 2:] for x in q))
+    assert torch.equal(whole[1].to_mask()[:, 2:], half[1].to_mask())
+    assert methods.groups(0, HeadShard(0, 4, 4), torch.device("cpu"))[0].method == method
+
+
+def test_representatives_of_a_shard_are_those_of_all_heads():
+    layers, method = [nn.Identity()], get_method("composed", tile=[1, 3, 3], density=0.3)
+    made = Engine(method, Schedule.make(head_groups=2), layers, break_even=1.0)
+    made.begin(RunState(GRID, 0, 0.5))
+    q, k, v = tensors()
+    whole = made.attend(layers[0], q, k, v, dense=lambda: torch.full((1,), torch.nan))
+    half = [x[:, :, 2:] for x in (q, k, v)]
+    found = made.attend(layers[0], *half, dense=lambda: torch.full((1,), torch.nan), shard=HeadShard(2, 2, 4))
+    torch.testing.assert_close(found, whole[:, :, 2:])
+    with pytest.raises(ConfigError, match="groups of 2 heads: use more of them, or fewer processes"):
+        made.attend(layers[0], *(x[:, :, :1] for x in half), dense=lambda: None, shard=HeadShard(2, 1, 4))
+
+
+def test_a_plan_file_of_all_heads_is_refused_where_a_process_holds_some(tmp_path):
+    q, k, _ = (x.transpose(1, 2) for x in tensors())
+    get_method("paro", block=8).plan(TokenLayout(GRID), q, k)[1].save(tmp_path / "plan.safetensors")
+    method = get_method("paro", block=8, plan_file=str(tmp_path / "plan.safetensors"))
+    assert method.of_heads(HeadShard(0, 4, 4)) is method
+    with pytest.raises(ConfigError, match="expected all heads in one process"):
+        method.of_heads(HeadShard(0, 2, 4))

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from dit_accel import parts
+from dit_accel import parts, planner
 from dit_accel.engine import Engine
 from dit_accel.errors import ConfigError
 from dit_accel.head_table import HeadTable
@@ -273,3 +273,36 @@ def test_the_estimate_counts_heads():
     # A dense head among others costs what dense attention costs, not more.
     saved = (0 + saving(0.0, CPU) + saving(0.5, CPU) + saving(near, CPU)) / 4
     assert guess.gain == pytest.approx(speed_up(guess.attention_share, saved))
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ({"parameters": {"densty": 0.5}}, "densty"),
+        ({"method": "xattention", "parameters": {"threshold": [0.9, 0.8, 0.7]}}, "expected 1 values, one per head"),
+        ({"method": "sla", "parameters": {"projections": "nowhere.safetensors"}}, "nowhere.safetensors"),
+    ],
+)
+def test_a_mode_that_cannot_run_is_refused_when_the_engine_is_made(mode, message):
+    table = {"modes": MODES | {"wrong": mode}, "heads": [["full"] * 4, ["full", "full", "wrong", "full"]]}
+    with pytest.raises(ConfigError, match=message):
+        Engine(get_method("composed"), Schedule.make(head_table=table), [FourHeads(), FourHeads()])
+
+
+class FourHeads(nn.Module):
+    heads = 4
+
+
+def test_on_a_gpu_the_density_asked_for_is_compared_with_the_break_even(monkeypatch):
+    # There the density of a plan that depends on queries stays on the device.
+    real = planner._density
+    monkeypatch.setattr(planner, "_density", lambda p, _, static: real(p, torch.device("meta"), static))
+    method = get_method("composed", tile=[1, 2, 2], density=0.6, remainder="drop")
+    _, record = run(method=method, table=None, break_even=0.55)
+    assert record.reason == "density 0.600 is above the break-even 0.55 of backend 'torch'"
+    assert run(method=method, table=None, break_even=0.65)[1].reason is None
+    # The mode of one head of four asks for 0.5: above 0.45 all of it is computed.
+    sparse, dense = (float(run(method=method, break_even=limit)[1].density) for limit in (0.55, 0.45))
+    assert dense > sparse + 0.05
+    by_mass = get_method("composed", tile=[1, 2, 2], density=None, mass=0.99, remainder="drop")
+    assert run(method=by_mass, table=None, break_even=0.1)[1].reason is None  # nobody knows before it is too late

@@ -169,6 +169,25 @@ def test_a_refused_call_leaves_the_one_before_in_place(settings):
     assert acceleration.is_active
 
 
+def test_parameters_for_another_number_of_heads_leave_the_one_before_in_place():
+    model = tiny_transformer()
+    acceleration = dit_accel.accelerate(model, **SPARSE)
+    with pytest.raises(ConfigError, match="threshold"):
+        dit_accel.accelerate(model, method="xattention", threshold=[0.9, 0.8, 0.7])
+    assert acceleration.is_active
+
+
+def test_after_a_reset_the_next_pass_is_the_first_of_a_run():
+    model = tiny_transformer()
+    with dit_accel.accelerate(model, method="radial", dense_steps=1, break_even=1.0) as acceleration:
+        for time in (900.0, 500.0):
+            run(model, **inputs() | {"timestep": torch.tensor([time])})
+            acceleration.reset()
+            calls = acceleration.report().calls
+            assert {call.step for call in calls} == {0}
+            assert len(calls) == 3
+
+
 def test_a_foreign_processor_in_one_of_two_transformers_leaves_both_as_they_were():
     pipe = SimpleNamespace(transformer=tiny_transformer(), transformer_2=tiny_transformer())
     pipe.transformer_2.blocks[2].attn1.processor = SimpleNamespace()

@@ -41,7 +41,8 @@ class AdaSpa(DynamicMethod):
         kept = call.memory.get("lse") if self.cache_lse else None
         kept = kept if kept is not None and kept.shape == q.shape[:3] else None
         mass, lse = block_mass(q, k, q_blocks, k_blocks, call.layout, kept)
-        call.memory["lse"] = lse
+        if self.cache_lse:
+            call.memory["lse"] = lse
         return log_mass(mass, real_blocks(k_blocks, call.layout, q.device))
 
     def budget(self, q: Tensor, k: Tensor, call: CallContext) -> Budget:

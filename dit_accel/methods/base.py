@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
@@ -14,6 +14,7 @@ from dit_accel.layout import TokenLayout
 from dit_accel.order import TokenOrder
 from dit_accel.plan import BlockPlan
 from dit_accel.remainders.partial import PartialAttention
+from dit_accel.shard import HeadShard
 from dit_accel.state import CallContext
 
 Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -62,6 +63,14 @@ class Method(BaseModel):
         Raises:
             ConfigError: a parameter is for another model.
         """
+
+    def of_heads(self, shard: HeadShard) -> Self:
+        """The method for some heads of a model: parameters that stand head by head are cut. Default: itself.
+
+        Raises:
+            ConfigError: what is for all heads cannot be cut.
+        """
+        return self
 
     @property
     def decides_for_branches(self) -> bool:

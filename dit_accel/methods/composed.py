@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BeforeValidator, Field, model_validator
@@ -37,6 +37,7 @@ from dit_accel.selection import (
 from dit_accel.selection.covariance import covariance_scores, error_scores
 from dit_accel.selection.neighbours import touching_blocks
 from dit_accel.selection.scores import antidiagonal_scores, subblock_scores
+from dit_accel.shard import HeadShard
 from dit_accel.state import CallContext
 from dit_accel.transfer import to_device
 
@@ -185,6 +186,12 @@ class Composed(Method):
                 f"method.{self.name}.densities", f"expected one value per head, {heads}, got {len(self.densities)}"
             )
 
+    def of_heads(self, shard: HeadShard) -> Self:
+        """With the orders and densities of these heads."""
+        axes, densities = self.axes, self.densities
+        changed = {"axes": shard.cut(axes), "densities": None if densities is None else shard.cut(densities)}
+        return self if changed == {"axes": axes, "densities": densities} else self.model_copy(update=changed)
+
     @property
     def decides_for_branches(self) -> bool:
         """As chosen."""
@@ -209,7 +216,7 @@ class Composed(Method):
 
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
         """Score, choose, and make the plan. q, k `[B, H, N, D]`."""
-        if self.remainder_ == "history" and not is_refresh(call, self.period) and "history_plan" in call.memory:
+        if self.remainder_ == "history" and not is_refresh(call, self.period, self) and "history_plan" in call.memory:
             # The kept rest is that of one plan, which therefore stays until the next refresh.
             kept: BlockPlan = call.memory["history_plan"]
             return kept
@@ -289,5 +296,5 @@ class Composed(Method):
         if self.remainder_ == "rectified":
             return rectify(part, gate=self.gate)
         if self.remainder_ == "history":
-            return with_history(part, self.period, self.ramp)
+            return with_history(part, self.period, self.ramp, self)
         return part.out

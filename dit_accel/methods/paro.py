@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pydantic import Field
 from torch import Tensor
@@ -15,6 +15,7 @@ from dit_accel.methods.composed import Composed, RemainderName
 from dit_accel.methods.registry import register
 from dit_accel.orders.ordering import OrderName
 from dit_accel.plan import BlockPlan
+from dit_accel.shard import HeadShard
 from dit_accel.state import CallContext
 
 
@@ -45,6 +46,18 @@ class PARO(Composed):
         super().check_model(heads)
         if self.plan_file is not None and (made := _load(self.plan_file).indices.shape[1]) not in (1, heads):
             raise ConfigError("method.paro.plan_file", f"expected a plan for {heads} heads, got one for {made}")
+
+    def of_heads(self, shard: HeadShard) -> Self:
+        """With the orders of these heads.
+
+        Raises:
+            ConfigError: a plan file, which holds the plans of all heads.
+        """
+        if self.plan_file is not None and _load(self.plan_file).indices.shape[1] > 1 and shard.count < shard.total:
+            raise ConfigError(
+                "method.paro.plan_file", "expected all heads in one process, its plans are for all: leave it out"
+            )
+        return super().of_heads(shard)
 
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
         """The plan of the file, or the choice of this call. q, k `[B, H, N, D]`."""

@@ -74,7 +74,7 @@ class ReTtention(Method):
 
     def complete(self, part: PartialAttention) -> Tensor:
         """Dense at a refresh, else the window at its kept share and the kept rest."""
-        return with_history(part, self.period, self.ramp)
+        return with_history(part, self.period, self.ramp, self)
 
 
 def _window_blocks(blocks: Blocking, layout: TokenLayout, size: int, reach: int) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,7 @@ class SVG2(BlockSelection):
             self._side("queries", q, min(self.query_clusters, -(-call.layout.video // 64)), call),
             self._side("keys", k, min(self.key_clusters, -(-call.layout.video // 64)), call),
         )
-        call.memory["sides"] = sides
+        call.scratch["sides"] = sides
         return TokenOrder(sides[0].order, sides[1].order)
 
     def _side(self, name: str, x: Tensor, count: int, call: CallContext) -> _Side:
@@ -113,7 +113,7 @@ class SVG2(BlockSelection):
 
     def key_order(self, call: CallContext) -> TokenOrder | None:
         """Keys by cluster."""
-        return TokenOrder(call.memory["sides"][1].order)
+        return TokenOrder(call.scratch["sides"][1].order)
 
     def scores(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor:
         """Log of the mass of the clusters, spread over the blocks that hold them."""
@@ -128,8 +128,10 @@ class SVG2(BlockSelection):
 
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
         """Blocks by density, or the cover of the chosen clusters. q, k `[B, H, N, D]`, sorted."""
-        if self.density is not None:
-            return super().select(q, k, call)
+        return self._cover(q, k, call) if self.density is None else super().select(q, k, call)
+
+    def _cover(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
+        """The blocks that hold a token of a chosen cluster, and what choosing them cost."""
         q_blocks, k_blocks = self.blocks(call.layout)
         rows, columns = self._spread(call, q_blocks), self._spread(call, k_blocks, 1)
         scores = self.perturbed(self._cluster_scores(call, columns.sum(2)), call)
@@ -148,14 +150,14 @@ class SVG2(BlockSelection):
 
     def _cluster_scores(self, call: CallContext, sizes: Tensor) -> Tensor:
         """Log-mass of each group of keys at the centroid of each group of queries, `[B, H, Gq, Gk]`."""
-        queries, keys = (side.centroids for side in call.memory["sides"])
+        queries, keys = (side.centroids for side in call.scratch["sides"])
         logits = queries.shape[-1] ** -0.5 * (queries @ keys.transpose(-1, -2))
         return logits + sizes.log().unsqueeze(-2)
 
     @staticmethod
     def _spread(call: CallContext, blocks: Blocking, side: int = 0) -> Tensor:
         """How many real tokens of each group stand in each block, `[B, H, n, G]`."""
-        chosen: _Side = call.memory["sides"][side]
+        chosen: _Side = call.scratch["sides"][side]
         labels, groups = chosen.labels, chosen.centroids.shape[2]
         real = real_tokens(labels.shape[-1], call.layout.valid, labels.device).unsqueeze(1)
         cell = blocks.block_of_token().to(labels.device) * groups + labels

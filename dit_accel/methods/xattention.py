@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 import torch
 from pydantic import BeforeValidator
@@ -15,6 +15,7 @@ from dit_accel.methods.registry import register
 from dit_accel.plan import Blocking
 from dit_accel.selection import Budget, TopP
 from dit_accel.selection.scores import antidiagonal_scores
+from dit_accel.shard import HeadShard
 from dit_accel.state import CallContext
 
 Thresholds = Annotated[
@@ -48,6 +49,12 @@ class XAttention(PoolingMethod):
             raise ConfigError(
                 "method.xattention.threshold", f"expected {heads} values, one per head, got {len(self.threshold)}"
             )
+
+    def of_heads(self, shard: HeadShard) -> Self:
+        """With the thresholds of these heads."""
+        if not isinstance(self.threshold, tuple):
+            return self
+        return self.model_copy(update={"threshold": shard.cut(self.threshold)})
 
     def scores(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor:
         """Log-mass by antidiagonals. q, k `[B, H, N, D]`."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dit_accel.kernels import block_attention
+from dit_accel.methods.base import Method
 from dit_accel.plan import BlockPlan
 from dit_accel.remainders.partial import PartialAttention
 from dit_accel.state import CallContext
@@ -23,22 +24,25 @@ class History:
 
     Args:
         step: of the refresh.
+        method: whose plan the rest is left by; at another density it would be another.
         share: of the full softmax that the selected keys held, `[B, H, N, 1]`.
         rest: what the other keys added to the output, `[B, H, N, D]`.
     """
 
     step: int
+    method: Method
     share: Tensor
     rest: Tensor
 
 
-def is_refresh(call: CallContext, period: int) -> bool:
+def is_refresh(call: CallContext, period: int, method: Method) -> bool:
     """Whether all keys are computed at this step: every `period` steps, and where nothing fitting is kept."""
     kept: History | None = call.memory.get(_KEY)
-    return kept is None or call.step % period == 0 or not kept.step < call.step < kept.step + period
+    fits = kept is not None and kept.method == method and kept.step < call.step < kept.step + period
+    return call.step % period == 0 or not fits
 
 
-def with_history(part: PartialAttention, period: int, ramp: float) -> Tensor:
+def with_history(part: PartialAttention, period: int, ramp: float, method: Method) -> Tensor:
     """Dense output at a refresh; between refreshes the selected part at its kept share, plus the kept rest.
 
     Args:
@@ -46,14 +50,15 @@ def with_history(part: PartialAttention, period: int, ramp: float) -> Tensor:
             density.
         period: steps from one refresh to the next.
         ramp: by how much the share grows with every step after the first; it never exceeds 1.
+        method: that made the plan. What another one left, or this one at another density, is not used.
     """
     call, out = part.call, part.out
-    if is_refresh(call, period):
+    if is_refresh(call, period, method):
         whole = BlockPlan.full(part.plan.q_blocks, part.plan.k_blocks, out.device)
         kv_len = call.layout.valid_lengths(out.device)
         dense, full = block_attention(part.q, part.k, part.v, whole, scale=part.scale, kv_len=kv_len, return_lse=True)
         share = (part.lse - full).exp().nan_to_num(0.0).unsqueeze(-1).to(out.dtype)
-        call.memory[_KEY] = History(call.step, share, dense - share * out)
+        call.memory[_KEY] = History(call.step, method, share, dense - share * out)
         call.extra_density += 1.0
         return dense
     kept: History = call.memory[_KEY]

@@ -38,12 +38,12 @@ def test_cached_sums_are_those_of_the_first_search_and_an_option():
         call = CallContext(LAYOUT)
         method = plain(cache_lse=cache)
         method.plan(LAYOUT, q, k, None, call)
-        first = call.memory["lse"].clone()
+        assert ("lse" in call.memory) == cache  # where it is not used it is not kept
+        first = call.memory.get("lse")
         method.plan(LAYOUT, 2 * q, k, None, call)
-        assert torch.equal(call.memory["lse"], first) == cache
+        assert call.memory.get("lse") is first or torch.equal(call.memory["lse"], first)
     blocks = LAYOUT.blocks(16)
-    exact, _ = block_mass(2 * q, k, blocks, blocks, LAYOUT)
-    assert torch.equal(call.memory["lse"], block_mass(2 * q, k, blocks, blocks, LAYOUT)[1])
+    exact, first = block_mass(2 * q, k, blocks, blocks, LAYOUT)
     assert exact[0, 0].sum() == pytest.approx(LAYOUT.tokens, rel=1e-4)
     # Sums that are far off must not overflow.
     call.memory["lse"] = first - 500

@@ -144,3 +144,18 @@ def test_text_attends_everything_at_every_step():
     for out, step in zip(run(method, [5, 6, 8], drift=0.05)[0], [5, 6, 8], strict=True):
         q, k, v = (x + 0.05 * step for x in tensors(LAYOUT))
         torch.testing.assert_close(out[:, :, :7], F.scaled_dot_product_attention(q, k, v)[:, :, :7])
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("re_ttention", {"ramp": 0.0}), ("composed", {"remainder": "history", "ramp": 0.0, "order": "raster"})],
+)
+def test_at_another_density_all_keys_are_computed_anew(name, more):
+    memory, extra = {}, []
+    q, k, v = tensors(LAYOUT)
+    for step, density in ((5, 0.1), (6, 0.1), (7, 0.4), (8, 0.4)):
+        call = CallContext(LAYOUT, step=step, memory=memory)
+        out = attend(get_method(name, density=density, block=8, **more), LAYOUT, q, k, v, call=call)
+        torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
+        extra.append(call.extra_density)
+    assert extra == [1, 0, 1, 0]

@@ -125,8 +125,8 @@ def test_queries_and_keys_have_their_own_order_and_text_stays():
 
 
 def chosen_pairs(call, layout, mass, least):
-    """The published rule for one layer: bool `[B, H, Cq, Ck]` from the sides in memory, and labels in raster order."""
-    queries, keys = call.memory["sides"]
+    """The published rule for one layer, bool `[B, H, Cq, Ck]`, from what order left; and labels in raster order."""
+    queries, keys = call.scratch["sides"]
     count_q, count_k = call.memory["queries"].shape[2], call.memory["keys"].shape[2]
     labels = [torch.empty_like(s.labels).scatter_(-1, s.order, s.labels)[..., : layout.video] for s in (queries, keys)]
     sizes = torch.nn.functional.one_hot(labels[1], count_k).sum(2)

@@ -220,6 +220,17 @@ def test_checks_are_rarer_in_short_sequences_unless_a_layer_is_over_budget(monke
     assert seen == checked
 
 
+def test_what_ran_dense_because_that_is_faster_comes_back_at_the_highest_density_that_is_not():
+    guard, key, method = Guard(0.05), (0, "c"), get_method("composed", density=0.2)
+    guard.choose(key, (method,), 0, 12_000)
+    guard._tracks[key].level = 3
+    guard.ran_dense(key, (method,), 1)
+    assert guard._tracks[key].level == 2
+    assert guard.choose(key, (method,), 1, 12_000)[2] is not None
+    (raised,), level, reason = guard.choose(key, (method,), 9, 12_000)
+    assert (raised.density, level, reason) == (pytest.approx(0.2 * 1.5**2), 2, None)
+
+
 def test_a_nan_is_over_any_budget():
     seen = drive(Guard(5.0), lambda step, density: float("nan"), steps=2)
     assert seen[1] > seen[0]
