@@ -35,8 +35,10 @@ def set_flow_shift(pipe: Any, shift: float | None) -> None:
         shift: s of the levels s u / (1 + (s - 1) u). None: leave the scheduler as it is.
     """
     scheduler = getattr(pipe, "scheduler", None)
-    name = None if scheduler is None else _setting(scheduler.config)
-    if shift is None or name is None or scheduler.config[name] == shift:
+    if shift is None or scheduler is None:
+        return
+    name = _setting(scheduler.config)
+    if name is None or scheduler.config[name] == shift:
         return
     pipe.scheduler = type(scheduler).from_config(scheduler.config, **{name: shift})
 

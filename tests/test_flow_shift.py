@@ -11,6 +11,8 @@ from diffusers import CogVideoXDDIMScheduler, DPMSolverMultistepScheduler, FlowM
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
+from dit_accel.cli.calibrate import calibrate
+from dit_accel.cli.compare import compare
 from dit_accel.cli.making import PipelineHolder, Run
 from dit_accel.estimate import estimate, token_grid
 from dit_accel.flow_shift import noise_levels, scheduler_shift, set_flow_shift
@@ -141,3 +143,21 @@ def test_accelerate_leaves_the_scheduler_of_one_s_own_pipeline():
     scheduler = pipe.scheduler
     with accelerate(pipe, "wan2.1-t2v-14b-720p/fast"):
         assert pipe.scheduler is scheduler
+
+
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [(compare, {"output": "compared"}), (calibrate, {"output": "own.yaml", "density": 0.5})],
+)
+def test_commands_that_load_a_preset_s_model_set_its_shift(command, given, tmp_path, monkeypatch):
+    pipe = tiny_pipeline("wan2.1-t2v")
+    monkeypatch.setattr("dit_accel.models.load_pipeline", lambda *_, **__: pipe)
+
+    def stop(*_, **__):
+        raise RuntimeError("loaded")
+
+    monkeypatch.setattr("dit_accel.compare.runner.run_all", stop)
+    monkeypatch.setattr("dit_accel.calibrate.run.measure", stop)
+    with pytest.raises(RuntimeError, match="loaded"):
+        command(preset="wan2.1-t2v-14b-720p", prompts=["a ball"], **{**given, "output": tmp_path / given["output"]})
+    assert scheduler_shift(pipe.scheduler) == 5.0

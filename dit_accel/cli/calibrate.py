@@ -66,6 +66,7 @@ def calibrate(
     from dit_accel.compare.candidates import parse_candidate
     from dit_accel.errors import ConfigError
     from dit_accel.families.registry import family_of
+    from dit_accel.flow_shift import set_flow_shift
     from dit_accel.models import load_pipeline, quiet_loading
     from dit_accel.presets import load_preset
 
@@ -90,6 +91,7 @@ def calibrate(
     texts = calibration_prompts(base, prompts or [], num_prompts, seed)
     quiet_loading()
     pipe = load_pipeline(model or base.repository, device, dtype)
+    set_flow_shift(pipe, base.model.flow_shift)
     inputs = read_inputs(base, given)
     common = (base, methods, texts, generation, seed, share, every, layer_reuse, fingerprint(pipe))
     ranges = step_ranges or (3 if probes else 1)

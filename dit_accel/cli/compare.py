@@ -48,6 +48,7 @@ def compare(
     from dit_accel.compare.runner import run_all
     from dit_accel.compare.tables import plot_pareto, summarise, to_markdown
     from dit_accel.compare.tasks import make_tasks
+    from dit_accel.flow_shift import set_flow_shift
     from dit_accel.kernels.registry import check_backend
     from dit_accel.metrics import check_metrics, why_no_lpips
     from dit_accel.models import load_pipeline, quiet_loading
@@ -66,6 +67,7 @@ def compare(
     inputs = read_inputs(base, given)
     quiet_loading()
     pipe = load_pipeline(model or base.repository, device, dtype)
+    set_flow_shift(pipe, base.model.flow_shift)
     common = {**stamp(), "command": command_line()}
     rows: list[Any] = []
 
