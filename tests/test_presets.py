@@ -27,6 +27,7 @@ from dit_accel.methods.registry import list_methods
 from dit_accel.presets import compose, list_presets, load_preset
 from dit_accel.presets.files import merge, read_yaml
 from dit_accel.samples.tiny_random import TINY
+from dit_accel.schedule import Schedule
 
 MODELS = [name for name in list_presets() if "/" not in name]
 
@@ -157,6 +158,30 @@ def test_the_estimate_counts_overrides_of_layers_and_of_the_second_expert(tmp_pa
     low = sum(level < 0.9 for level in noise_levels(10, 5.0)) / 10
     second = estimate(load_preset(written(tmp_path, f"{text}schedule_2: {changed}\n")))
     assert second.density == pytest.approx((1 - low) * 0.2 + low * 0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "clusters", "dense_steps", "dense_layers", "steps"),
+    [
+        ("wan2.1-t2v-14b-720p", 300, 10, 1, 50),  # scripts/{wan,hyvideo}/*_sap.sh of svg-project/Sparse-VideoGen
+        ("wan2.1-i2v-14b-720p", 300, 14, 1, 40),
+        ("wan2.1-i2v-14b-480p", 200, 8, 1, 40),
+        ("hunyuan-video-t2v-720p", 400, 5, 1, 50),
+        ("hunyuan-video-t2v-540p", 200, 2, 0, 50),
+    ],
+)
+def test_svg2_has_the_settings_of_its_scripts(name, clusters, dense_steps, dense_layers, steps):
+    preset = load_preset(f"{name}/svg2")
+    assert preset.method.parameters == {
+        "query_clusters": clusters,
+        "key_clusters": 1000,
+        "mass": 0.9,
+        "least": 0.1,
+        "first_iterations": 50,
+        "iterations": 2,
+    }
+    assert preset.schedule == Schedule(dense_steps=dense_steps, dense_layers=dense_layers)
+    assert preset.generation.num_inference_steps == steps
 
 
 def test_a_published_setting_of_an_unknown_method_or_model_is_refused(monkeypatch):
