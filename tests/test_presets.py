@@ -184,6 +184,31 @@ def test_svg2_has_the_settings_of_its_scripts(name, clusters, dense_steps, dense
     assert preset.generation.num_inference_steps == steps
 
 
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("wan2.1-t2v-14b-720p/psa", (69, 720, 1280)),  # examples/configs/model_configs.py of the released code
+        ("wan2.1-t2v-1.3b-480p/psa", (69, 720, 1280)),
+        ("wan2.1-t2v-1.3b-480p/psa-topk", (69, 720, 1280)),
+        ("wan2.2-t2v-a14b-720p/psa", (69, 768, 1280)),
+        ("wan2.2-ti2v-5b-720p/psa", (121, 704, 1280)),
+        ("cogvideox1.5-5b/psa", (81, 768, 1360)),
+        ("cogvideox-5b/psa", (49, 480, 720)),
+        ("cogvideox-5b/psa-distilled", (49, 480, 720)),
+    ],
+)
+def test_psa_says_where_it_was_published_for_another_size(name, published):
+    preset = load_preset(name)
+    own = (preset.generation.num_frames, preset.generation.height, preset.generation.width)
+    said = re.search(r"published for (\d+) frames(?: of (\d+) x (\d+))?", preset.source)
+    values = (
+        own
+        if said is None
+        else tuple(int(word) if word else mine for word, mine in zip(said.groups(), own, strict=True))
+    )
+    assert values == published
+
+
 def test_a_published_setting_of_an_unknown_method_or_model_is_refused(monkeypatch):
     data = read_yaml("method: radail\nsource: s\nsettings: [{models: [tiny-wan]}]", "x.yaml")
     published = list(compose.settings_of("x.yaml", data, {"tiny-wan"}))
