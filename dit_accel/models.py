@@ -163,6 +163,23 @@ def _tiny(preset: Preset, cls: Any, device: str, dtype: str) -> Any:
     return pipe if preset.extras.offload is not None else pipe.to(where)
 
 
+def fit_to_model(preset: Preset, model: str | None) -> Preset:
+    """The preset at a size for what `load_for_preset` gives: the tiny model has a size of its own.
+
+    Args:
+        preset: as it was loaded, before anything is laid over it.
+        model: as in `load_for_preset`.
+    """
+    if model != TINY:
+        return preset
+    from dit_accel.samples.tiny_random import tiny_arguments
+
+    arguments = {"height": 32, "width": 48, **tiny_arguments(preset.tiny)}
+    names: list[str] = ["height", "width", "num_frames"]
+    sizes = {name: arguments[name] for name in names if name in arguments}
+    return preset.model_copy(update={"generation": preset.generation.model_copy(update=sizes)})
+
+
 def stock_pipeline(name: str) -> Any:
     """The Diffusers pipeline class called `name`.
 

@@ -11,7 +11,7 @@ from dit_accel.acceleration import accelerate
 from dit_accel.errors import ConfigError
 from dit_accel.handle import Acceleration
 from dit_accel.kernels.registry import check_backend
-from dit_accel.models import call_arguments, load_for_preset, set_guider
+from dit_accel.models import call_arguments, fit_to_model, load_for_preset, set_guider
 from dit_accel.presets import Preset, load_preset
 from dit_accel.resolve import resolve_policy
 
@@ -57,7 +57,8 @@ class FromPreset(_Pipeline):
 
         Args:
             name: preset name or YAML file.
-            model: pipeline folder, hub id, or "tiny" for random weights without a download. Default: the preset's.
+            model: pipeline folder, hub id, or "tiny" for random weights without a download, which run at a size of
+                their own. Default: the preset's.
             device: torch device. Default: CUDA where there is one, else the CPU.
             dtype: "float32", "bfloat16" or "float16". Default: bfloat16 on CUDA, float32 on the CPU.
             overrides: passed to `accelerate` (`method`, `density`, `dense_steps`, ...).
@@ -67,7 +68,7 @@ class FromPreset(_Pipeline):
                 loaded), or the model cannot be loaded.
             UnsupportedError: an extra of the preset cannot work on this model or machine.
         """
-        preset = load_preset(name)
+        preset = fit_to_model(load_preset(name), model)
         if preset.pipeline != cls.stock_class().__name__:
             raise ConfigError(
                 f"preset {preset.name}", f"is for {preset.pipeline}; {cls.__name__} is {cls.stock_class().__name__}"

@@ -44,6 +44,13 @@ def test_wrong_overrides_are_refused_before_a_model_is_loaded(wrong, monkeypatch
         WanAccelPipeline.from_preset("tiny-wan/radial", **wrong)
 
 
+def test_the_tiny_model_runs_at_its_own_size():
+    pipe = WanAccelPipeline.from_preset("wan2.1-t2v-14b-720p", model="tiny")
+    made = pipe.preset.generation
+    assert (made.height, made.width, made.num_frames) == (32, 48, 5)
+    assert dit_accel.load_preset("wan2.1-t2v-14b-720p").generation.height == 720
+
+
 def test_two_runs_in_one_process_equal_two_processes():
     settings = {"method": "radial", "variant": "paper", "block": 16, "sink": False, "break_even": 1.0, "refresh": 2}
     pipe = random_wan_pipeline()

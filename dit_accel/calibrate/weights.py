@@ -21,7 +21,15 @@ def fingerprint(pipe: Any) -> str:
     for component in ("transformer", "transformer_2"):
         model = getattr(pipe, component, None)
         for name, weight in model.named_parameters() if isinstance(model, nn.Module) else ():
-            first = weight.detach().reshape(-1)[:_VALUES].to("cpu", torch.float32)
             digest.update(f"{component}.{name} {tuple(weight.shape)}".encode())
-            digest.update(first.numpy().tobytes())
+            for part in _parts(weight):
+                first = part.detach().reshape(-1)[:_VALUES].to("cpu", torch.float32)
+                digest.update(first.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _parts(weight: Any) -> list[torch.Tensor]:
+    """The plain tensors of a weight: itself, or what a quantised one is made of, which cannot be reshaped whole."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return [weight]
+    return [part for name in weight.__tensor_flatten__()[0] for part in _parts(getattr(weight, name))]

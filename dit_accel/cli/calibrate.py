@@ -43,7 +43,10 @@ def calibrate(
     last_image: Annotated[Path | None, typer.Option(help="Last frame, for presets that need one.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Mask, for presets that need one.")] = None,
     video: Annotated[Path | None, typer.Option(help="Video, for presets that take one.")] = None,
-    model: Annotated[str | None, typer.Option(help="Pipeline folder or hub id instead of the preset's.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Pipeline folder or hub id instead of the preset's, or tiny: small random weights."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
@@ -65,9 +68,10 @@ def calibrate(
     from dit_accel.cli.inputs import check_inputs, read_inputs
     from dit_accel.compare.candidates import parse_candidate
     from dit_accel.errors import ConfigError
+    from dit_accel.extras.install import store_weights
     from dit_accel.families.registry import family_of
     from dit_accel.flow_shift import set_flow_shift
-    from dit_accel.models import load_pipeline, quiet_loading
+    from dit_accel.models import fit_to_model, load_for_preset, quiet_loading
     from dit_accel.presets import load_preset
 
     if sum(budget is not None for budget in (max_error, density, max_time)) != 1:
@@ -76,7 +80,7 @@ def calibrate(
         raise ConfigError("--layer-reuse", "is solved for an error: give --max-error")
     if output.suffix not in (".yaml", ".yml"):
         raise ConfigError("--output", f"expected a name that ends in .yaml, got {str(output)!r}")
-    base = load_preset(preset)
+    base = fit_to_model(load_preset(preset), model)
     given = {"image": image, "last_image": last_image, "mask": mask, "video": video}
     check_inputs(base, given)
     generation = base.generation
@@ -90,10 +94,11 @@ def calibrate(
         check_method(next(iter(methods.values())))
     texts = calibration_prompts(base, prompts or [], num_prompts, seed)
     quiet_loading()
-    pipe = load_pipeline(model or base.repository, device, dtype)
+    pipe = load_for_preset(base, model, device, dtype)
     set_flow_shift(pipe, base.model.flow_shift)
-    inputs = read_inputs(base, given)
     common = (base, methods, texts, generation, seed, share, every, layer_reuse, fingerprint(pipe))
+    store_weights(base.extras, pipe)
+    inputs = read_inputs(base, given)
     ranges = step_ranges or (3 if probes else 1)
     plan = Plan(*common) if layer_reuse else Plan(*common, ranges, probes, alone=max_time is not None)
     path = output.with_suffix(".safetensors")

@@ -35,7 +35,10 @@ def compare(
     last_image: Annotated[Path | None, typer.Option(help="Last frame, for presets that need one.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Mask, for presets that need one.")] = None,
     video: Annotated[Path | None, typer.Option(help="Video, for presets that take one.")] = None,
-    model: Annotated[str | None, typer.Option(help="Pipeline folder or hub id instead of the preset's.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Pipeline folder or hub id instead of the preset's, or tiny: small random weights."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     backend: Annotated[str, typer.Option(help="Backend of the sparse attention.")] = "auto",
@@ -48,15 +51,16 @@ def compare(
     from dit_accel.compare.runner import run_all
     from dit_accel.compare.tables import plot_pareto, summarise, to_markdown
     from dit_accel.compare.tasks import make_tasks
+    from dit_accel.extras.install import store_weights
     from dit_accel.flow_shift import set_flow_shift
     from dit_accel.kernels.registry import check_backend
     from dit_accel.metrics import check_metrics, why_no_lpips
-    from dit_accel.models import load_pipeline, quiet_loading
+    from dit_accel.models import fit_to_model, load_for_preset, quiet_loading
     from dit_accel.presets import load_preset
 
     check_metrics(plots=True)
     check_backend(backend)
-    base = load_preset(preset)
+    base = fit_to_model(load_preset(preset), model)
     given = {"image": image, "last_image": last_image, "mask": mask, "video": video}
     check_inputs(base, given)
     generation = base.generation
@@ -66,7 +70,8 @@ def compare(
     tasks, criteria = make_tasks(base, prompts or [], num_prompts, seed)
     inputs = read_inputs(base, given)
     quiet_loading()
-    pipe = load_pipeline(model or base.repository, device, dtype)
+    pipe = load_for_preset(base, model, device, dtype)
+    store_weights(base.extras, pipe)
     set_flow_shift(pipe, base.model.flow_shift)
     common = {**stamp(), "command": command_line()}
     rows: list[Any] = []

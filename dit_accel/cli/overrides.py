@@ -11,7 +11,7 @@ from dit_accel.error_estimate import rows_to_check
 from dit_accel.errors import ConfigError
 from dit_accel.estimate import token_layout
 from dit_accel.methods.registry import config_error
-from dit_accel.models import TINY, call_parameters, stock_pipeline
+from dit_accel.models import TINY, call_parameters, fit_to_model, stock_pipeline
 from dit_accel.presets import Generation, MethodSpec, Preset, load_preset
 from dit_accel.presets.schema import check_size, check_task
 from dit_accel.resolve import resolve_policy
@@ -93,9 +93,9 @@ def override_generation(preset: Preset, values: dict[str, Any], model: str | Non
     """
     given = {name: value for name, value in values.items() if value is not None}
     _check_taken(preset, given)
-    sizes = _tiny_size(preset) if model == TINY else {}
+    preset = fit_to_model(preset, model)
     try:
-        generation = Generation(**{**preset.generation.model_dump(), **sizes, **given})
+        generation = Generation(**{**preset.generation.model_dump(), **given})
     except ValidationError as error:
         raise config_error(error, "generation", list(Generation.model_fields)) from None
     check_task(preset.task, preset.model.boundary, generation, preset.schedule_2 is not None)
@@ -115,13 +115,6 @@ def override_method(preset: Preset, method: str | None, changes: dict[str, Any])
         second = preset.schedule_2.model_dump(exclude_unset=True)
         update["schedule_2"] = schedule.make("schedule_2", **{**second, **timing})
     return preset.model_copy(update=update)
-
-
-def _tiny_size(preset: Preset) -> dict[str, Any]:
-    from dit_accel.samples.tiny_random import tiny_arguments
-
-    arguments = {"height": 32, "width": 48, **tiny_arguments(preset.tiny)}
-    return {name: arguments[name] for name in ("height", "width", "num_frames") if name in arguments}
 
 
 def _check_taken(preset: Preset, given: dict[str, Any]) -> None:

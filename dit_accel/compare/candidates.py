@@ -90,11 +90,16 @@ def all_candidates(texts: Sequence[str], base: Preset, ceiling: bool = True) -> 
     """Dense first, then the ceiling, then what is asked for; without texts, the other presets of the same model.
 
     Raises:
-        ConfigError: one is wrong, or asked for twice.
+        ConfigError: one is wrong, or a preset quantises otherwise than `base`, for which the weights are loaded.
     """
     model = base.name.split("/")[0]
     texts = texts or [name for name in list_presets(base.family) if name.startswith(f"{model}/")]
     asked = [parse_candidate(text, base) for text in dict.fromkeys(texts)]
+    for candidate in asked:
+        if candidate.preset is not None and candidate.preset.extras.quantization != base.extras.quantization:
+            raise ConfigError(
+                candidate.label, f"quantises other than --preset {base.name}, and all run on weights loaded once"
+            )
     dense, whole = references(base)
     others = [candidate for candidate in asked if candidate.method.name != "dense" or candidate.schedule.head_table]
     return [dense, *([whole] if ceiling else []), *others]

@@ -12,6 +12,8 @@ from dit_accel.errors import UnsupportedError
 from dit_accel.extras.cache import Guidance, enable_cache
 from dit_accel.extras.settings import Compile, Extras, LayerwiseCasting, Offload
 
+_COMPONENTS = ("transformer", "transformer_2")
+
 
 def install_extras(extras: Extras, pipe: Any, models: dict[str, nn.Module], guidance: Guidance) -> Callable[[], None]:
     """Switch `extras` on; returns what undoes it.
@@ -41,6 +43,25 @@ def install_extras(extras: Extras, pipe: Any, models: dict[str, nn.Module], guid
         undo_all()
         raise
     return undo_all
+
+
+def store_weights(extras: Extras, pipe: Any) -> None:
+    """Switch on what says how and where weights are stored, for runs that have no step cache and are not compiled.
+
+    Args:
+        extras: of the preset that the pipeline was loaded for; see `load_for_preset`.
+        pipe: the pipeline.
+
+    Raises:
+        UnsupportedError: see `install_extras`.
+    """
+    found = {name: getattr(pipe, name, None) for name in _COMPONENTS}
+    models = {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+    _check_fit(extras, pipe, models)
+    if extras.layerwise_casting is not None:
+        _cast(extras.layerwise_casting, models)
+    if extras.offload is not None:
+        _offload(extras.offload, pipe, models)
 
 
 def _switch_on(

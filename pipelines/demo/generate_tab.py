@@ -9,6 +9,7 @@ import gradio as gr
 import numpy as np
 
 from dit_accel.errors import DitAccelError
+from dit_accel.models import fit_to_model
 from dit_accel.pipelines.demo.jobs import Cancelled, Clip, Step, Studio
 from dit_accel.pipelines.demo.views import comparison, report_page, report_table
 from dit_accel.presets import load_preset
@@ -55,6 +56,9 @@ def generate_tab(studio: Studio, example: str, report: gr.HTML) -> None:
             table = gr.Markdown(elem_id="figures")
     outputs = [status, image, left, right, difference, table, report]
 
+    def sizes(name: str) -> tuple[int, int, int, int]:
+        return sizes_of(name, studio.model)
+
     def generate(*values: Any) -> Iterator[Outputs]:
         yield from _generate(studio, *values)
 
@@ -70,7 +74,7 @@ def generate_tab(studio: Studio, example: str, report: gr.HTML) -> None:
         show_progress="hidden",
     )
     # Presets of one model differ in size and steps; what was typed for another would be taken for the new one's own.
-    preset.change(sizes_of, preset, [height, width, frames, steps], queue=False, api_name=False)
+    preset.change(sizes, preset, [height, width, frames, steps], queue=False, api_name=False)
     # Not queued behind the job that it stops.
     stop.click(lambda: cancel(studio), None, None, queue=False, api_name=False)
 
@@ -80,9 +84,9 @@ def cancel(studio: Studio) -> None:
     gr.Info("Stopping after this step." if studio.cancel() else "Nothing is running.")
 
 
-def sizes_of(preset: str) -> tuple[int, int, int, int]:
-    """Height, width, frames and steps that a preset generates with."""
-    made = load_preset(preset).generation
+def sizes_of(preset: str, model: str | None = None) -> tuple[int, int, int, int]:
+    """Height, width, frames and steps that a preset generates with; `model` as `Studio` got it."""
+    made = fit_to_model(load_preset(preset), model).generation
     return made.height, made.width, made.num_frames, made.num_inference_steps
 
 

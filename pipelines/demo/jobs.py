@@ -16,8 +16,9 @@ import torch
 
 from dit_accel.acceleration import accelerate
 from dit_accel.errors import ConfigError
+from dit_accel.extras.install import store_weights
 from dit_accel.generation import call_pipeline
-from dit_accel.models import load_pipeline
+from dit_accel.models import TINY, call_parameters, fit_to_model, load_for_preset, stock_pipeline
 from dit_accel.presets import Generation, Preset, list_presets, load_preset
 from dit_accel.presets.schema import TASK_INPUTS, check_size
 from dit_accel.report.records import environment
@@ -75,21 +76,25 @@ class Studio:
     Args:
         preset: preset whose model is loaded, once, when the first job needs it.
         output_dir: folder of all written files.
-        device, dtype: as in `load_pipeline`.
-        model: pipeline folder or hub id instead of the preset's.
+        device, dtype: as in `load_for_preset`.
+        model: pipeline folder or hub id instead of the preset's, or "tiny".
 
     Raises:
-        ConfigError: a preset whose task needs more than a prompt.
+        ConfigError: a preset whose task needs more than a prompt, or whose pipeline does not tell its steps.
     """
 
     def __init__(
         self, preset: str, output_dir: Path, device: str = "auto", dtype: str = "auto", model: str | None = None
     ) -> None:
-        self.preset = load_preset(preset)
+        self.preset = fit_to_model(load_preset(preset), model)
         if inputs := TASK_INPUTS[self.preset.task].required:
             raise ConfigError("--preset", f"{preset} needs {' and '.join(inputs)}, which the page does not take")
+        if "callback_on_step_end" not in call_parameters(stock_pipeline(self.preset.pipeline)):
+            raise ConfigError(
+                "--preset", f"{preset} is for {self.preset.pipeline}, whose steps the page cannot follow or stop"
+            )
         self.output_dir = output_dir
-        self._where = (model or self.preset.repository, device, dtype)
+        self.model, self._where = model, (device, dtype)
         self._pipe: Any = None
         self._busy = threading.Lock()
         self._stop = threading.Event()
@@ -102,9 +107,9 @@ class Studio:
 
     def for_streams(self) -> Studio:
         """The studio of the model's causal sibling, else this one; both run one job at a time together."""
-        if self.preset.causal is None or self._where[0] != self.preset.repository:
+        if self.preset.causal is None or self.model not in (None, self.preset.repository):
             return self
-        other = Studio(self.preset.causal, self.output_dir, *self._where[1:])
+        other = Studio(self.preset.causal, self.output_dir, *self._where)
         other._busy, other._stop = self._busy, self._stop
         return other
 
@@ -163,7 +168,8 @@ class Studio:
             generation = Generation(**{**preset.generation.model_dump(), **values})
         except ValidationError as error:
             raise config_error(error, "generation", list(Generation.model_fields)) from None
-        check_size(preset.model, generation)
+        if self.model != TINY:
+            check_size(preset.model, generation)
         return generation
 
     def run(self, runs: dict[str, Preset], generation: Generation, prompt: str, seed: int) -> Iterator[Event]:
@@ -237,7 +243,7 @@ class Studio:
             report = {
                 "prompt": prompt,
                 "seed": seed,
-                "model": self._where[0],
+                "model": self.model or self.preset.repository,
                 "preset": preset.model_copy(update={"generation": generation}).model_dump(mode="json"),
                 "times": times,
                 "environment": environment(),
@@ -247,7 +253,9 @@ class Studio:
 
     def _load(self) -> Any:
         if self._pipe is None:
-            self._pipe = load_pipeline(*self._where)
+            pipe = load_for_preset(self.preset, self.model, *self._where)
+            store_weights(self.preset.extras, pipe)
+            self._pipe = pipe
         return self._pipe
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dit_accel.errors import ConfigError
+from dit_accel.errors import ConfigError, UnsupportedError
 from dit_accel.metrics import closeness
 from dit_accel.pipelines.demo.jobs import Cancelled, Clip, Step, Studio
 from dit_accel.pipelines.demo.views import comparison, difference, report_table
@@ -108,6 +108,25 @@ def test_the_sizes_on_the_page_follow_the_preset():
     generate_tab = pytest.importorskip("dit_accel.pipelines.demo.generate_tab", reason="gradio is not installed")
     assert generate_tab.sizes_of("tiny-wan") == (64, 64, 33, 20)
     assert generate_tab.sizes_of("flux1-dev-2k")[:3] == (2048, 2048, 1)
+
+
+def test_a_pipeline_whose_steps_cannot_be_followed_is_refused_at_once(tmp_path):
+    with pytest.raises(ConfigError, match="HunyuanVideo15Pipeline, whose steps the page cannot follow"):
+        Studio("hunyuan-video-1.5-t2v-480p", tmp_path)
+
+
+def test_extras_are_part_of_loading(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: tiny-wan\nextras: {offload: {mode: model}}\n")
+    with pytest.raises(UnsupportedError, match=r"extras\.offload"), Studio(str(path), tmp_path, "cpu").job():
+        pass
+
+
+def test_the_tiny_model_runs_at_its_own_size(tmp_path):
+    tiny = Studio("wan2.1-t2v-1.3b-480p", tmp_path, device="cpu", model="tiny")
+    generation = tiny.generation(tiny.preset, num_inference_steps=1)
+    (*_, clip) = tiny.run({"dense": load_preset("wan2.1-t2v-1.3b-480p/dense")}, generation, "a ball", 0)
+    assert clip.frames.shape == (5, 32, 48, 3)
 
 
 def test_a_preset_that_needs_more_than_a_prompt_is_refused_at_once(tmp_path):

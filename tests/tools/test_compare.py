@@ -225,6 +225,26 @@ def test_a_preset_that_needs_an_image_says_so(monkeypatch, capsys):
     assert "--image" in capsys.readouterr().err
 
 
+def test_the_tiny_model_of_a_preset_with_an_image_is_compared_at_its_own_size(tmp_path, monkeypatch, capsys):
+    picture, target = tmp_path / "red.png", tmp_path / "out"
+    imageio.imwrite(picture, np.full((40, 40, 3), (200, 0, 0), np.uint8))
+    arguments = ["radial", "--preset", "wan2.2-ti2v-5b-i2v-720p", "--model", "tiny", "--image", picture]
+    arguments += ["--prompts", "x", "--num-inference-steps", 1, "--no-ceiling", "--device", "cpu", "--output", target]
+    monkeypatch.setattr(sys, "argv", ["dit-accel", "compare", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        main.main()
+    assert (left.value.code or 0) == 0, capsys.readouterr().err
+    assert [row["candidate"] for row in csv.DictReader((target / "compare.csv").open())] == [DENSE, "radial"]
+
+
+def test_a_candidate_that_quantises_otherwise_is_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: tiny-wan\nextras: {quantization: {backend: torchao}}\n")
+    with pytest.raises(ConfigError, match="quantises other than --preset tiny-wan"):
+        all_candidates([str(path)], BASE)
+    assert all_candidates([str(path)], load_preset(path))
+
+
 def test_dense_runs_as_the_dense_steps_of_the_others_do(monkeypatch):
     """By the fastest dense attention: else a candidate would gain by its dense steps alone."""
     from dit_accel import engine
