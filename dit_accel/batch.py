@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -17,6 +16,8 @@ MANIFEST = "manifest.jsonl"
 LARGEST_SEED = 2**64 - 1
 """What PyTorch takes at most."""
 _OWN_KEYS = ("prompt", "seed", "preset", "image")
+FAILURES = (DitAccelError, OSError, ValueError, RuntimeError)
+"""What may go wrong with one line and is no reason to stop the others."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,24 @@ class Item:
     image: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def key(self) -> str:
-        """Tells this item from one whose line was changed between two runs."""
-        content = [self.prompt, self.seed, self.preset, self.image, sorted(self.overrides.items())]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
     def file_name(self, extension: str) -> str:
         """Name of the result: the line and the seed, never the prompt."""
         return f"{self.number:05d}-seed{self.seed}{extension}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A line that can be run.
+
+    Args:
+        item: the line.
+        output: name of its result in the folder.
+        key: differs where the result would, whether the line, the options of the run or a file it reads was changed.
+    """
+
+    item: Item
+    output: str
+    key: str
 
 
 @dataclass(frozen=True)
@@ -59,12 +69,13 @@ class BadLine:
     reason: str
 
 
-def read_prompts(path: Path, overrides: tuple[str, ...]) -> list[Item | BadLine]:
+def read_prompts(path: Path, overrides: tuple[str, ...], seed: int = 0) -> list[Item | BadLine]:
     """Read a file with one JSON object per line; empty lines are skipped.
 
     Args:
         path: the file.
         overrides: keys that a line may hold besides prompt, seed, preset and image.
+        seed: of lines that name none. Default 0.
 
     Raises:
         ConfigError: the file cannot be read or holds nothing.
@@ -74,13 +85,13 @@ def read_prompts(path: Path, overrides: tuple[str, ...]) -> list[Item | BadLine]
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("--prompts", f"cannot read {path}: {error}") from None
-    items = [_parse(number, line, overrides) for number, line in enumerate(lines, start=1) if line.strip()]
+    items = [_parse(number, line, overrides, seed) for number, line in enumerate(lines, start=1) if line.strip()]
     if not items:
         raise ConfigError("--prompts", f"{path} holds no line")
     return items
 
 
-def _parse(number: int, line: str, overrides: tuple[str, ...]) -> Item | BadLine:
+def _parse(number: int, line: str, overrides: tuple[str, ...], usual: int) -> Item | BadLine:
     try:
         values = json.loads(line)
     except json.JSONDecodeError as error:
@@ -91,7 +102,7 @@ def _parse(number: int, line: str, overrides: tuple[str, ...]) -> Item | BadLine
     for key in values:
         if key not in known:
             return BadLine(number, f"unknown key {key!r}{near_matches(key, known)}")
-    prompt, seed = values.pop("prompt", None), values.pop("seed", 0)
+    prompt, seed = values.pop("prompt", None), values.pop("seed", usual)
     if not isinstance(prompt, str) or not prompt.strip():
         return BadLine(number, f"prompt: expected a text, got {prompt!r}")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
@@ -122,7 +133,8 @@ class Manifest:
             raise ConfigError("--output-dir", f"cannot make {folder}: {error.strerror}") from None
         if self.path.exists() and not resume:
             raise ConfigError("--output-dir", f"{folder} holds an earlier batch; use --resume or another folder")
-        self._done = {entry["key"]: entry for entry in self._entries() if entry["status"] == "done"}
+        # By name: a file holds what was made last under its name, however often its line was changed to and fro.
+        self._made = {entry["output"]: entry["key"] for entry in self._entries() if entry["status"] == "done"}
 
     def _entries(self) -> Iterator[dict[str, Any]]:
         if not self.path.exists():
@@ -135,14 +147,17 @@ class Manifest:
             if isinstance(entry, dict) and {"key", "status", "output"} <= entry.keys():
                 yield entry
 
-    def is_done(self, item: Item) -> bool:
-        """An earlier run finished this item and its file is still there."""
-        entry = self._done.get(f"{item.number}:{item.key}")
-        return entry is not None and (self.folder / entry["output"]).is_file()
+    def is_done(self, job: Job) -> bool:
+        """An earlier run made this very result and its file is still there."""
+        return self._made.get(job.output) == job.key and (self.folder / job.output).is_file()
 
-    def record(self, item: Item, output: str, status: str, **details: Any) -> None:
-        """Append what became of an item and force it to the disk."""
-        entry = {"key": f"{item.number}:{item.key}", "line": item.number, "status": status, "output": output}
+    def is_outdated(self, job: Job) -> bool:
+        """A file of an earlier run has this name and holds another result."""
+        return self._made.get(job.output, job.key) != job.key and (self.folder / job.output).is_file()
+
+    def record(self, item: Item, key: str, output: str, status: str, **details: Any) -> None:
+        """Append what became of an item and force it to the disk; `key` as in `Job`, "" where it cannot be run."""
+        entry = {"key": key, "line": item.number, "status": status, "output": output}
         before = self.path.read_bytes() if self.path.exists() else b""
         cut_short = bool(before) and not before.endswith(b"\n")
         with self.path.open("a", encoding="utf-8") as file:
@@ -151,41 +166,68 @@ class Manifest:
             os.fsync(file.fileno())
 
 
-def run_batch(
+def plan_batch(
     items: list[Item | BadLine],
     manifest: Manifest,
-    make: Callable[[Item, Path], None],
+    plan: Callable[[Item], tuple[str, str]],
     tell: Callable[[str], None],
-    extension: Callable[[Item], str] = lambda item: ".mp4",
-) -> tuple[int, int]:
-    """Run every item that is not done; one that fails is reported and does not stop the rest.
+) -> list[Job]:
+    """Check every line before the first is made; those that cannot be run are reported and recorded here.
 
     Args:
         items: from `read_prompts`.
         manifest: the record.
-        make: generates an item into a file.
-        tell: receives one line per item.
-        extension: of an item's result; a preset that is not known is that item's failure. Default ".mp4".
-
-    Returns:
-        How many are done, those of earlier runs included, and how many there are.
+        plan: name of an item's result, and a key that differs where the result would; raises where it cannot be run.
+        tell: receives one line per item that cannot be run, or was made with other values before.
     """
-    done = 0
+    jobs = []
     for item in items:
         if isinstance(item, BadLine):
             tell(f"line {item.number}: {item.reason}")
             continue
-        begun, output = time.perf_counter(), ""
         try:
-            output = item.file_name(extension(item))
-            if not manifest.is_done(item):
-                make(item, manifest.folder / output)
-                manifest.record(item, output, "done", seconds=round(time.perf_counter() - begun, 3))
-                tell(f"line {item.number}: {output}")
-        except (DitAccelError, OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            manifest.record(item, output, "failed", error=reason)
-            tell(f"line {item.number}: {reason}")
+            job = Job(item, *plan(item))
+        except FAILURES as error:
+            manifest.record(item, "", "", "failed", error=reason_of(error))
+            tell(f"line {item.number}: {reason_of(error)}")
+            continue
+        if manifest.is_outdated(job):
+            tell(f"line {item.number}: {job.output} is there, made with other values or options; it is made again")
+        jobs.append(job)
+    return jobs
+
+
+def run_batch(
+    jobs: list[Job], manifest: Manifest, make: Callable[[Item, Path], None], tell: Callable[[str], None]
+) -> int:
+    """Run every job that is not done; one that fails is reported and does not stop the rest.
+
+    Args:
+        jobs: from `plan_batch`.
+        manifest: the record.
+        make: generates an item into a file.
+        tell: receives one line per job that is run.
+
+    Returns:
+        How many are done, those of earlier runs included.
+    """
+    done = 0
+    for job in jobs:
+        begun, number = time.perf_counter(), job.item.number
+        try:
+            if not manifest.is_done(job):
+                make(job.item, manifest.folder / job.output)
+                seconds = round(time.perf_counter() - begun, 3)
+                manifest.record(job.item, job.key, job.output, "done", seconds=seconds)
+                tell(f"line {number}: {job.output}")
+        except FAILURES as error:
+            manifest.record(job.item, job.key, job.output, "failed", error=reason_of(error))
+            tell(f"line {number}: {reason_of(error)}")
             continue
         done += 1
-    return done, len(items)
+    return done
+
+
+def reason_of(error: BaseException) -> str:
+    """An error as one line."""
+    return " ".join(str(error).split()) or type(error).__name__

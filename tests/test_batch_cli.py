@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from dit_accel.batch import Manifest, read_prompts
+from dit_accel.batch import Item, Manifest, plan_batch, read_prompts
 from dit_accel.cli.batching import Batch
 from dit_accel.cli.cluster import gpus_per_worker
 from dit_accel.errors import ConfigError
-from dit_accel.presets import Generation
+from dit_accel.presets import Generation, load_preset
 
 COMMAND = [sys.executable, "-c", "from dit_accel.cli.generate import main; main()"]
 SMALL = ["--model", "tiny", "--num-inference-steps", "1", "--device", "cpu"]
@@ -47,7 +47,7 @@ def test_a_batch_runs_reports_and_resumes(tmp_path):
     assert (out / "00001-seed0.mp4").stat().st_size > 0
     assert (out / "00003-seed5.png").stat().st_size > 0
     assert json.loads((out / "00003-seed5.json").read_text())["preset"]["name"].startswith("flux1-schnell")
-    assert [entry["status"] for entry in manifest_of(out)] == ["done", "failed", "done"]
+    assert [entry["status"] for entry in manifest_of(out)] == ["failed", "done", "done"]  # lines are checked first
     before = (out / "00001-seed0.mp4").stat().st_mtime_ns
     prompts(tmp_path, lines[0], {"prompt": "b"}, lines[2])
     again = generate("--prompts", file, "--output-dir", out, "--resume", *SMALL)
@@ -85,6 +85,12 @@ def test_a_batch_that_is_killed_goes_on_without_losing_or_repeating_work(tmp_pat
         (["--prompts", "none.jsonl"], "--output-dir"),
         (["--prompts", "none.jsonl", "--output-dir", "out", "--prompt", "x"], "--prompt: does not go with --prompts"),
         (["--prompt", "x", "--resume"], "--resume: goes with --prompts"),
+        (["--prompt", "x", "--ray-workers", "2"], "--ray-workers: goes with --prompts"),
+        (["--prompts", "none.jsonl", "--output-dir", "out", "--ray-workers", "4"], "--ray-workers: goes with --ray"),
+        (
+            ["--prompts", "none.jsonl", "--output-dir", "out", "--seconds", "2", "--num-frames", "5"],
+            "--seconds: says the same as --num-frames",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path, arguments, message, monkeypatch, capsys):
@@ -96,6 +102,46 @@ def test_options_that_do_not_go_together(tmp_path, arguments, message, monkeypat
         command.main()
     assert left.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def batch(folder, **changes):
+    given = {"options": {}, "inputs": {}, "model": None, "device": "cpu", "dtype": "auto", "backend": "auto"}
+    return Batch(folder / "prompts.jsonl", folder, False, **{"preset": "tiny-wan", **given, **changes})
+
+
+def test_what_changes_the_result_changes_the_key_of_a_line(tmp_path):
+    picture = tmp_path / "red.png"
+    picture.write_bytes(b"red")
+    item, i2v = Item(1, "a ball"), "wan2.1-i2v-14b-480p"
+    with_image = batch(tmp_path, preset=i2v, inputs={"image": picture})
+    batches = [
+        batch(tmp_path),
+        batch(tmp_path, model="tiny"),
+        batch(tmp_path, preset="tiny-wan/dense"),
+        batch(tmp_path, options={"density": 0.5}),
+        batch(tmp_path, dtype="bfloat16"),
+        with_image,
+    ]
+    keys = [each.plan(item)[1] for each in batches]
+    picture.write_bytes(b"green")
+    keys.append(with_image.plan(item)[1])
+    assert len(set(keys)) == len(keys)
+    assert batch(tmp_path, model="samples/tiny-wan", device="cuda", backend="torch").plan(item)[1] == keys[0]
+    picture.unlink()
+    with pytest.raises(ConfigError, match="--image: cannot read"):
+        with_image.plan(item)
+
+
+def test_seconds_are_those_of_the_preset_of_each_line(tmp_path):
+    both = batch(tmp_path, seconds=2.0)
+    lines = [Item(1, "a"), Item(2, "b", preset="wan2.1-t2v-1.3b-480p"), Item(3, "c", overrides={"fps": 20})]
+    frames = [both.run_of(line).preset.generation.num_frames for line in lines]
+    fps = [load_preset("tiny-wan").generation.fps, load_preset("wan2.1-t2v-1.3b-480p").generation.fps, 20]
+    assert fps[0] != fps[1]
+    assert all(2 * rate <= made < 2 * rate + 4 for made, rate in zip(frames, fps, strict=True))
+    assert both.run_of(Item(1, "a", overrides={"num_frames": 9})).preset.generation.num_frames == 9
+    with pytest.raises(ConfigError, match="makes an image"):
+        both.run_of(Item(1, "a", preset="flux1-schnell"))
 
 
 def test_workers_ask_ray_for_a_gpu_where_there_are_some():
@@ -128,7 +174,8 @@ def test_a_ray_cluster_finishes_although_a_worker_is_killed(tmp_path):
             assert len(workers) == 2
             workers[0].kill()
 
-    items = read_prompts(file, tuple(Generation.model_fields))
-    assert run_on_ray(items, Manifest(out, False), batch, tell, "local", 2) == (5, 5)
+    manifest = Manifest(out, False)
+    jobs = plan_batch(read_prompts(file, tuple(Generation.model_fields)), manifest, batch.plan, tell)
+    assert run_on_ray(jobs, manifest, batch, tell, "local", 2) == 5
     assert sorted(path.name for path in out.glob("*.mp4")) == [f"0000{n + 1}-seed{n}.mp4" for n in range(5)]
     assert {entry["status"] for entry in manifest_of(out)} == {"done"}

@@ -8,13 +8,13 @@ from typing import Any
 
 import typer
 
-from dit_accel.batch import Item, Manifest, read_prompts, run_batch
+from dit_accel.batch import Item, Manifest, plan_batch, read_prompts, run_batch
 from dit_accel.cli.app import EXIT_FAILURE, console, errors
 from dit_accel.cli.inputs import check_inputs
 from dit_accel.cli.making import PipelineHolder, Run, make
-from dit_accel.cli.overrides import METHOD_OPTIONS, resolve
+from dit_accel.cli.overrides import METHOD_OPTIONS, check_seconds, frames_of, resolve
 from dit_accel.errors import ConfigError
-from dit_accel.presets import Generation, load_preset
+from dit_accel.presets import Generation
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Batch:
         options: overrides of all lines, None where left out; a line's own go before them.
         inputs: files of all lines; a line's own image goes before them.
         model, device, dtype, backend: as in one generation.
+        seed: of lines that name none. Default 0.
+        seconds: length of lines that name no number of frames, at the frame rate of each. Default None: the preset's.
     """
 
     prompts: Path
@@ -41,6 +43,8 @@ class Batch:
     device: str
     dtype: str
     backend: str
+    seed: int = 0
+    seconds: float | None = None
 
     def run_of(self, item: Item) -> Run:
         """The generation of one line.
@@ -48,7 +52,11 @@ class Batch:
         Raises:
             ConfigError: values that its preset does not take.
         """
-        preset = resolve(item.preset or self.preset, {**self.options, **item.overrides}, self.model)
+        name, options = item.preset or self.preset, {**self.options, **item.overrides}
+        preset = resolve(name, options, self.model)
+        if self.seconds is not None and item.overrides.get("num_frames") is None:
+            frames = frames_of(self.seconds, None, preset, None)
+            preset = resolve(name, {**options, "num_frames": frames}, self.model)
         inputs = dict(self.inputs)
         if item.image is not None:
             # Relative to the file that names it, wherever the command was started.
@@ -56,19 +64,24 @@ class Batch:
         check_inputs(preset, inputs)
         return Run(preset, item.prompt, item.seed, inputs, self.model, self.device, self.dtype, self.backend)
 
-    def extension(self, item: Item) -> str:
-        """Extension of a line's result: an image's, where its preset makes images."""
-        return ".png" if load_preset(item.preset or self.preset).makes_image else ".mp4"
+    def plan(self, item: Item) -> tuple[str, str]:
+        """Name of a line's result, and its key; see `plan_batch`.
+
+        Raises:
+            ConfigError: see `run_of`; an image that cannot be read.
+        """
+        run = self.run_of(item)
+        return item.file_name(".png" if run.preset.makes_image else ".mp4"), run.key()
 
 
-def run_prompts(batch: Batch, conflicts: list[str], ray: str | None, workers: int) -> None:
+def run_prompts(batch: Batch, conflicts: list[str], ray: str | None, workers: int | None) -> None:
     """Run a batch and print one summary line; leaves with 1 when a line failed.
 
     Args:
         batch: what to run.
         conflicts: options that were given and do not go with a batch.
         ray: address of a Ray cluster, "local" for one on this machine; None: run here.
-        workers: workers on the cluster.
+        workers: workers on the cluster. None: one.
 
     Raises:
         ConfigError: conflicting options, no folder, a file that cannot be read.
@@ -77,19 +90,21 @@ def run_prompts(batch: Batch, conflicts: list[str], ray: str | None, workers: in
         raise ConfigError(conflicts[0], "does not go with --prompts")
     if batch.output_dir is None:
         raise ConfigError("--output-dir", "--prompts needs a folder for its results")
-    items = read_prompts(batch.prompts, (*Generation.model_fields, *METHOD_OPTIONS))
+    if workers is not None and ray is None:
+        raise ConfigError("--ray-workers", "goes with --ray")
+    check_seconds(batch.seconds, batch.options.get("num_frames"))
+    items = read_prompts(batch.prompts, (*Generation.model_fields, *METHOD_OPTIONS), batch.seed)
     manifest = Manifest(batch.output_dir, batch.resume)
+    jobs = plan_batch(items, manifest, batch.plan, _tell)
     if ray is None:
         holder = PipelineHolder()
-        done, total = run_batch(
-            items, manifest, lambda item, path: make(batch.run_of(item), path, None, holder), _tell, batch.extension
-        )
+        done = run_batch(jobs, manifest, lambda item, path: make(batch.run_of(item), path, None, holder), _tell)
     else:
         from dit_accel.cli.cluster import run_on_ray
 
-        done, total = run_on_ray(items, manifest, batch, _tell, ray, workers)
-    console.print(f"{done} of {total} done")
-    if done < total:
+        done = run_on_ray(jobs, manifest, batch, _tell, ray, workers or 1)
+    console.print(f"{done} of {len(items)} done")
+    if done < len(items):
         raise typer.Exit(EXIT_FAILURE)
 
 

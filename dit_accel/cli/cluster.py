@@ -6,14 +6,14 @@ import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dit_accel.batch import BadLine, Item, Manifest
+from dit_accel.batch import Item, Job, Manifest, reason_of
 from dit_accel.cli.batching import Batch
-from dit_accel.errors import ConfigError, DitAccelError, UnsupportedError
+from dit_accel.errors import ConfigError, UnsupportedError
 
 LOCAL = "local"
 _RETRIES = 3  # of a line whose worker died
@@ -37,20 +37,20 @@ class _Worker:
 
 
 def run_on_ray(
-    items: list[Item | BadLine],
+    jobs: list[Job],
     manifest: Manifest,
     batch: Batch,
     tell: Callable[[str], None],
     address: str,
     workers: int,
-) -> tuple[int, int]:
-    """Run every item that is not done on a Ray cluster; see `dit_accel.batch.run_batch` for the rest.
+) -> int:
+    """Run every job that is not done on a Ray cluster; see `dit_accel.batch.run_batch` for the rest.
 
     Every worker takes one GPU, see `gpus_per_worker`, and loads the model once. Images that lines name
     are read by the workers. A line whose worker dies is tried again on the worker's successor.
 
     Args:
-        items, manifest, tell: as in `run_batch`.
+        jobs, manifest, tell: as in `run_batch`.
         batch: what holds for all lines.
         address: of the cluster; "local" starts one on this machine and ends it.
         workers: how many.
@@ -71,7 +71,7 @@ def run_on_ray(
     try:
         gpus = gpus_per_worker(batch.device, int(ray.cluster_resources().get("GPU", 0)), workers)
         remote = ray.remote(num_gpus=gpus, max_restarts=-1, max_task_retries=_RETRIES)(_Worker)
-        return _run(ray, [remote.remote(batch) for _ in range(workers)], items, manifest, batch, tell)
+        return _run(ray, [remote.remote(batch) for _ in range(workers)], jobs, manifest, tell)
     finally:
         ray.shutdown()
 
@@ -98,58 +98,30 @@ def gpus_per_worker(device: str, available: int, workers: int) -> int:
     return 1
 
 
-def _run(
-    ray: Any,
-    workers: list[Any],
-    items: list[Item | BadLine],
-    manifest: Manifest,
-    batch: Batch,
-    tell: Callable[[str], None],
-) -> tuple[int, int]:
+def _run(ray: Any, workers: list[Any], jobs: list[Job], manifest: Manifest, tell: Callable[[str], None]) -> int:
     """Keep every worker busy until nothing is left."""
-    done, waiting = 0, deque[tuple[Item, str]]()
-    for item, name in _runnable(items, manifest, batch, tell):
-        if manifest.is_done(item):
-            done += 1
-        else:
-            waiting.append((item, name))
-    idle = deque(workers)
-    running: dict[Any, tuple[Item, str, Any, float]] = {}
+    waiting = deque(job for job in jobs if not manifest.is_done(job))
+    done, idle = len(jobs) - len(waiting), deque(workers)
+    running: dict[Any, tuple[Job, Any, float]] = {}
     while waiting or running:
         while waiting and idle:
-            (item, name), worker = waiting.popleft(), idle.popleft()
-            running[worker.make.remote(item, name)] = (item, name, worker, time.perf_counter())
+            job, worker = waiting.popleft(), idle.popleft()
+            running[worker.make.remote(job.item, job.output)] = (job, worker, time.perf_counter())
         (finished, *_), _ = ray.wait(list(running), num_returns=1)
-        item, name, worker, begun = running.pop(finished)
+        job, worker, begun = running.pop(finished)
         idle.append(worker)
         try:
-            _write(manifest.folder, ray.get(finished), name)
+            _write(manifest.folder, ray.get(finished), job.output)
         except (ray.exceptions.RayError, OSError) as error:
-            cause = getattr(error, "cause", None) or error
-            reason = " ".join(str(cause).split()) or type(cause).__name__
-            manifest.record(item, name, "failed", error=reason)
-            tell(f"line {item.number}: {reason}")
+            reason = reason_of(getattr(error, "cause", None) or error)
+            manifest.record(job.item, job.key, job.output, "failed", error=reason)
+            tell(f"line {job.item.number}: {reason}")
             continue
-        manifest.record(item, name, "done", seconds=round(time.perf_counter() - begun, 3))
-        tell(f"line {item.number}: {name}")
+        seconds = round(time.perf_counter() - begun, 3)
+        manifest.record(job.item, job.key, job.output, "done", seconds=seconds)
+        tell(f"line {job.item.number}: {job.output}")
         done += 1
-    return done, len(items)
-
-
-def _runnable(
-    items: list[Item | BadLine], manifest: Manifest, batch: Batch, tell: Callable[[str], None]
-) -> Iterator[tuple[Item, str]]:
-    """Items whose values their preset takes, with the name of their file; the others are reported here."""
-    for item in items:
-        if isinstance(item, BadLine):
-            tell(f"line {item.number}: {item.reason}")
-            continue
-        try:
-            batch.run_of(item)
-            yield item, item.file_name(batch.extension(item))
-        except DitAccelError as error:
-            manifest.record(item, "", "failed", error=str(error))
-            tell(f"line {item.number}: {error}")
+    return done
 
 
 def _write(folder: Path, files: dict[str, bytes], result: str) -> None:

@@ -79,7 +79,7 @@ def generate(
     ray: Annotated[
         str | None, typer.Option(help="Spread --prompts over this Ray cluster; local: this machine.")
     ] = None,
-    ray_workers: Annotated[int, typer.Option(help="Workers on the Ray cluster.", min=1)] = 1,
+    ray_workers: Annotated[int | None, typer.Option(help="Workers on the Ray cluster. Default: 1.", min=1)] = None,
     ulysses_degree: Annotated[
         int, typer.Option(help="GPUs that share one video, as many as torchrun started; see docs/batches.md.", min=1)
     ] = 1,
@@ -111,11 +111,10 @@ def generate(
     check_backend(backend)
 
     several = prompt is not None and len(prompt) > 1
-    frames = num_frames if seconds is None else frames_of(seconds, num_frames, load_preset(preset), fps)
     options = {
         "height": height,
         "width": width,
-        "num_frames": None if several else frames,  # of several prompts: frames of a clip
+        "num_frames": num_frames,
         "fps": fps,
         "num_inference_steps": num_inference_steps,
         "negative_prompt": negative_prompt,
@@ -132,12 +131,16 @@ def generate(
         from dit_accel.cli.batching import Batch, run_prompts
 
         not_with = {"--prompt": prompt or None, "--output": output, "--report": report, "--dry-run": dry_run or None}
-        batch = Batch(prompts, output_dir, resume, preset, options, inputs, model, device, dtype, backend)
+        usual = (preset, options, inputs, model, device, dtype, backend, seed, seconds)
+        batch = Batch(prompts, output_dir, resume, *usual)
         run_prompts(batch, [name for name, value in not_with.items() if value is not None], ray, ray_workers)
         return
-    for name, value in (("--output-dir", output_dir), ("--resume", resume or None), ("--ray", ray)):
+    only = {"--output-dir": output_dir, "--resume": resume or None, "--ray": ray, "--ray-workers": ray_workers}
+    for name, value in only.items():
         if value is not None:
             raise ConfigError(name, "goes with --prompts")
+    frames = num_frames if seconds is None else frames_of(seconds, num_frames, load_preset(preset), fps)
+    options["num_frames"] = None if several else frames  # of several prompts: frames of a clip
     resolved = resolve(preset, options, model)
     if several:
         no_use = {"ulysses_degree": degrees.ulysses, "ring_degree": degrees.ring, "backend": backend}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,31 @@ def read_inputs(preset: Preset, given: Mapping[str, Path | None]) -> dict[str, A
             picture = _fit(open_image(path, f"--{name.replace('_', '-')}"), size)
             arguments["mask_image" if name == "mask" else name] = picture.convert("L") if name == "mask" else picture
     return arguments
+
+
+def digests(given: Mapping[str, Path | None]) -> dict[str, str]:
+    """What tells the files from others, by option: a hash of their bytes, wherever they lie.
+
+    Raises:
+        ConfigError: a file that cannot be read.
+    """
+    found = {}
+    for name, path in given.items():
+        if path is None:
+            continue
+        try:
+            status = path.stat()
+            found[name] = _digest(path, status.st_size, status.st_mtime_ns)
+        except OSError as error:
+            raise ConfigError(f"--{name.replace('_', '-')}", f"cannot read {path}: {error.strerror}") from None
+    return found
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, _size: int, _changed: int) -> str:
+    """Read once per state of a file: the lines of a batch may share it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fit(picture: Any, size: tuple[int, int]) -> Any:

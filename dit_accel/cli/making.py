@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 
 from dit_accel.cli.app import console
 from dit_accel.cli.files import report_path, write_json
+from dit_accel.cli.inputs import digests, read_inputs
 from dit_accel.cli.parallel import ALONE, Degrees
 from dit_accel.errors import ConfigError
 from dit_accel.flow_shift import set_flow_shift
@@ -32,6 +35,19 @@ class Run:
     dtype: str
     backend: str
     degrees: Degrees = ALONE
+
+    def key(self) -> str:
+        """Differs where the result would: by preset, options, model or a file that is read.
+
+        Device and backend are left out: they say where it is computed, not what.
+
+        Raises:
+            ConfigError: an input that cannot be read.
+        """
+        preset = self.preset.model_dump(mode="json", exclude={"name", "version", "description", "source"})
+        model = self.model or self.preset.repository
+        content = [preset, model, self.prompt, self.seed, self.dtype, digests(self.inputs)]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def default_output(preset: Preset, seed: int) -> Path:
@@ -115,7 +131,6 @@ def produce(run: Run, holder: PipelineHolder) -> Made:
         UnsupportedError: frames that are no picture (NaN).
     """
     from dit_accel.acceleration import accelerate
-    from dit_accel.cli.inputs import read_inputs
     from dit_accel.generation import call_pipeline
     from dit_accel.models import quiet_loading
 

@@ -70,14 +70,25 @@ def frames_of(seconds: float, frames: int | None, preset: Preset, fps: int | Non
     Raises:
         ConfigError: no time, both options, or a preset that makes images.
     """
-    if frames is not None:
-        raise ConfigError("--seconds", "says the same as --num-frames; leave one of them out")
+    check_seconds(seconds, frames)
     if preset.makes_image:
         raise ConfigError("--seconds", f"preset {preset.name} makes an image")
-    if not 0 < seconds < float("inf"):
-        raise ConfigError("--seconds", f"expected more than 0, got {seconds:g}")
     step = preset.model.vae_temporal
     return 1 + step * max(1, ceil((seconds * (fps or preset.generation.fps) - 1) / step))
+
+
+def check_seconds(seconds: float | None, frames: int | None) -> None:
+    """Refuse a length that is none, or is said twice; None where an option was left out.
+
+    Raises:
+        ConfigError: no time, or both options.
+    """
+    if seconds is None:
+        return
+    if frames is not None:
+        raise ConfigError("--seconds", "says the same as --num-frames; leave one of them out")
+    if not 0 < seconds < float("inf"):
+        raise ConfigError("--seconds", f"expected more than 0, got {seconds:g}")
 
 
 def override_generation(preset: Preset, values: dict[str, Any], model: str | None) -> Preset:
