@@ -70,7 +70,6 @@ def calibrate(
     from dit_accel.errors import ConfigError
     from dit_accel.extras.install import store_weights
     from dit_accel.families.registry import family_of
-    from dit_accel.flow_shift import set_flow_shift
     from dit_accel.models import fit_to_model, load_for_preset, quiet_loading
     from dit_accel.presets import load_preset
 
@@ -95,7 +94,6 @@ def calibrate(
     texts = calibration_prompts(base, prompts or [], num_prompts, seed)
     quiet_loading()
     pipe = load_for_preset(base, model, device, dtype)
-    set_flow_shift(pipe, base.model.flow_shift)
     common = (base, methods, texts, generation, seed, share, every, layer_reuse, fingerprint(pipe))
     store_weights(base.extras, pipe)
     inputs = read_inputs(base, given)

@@ -52,7 +52,6 @@ def compare(
     from dit_accel.compare.tables import plot_pareto, summarise, to_markdown
     from dit_accel.compare.tasks import make_tasks
     from dit_accel.extras.install import store_weights
-    from dit_accel.flow_shift import set_flow_shift
     from dit_accel.kernels.registry import check_backend
     from dit_accel.metrics import check_metrics, why_no_lpips
     from dit_accel.models import fit_to_model, load_for_preset, quiet_loading
@@ -72,7 +71,6 @@ def compare(
     quiet_loading()
     pipe = load_for_preset(base, model, device, dtype)
     store_weights(base.extras, pipe)
-    set_flow_shift(pipe, base.model.flow_shift)
     common = {**stamp(), "command": command_line()}
     rows: list[Any] = []
 

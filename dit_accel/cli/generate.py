@@ -131,8 +131,8 @@ def generate(
         from dit_accel.cli.batching import Batch, run_prompts
 
         not_with = {"--prompt": prompt or None, "--output": output, "--report": report, "--dry-run": dry_run or None}
-        usual = (preset, options, inputs, model, device, dtype, backend, seed, seconds)
-        batch = Batch(prompts, output_dir, resume, *usual)
+        common = (preset, options, inputs, model, device, dtype, backend, seed, seconds)
+        batch = Batch(prompts, output_dir, resume, *common)
         run_prompts(batch, [name for name, value in not_with.items() if value is not None], ray, ray_workers)
         return
     only = {"--output-dir": output_dir, "--resume": resume or None, "--ray": ray, "--ray-workers": ray_workers}
