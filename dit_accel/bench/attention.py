@@ -19,7 +19,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.registry import choose_backend
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Method
-from dit_accel.methods.registry import get_method, method_class
+from dit_accel.methods.registry import get_method, list_methods, method_class
 from dit_accel.order import TokenOrder
 from dit_accel.state import CallContext
 
@@ -62,21 +62,39 @@ class Row:
 
 
 def variants(names: Iterable[str], densities: Sequence[float]) -> list[Method]:
-    """Every method at every density; a method without a density once, with its defaults.
+    """Every method at every density; a method without a density once.
 
     Args:
-        names: registered methods, or "random_blocks" for the kernel alone.
-        densities: none: the defaults of the methods.
+        names: registered methods, with their defaults; presets, whose method it is then with the preset's parameters;
+            or "random_blocks" for the kernel alone.
+        densities: none: those of the methods or presets.
+
+    Raises:
+        ConfigError: a name that is none of them.
     """
     found: list[Method] = []
     for name in names:
         if name == RandomBlocks.name:
             found += [RandomBlocks(density=d) for d in densities] or [RandomBlocks()]
-        elif "density" in method_class(name).model_fields and densities:
-            found += [get_method(name, density=d) for d in densities]
+            continue
+        method, parameters = _method_of(name)
+        if "density" in method_class(method).model_fields and densities:
+            found += [get_method(method, **{**parameters, "density": d}) for d in densities]
         else:
-            found.append(get_method(name))
+            found.append(get_method(method, **parameters))
     return found
+
+
+def _method_of(name: str) -> tuple[str, dict[str, Any]]:
+    """A method's name and parameters, where `name` is a method or a preset."""
+    if name not in list_methods():
+        # Kernels are measured on machines that have torch alone, too.
+        from dit_accel.presets import list_presets, load_preset
+
+        if name in list_presets():
+            spec = load_preset(name).method
+            return spec.name, spec.parameters
+    return name, {}
 
 
 @dataclass

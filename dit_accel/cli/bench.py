@@ -24,7 +24,9 @@ def command_line() -> str:
 @bench_app.command("attention")
 def attention(
     shapes: Annotated[list[str] | None, typer.Option(help="Shapes: presets, or those of --list-shapes.")] = None,
-    methods: Annotated[list[str] | None, typer.Option(help="Methods, or random_blocks. Default: all.")] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option(help="Methods, presets for theirs, or random_blocks. Default: all.")
+    ] = None,
     densities: Annotated[
         list[float] | None, typer.Option(help="Densities of the sweep. Default: the method's.")
     ] = None,

@@ -88,6 +88,16 @@ def test_a_density_sweep_makes_one_case_per_density():
     assert [c.name for c in variants(["random_blocks"], [])] == ["random_blocks"]
 
 
+def test_a_preset_s_method_is_timed_with_the_preset_s_parameters():
+    (own,) = variants(["wan2.1-t2v-1.3b-480p/balanced"], [])
+    assert own == get_method("composed", order="bisect", tile=[4, 4, 4], density=0.25, remainder="pooled")
+    swept = variants(["wan2.1-t2v-1.3b-480p/balanced"], [0.15, 0.4])
+    assert [method.model_dump(exclude={"density"}) for method in swept] == [own.model_dump(exclude={"density"})] * 2
+    assert [method.density for method in swept] == [0.15, 0.4]
+    with pytest.raises(ConfigError, match="radail"):
+        variants(["radail"], [])
+
+
 def test_random_blocks_have_the_density_asked_for():
     layout = TokenLayout((1, 32, 32))
     q = torch.zeros(1, 3, 1024, 8)
