@@ -199,8 +199,8 @@ def index() -> list[str]:
     lines = [
         "# All methods",
         "",
-        "Made by `python samples/recall_table.py` from the registry. `dit-accel methods NAME` prints the parameters of",
-        "a method; [adding a method](adding-a-method.md) says how to write one.",
+        "Made by `python samples/recall_table.py` from the registry. `dit-accel methods show NAME` prints the",
+        "parameters of a method; [adding a method](adding-a-method.md) says how to write one.",
         "",
         "| name | what it does | source | more |",
         "|---|---|---|---|",

@@ -1,6 +1,7 @@
 """Every command and snippet of the documentation runs, at a small size; one that cannot says why beside it.
 
-A block is left out only by a comment `<!-- not run: reason -->` on the line before it.
+A block is left out only by a comment `<!-- not run: reason -->` on the line before it; its commands then go as far as
+what the reason is about: up to loading the model, or to the first measurement.
 """
 
 from __future__ import annotations
@@ -35,9 +36,20 @@ SMALL_OPTIONS = {
 LARGE = {"wan2.1-t2v-1.3b-480p": "cpu-1k", "cpu-4k": "cpu-1k", "cpu-8k": "cpu-1k", "random_blocks": "radial"}
 
 
-def blocks(page, *kinds):
+INLINE = re.compile(r"`((?:dit-accel|generate-video) [^`]+)`")
+# Where a command that is not run stops: its checks are over, and the long part begins.
+LONG_PARTS = [
+    "dit_accel.models.load_pipeline",
+    "dit_accel.bench.attention.measure",
+    "dit_accel.bench.kernels.measure_kernels",
+    "dit_accel.bench.step.build",
+    "dit_accel.bench.suite.kernel_rows",
+]
+
+
+def blocks(page, *kinds, is_run=True):
     for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
-        if match["kind"] in kinds and match["reason"] is None:
+        if match["kind"] in kinds and (match["reason"] is None) == is_run:
             yield match["body"]
 
 
@@ -58,7 +70,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "samples").symlink_to(ROOT / "samples")
     (tmp_path / "docs" / "results").mkdir(parents=True)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a ball"}\n')
-    (tmp_path / "prompts.yaml").write_text("- {chunk: 0, prompt: a ball}\n- {chunk: 1, prompt: a star, mode: cut}\n")
+    (tmp_path / "prompts.yaml").write_text("- {chunk: 1, prompt: a ball}\n- {chunk: 2, prompt: a star, mode: cut}\n")
     call = WanPipeline.__call__
 
     @functools.wraps(call)
@@ -87,8 +99,8 @@ def test_snippets_run(page, place):
         exec(compile(body, f"{page.name}, snippet {number + 1}", "exec", dont_inherit=True), names)
 
 
-def commands(page):
-    for body in blocks(page, "sh", "bash"):
+def commands(page, is_run=True):
+    for body in blocks(page, "sh", "bash", is_run=is_run):
         for line in body.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words:
@@ -119,7 +131,7 @@ def run(words, monkeypatch):
     from dit_accel.cli import generate, main
 
     entry = {"generate-video": generate.main, "dit-accel": main.main}[words[0]]
-    monkeypatch.setattr(sys, "argv", small(words))
+    monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as left:
         entry()
     return left.value.code
@@ -129,7 +141,7 @@ def run(words, monkeypatch):
 def test_commands_run(page, place, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", (place / "prompts.jsonl").open())
     first = ["generate-video", "--prompt", "a ball", "--output"]
-    assert run([*first, "outputs/video.mp4"], monkeypatch) == 0, capsys.readouterr().err
+    assert run(small([*first, "outputs/video.mp4"]), monkeypatch) == 0, capsys.readouterr().err
     (place / "run.json").write_text((place / "outputs" / "video.json").read_text())
     targets = set(re.findall(r"^([\w.]+):", (ROOT / "Makefile").read_text(), re.M))
     for words in commands(page):
@@ -140,7 +152,58 @@ def test_commands_run(page, place, monkeypatch, capsys):
         elif words[0] == "python":
             assert (ROOT / words[1]).is_file(), words
         else:
+            assert run(small(words), monkeypatch) == 0, (words, capsys.readouterr().err)
+
+
+class ReachedLongPart(BaseException):
+    """Raised where a command would begin to load or to measure; the commands let it through."""
+
+
+@pytest.mark.parametrize(
+    "words", [pytest.param(words, id=" ".join(words)[:60]) for page in PAGES for words in commands(page, is_run=False)]
+)
+def test_commands_that_are_not_run_pass_all_checks(words, place, monkeypatch, capsys):
+    def stop(model=None, *_, **__):
+        assert not str(model).startswith("samples/"), "what runs on a small model is to be run here"
+        raise ReachedLongPart
+
+    for name in LONG_PARTS:
+        monkeypatch.setattr(name, stop)
+    for name in ("first.png", "longlive_base.pt", "lora.pt"):
+        (place / name).write_bytes(
+            (ROOT / "docs" / "images" / "attention-maps.png").read_bytes() if name.endswith("png") else b""
+        )
+    if words[0] in ("dit-accel", "generate-video"):
+        try:
             assert run(words, monkeypatch) == 0, (words, capsys.readouterr().err)
+        except ReachedLongPart:
+            return
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file(), words
+    else:
+        assert words[0] in ("pip", "torchrun"), words  # torchrun: tests/parallel
+
+
+def test_snippets_that_are_not_run_compile():
+    for page in PAGES:
+        for body in blocks(page, "python", is_run=False):
+            compile(body, page.name, "exec", dont_inherit=True)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if INLINE.search(page.read_text(encoding="utf-8"))], ids=str)
+def test_commands_within_sentences_exist(page):
+    import typer
+
+    from dit_accel.cli import generate, main
+
+    for text in INLINE.findall(page.read_text(encoding="utf-8")):
+        name, *words = text.split()
+        command = typer.main.get_command(main.app if name == "dit-accel" else generate.app)
+        while words and not words[0].startswith("-") and hasattr(command, "commands"):
+            assert words[0] in command.commands, f"{page.name}: {text}"
+            command = command.commands[words.pop(0)]
+        known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        assert {word for word in words if word.startswith("-")} <= known, f"{page.name}: {text}"
 
 
 def test_every_block_is_of_a_kind_that_is_run():
