@@ -111,13 +111,15 @@ class Degrees:
             heads: attention heads of the model; None where that is not known yet.
 
         Raises:
-            ConfigError: heads that the degree does not divide, a method that needs all queries under ring attention, a
-                step cache whose processes would decide differently.
+            ConfigError: heads that the degree does not divide, a method that needs all queries under ring attention or
+                all heads under Ulysses, a step cache whose processes would decide differently.
         """
         if heads is not None and heads % self.ulysses:
             raise ConfigError(
                 "--ulysses-degree", f"expected a divisor of the model's {heads} attention heads, got {self.ulysses}"
             )
+        if heads is not None and self.ulysses > 1:
+            self._check_heads(preset, heads)
         if self.ring > 1:
             self._check_ring(preset)
         if not self.is_alone and preset.extras.cache is not None and preset.extras.cache.name == _DECIDES_ALONE:
@@ -125,6 +127,19 @@ class Degrees:
                 "extras.cache", f"{_DECIDES_ALONE} decides from the tokens of one process, and processes that decide "
                 "differently wait for each other for ever; use mag or taylorseer"
             )  # fmt: skip
+
+    def _check_heads(self, preset: Preset, heads: int) -> None:
+        from torch import device
+
+        from dit_accel.layer_methods import LayerMethods
+        from dit_accel.resolve import resolve_policy
+        from dit_accel.shard import HeadShard
+
+        layers = preset.model.layers
+        methods = LayerMethods(*resolve_policy(preset, None, None, {}), layers)
+        methods.check_model([heads] * layers)
+        for layer in range(layers):
+            methods.groups(layer, HeadShard(0, heads // self.ulysses, heads), device("cpu"))
 
     def _check_ring(self, preset: Preset) -> None:
         from dit_accel.families.parallel import refusal_of_ring

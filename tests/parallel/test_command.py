@@ -124,6 +124,17 @@ def test_ring_and_ulysses_together_are_for_dense_attention():
         Degrees(2, 2).check_preset(load_preset("wan2.1-t2v-14b-720p/radial"), 40)
 
 
+def test_representatives_that_would_stand_for_heads_of_two_processes_are_refused():
+    preset = load_preset("wan2.1-t2v-1.3b-480p")
+    Degrees(2).check_preset(_with_groups(preset, 4), 12)
+    with pytest.raises(ConfigError, match=r"schedule\.head_groups: .* holds 3 heads; got groups of 4"):
+        Degrees(4).check_preset(_with_groups(preset, 3), 12)
+
+
+def _with_groups(preset, groups):
+    return preset.model_copy(update={"schedule": preset.schedule.model_copy(update={"head_groups": groups})})
+
+
 def test_a_step_cache_that_decides_alone_is_refused():
     cached = load_preset("flux1-dev/fast")
     extras = cached.extras.model_validate({"cache": {"name": "first_block", "parameters": {}}})
