@@ -39,7 +39,13 @@ class Machine:
 
 
 GPU = Machine("GPU", 0.7, 0.03, "assumed, for a GPU with a good dense baseline")
-CPU = Machine("CPU", 0.70, 0.09, "fitted to `composed` at 4096 tokens in docs/results/attention-amd-epyc.csv")
+CPU = Machine(
+    "CPU",
+    0.66,
+    0.14,
+    "fitted to calls as presets with `composed` make them, 4096 to 32760 tokens, whose gains are within a fifth of the "
+    "fit: docs/results/attention-amd-epyc.csv",
+)
 
 
 def machine_here(device: str = "auto") -> Machine:
@@ -179,7 +185,10 @@ def _layer_parts(method: Method, table: HeadTable | None, layer: int, step: int,
 
 def _density(method: Method, layout: TokenLayout) -> float | None:
     """Density of a method; None where it depends on queries and keys."""
-    return _static_density(method, layout) if method.is_static else method.requested_density
+    if method.is_static:
+        return _static_density(method, layout)
+    requested, text = method.requested_density, layout.text / layout.tokens
+    return None if requested is None else text + (1 - text) * requested  # rows of text attend to everything
 
 
 @lru_cache(maxsize=256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -117,14 +118,36 @@ def test_amdahl():
     assert saving(0.9, Machine("slow", 0.8, 0.0, "above its break-even a call runs dense")) == 0.0
 
 
-def test_the_cpu_assumptions_are_those_of_the_measurements():
+def measured_as_presets_run():
+    """Rows of single calls with the method and parameters of a profile, at any density, on the CPU."""
     table = Path(__file__).parent.parent / "docs" / "results" / "attention-amd-epyc.csv"
-    rows = [row for row in csv.DictReader(table.open()) if (row["shape"], row["method"]) == ("cpu-4k", "composed")]
+    profiles = [load_preset(f"{model}/balanced").method for model in ("wan2.1-t2v-1.3b-480p", "flux1-dev")]
+    kept = [{**method.parameters, "density": None} for method in profiles]
+    rows = [row for row in csv.DictReader(table.open()) if row["method"] == "composed" and row["ratio"]]
+    return [row for row in rows if {**json.loads(row["parameters"]), "density": None} in kept]
+
+
+def test_the_cpu_assumptions_are_those_of_the_measurements():
+    rows = measured_as_presets_run()
+    assert {row["shape"] for row in rows} == {"cpu-4k", "wan-1.3b", "cogvideox", "flux-1k", "flux-2k"}
     densities, gains = (np.array([float(row[name]) for row in rows]) for name in ("density", "ratio"))
-    assert densities.tolist() == [0.125, 0.25, 0.5, 0.75]
     slope, overhead = np.polyfit(densities, 1 / gains, 1)
-    assert pytest.approx(1 / slope, abs=0.02) == CPU.efficiency
+    assert pytest.approx(1 / slope, abs=0.01) == CPU.efficiency
     assert overhead == pytest.approx(CPU.overhead, abs=0.01)
+    predicted = 1 / (densities / CPU.efficiency + CPU.overhead)
+    np.testing.assert_allclose(predicted, gains, rtol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("flux1-dev", "flux-1k"), ("cogvideox-5b", "cogvideox"), ("wan2.1-t2v-1.3b-480p", "wan-1.3b")]
+)
+def test_the_expected_density_is_that_of_the_measurements(name, shape):
+    preset = load_preset(f"{name}/balanced")
+    requested = preset.method.parameters["density"]
+    rows = [row for row in measured_as_presets_run() if row["shape"] == shape]
+    (density,) = [float(row["density"]) for row in rows if float(row["requested_density"]) == requested]
+    # Rows of text attend to everything, and a density becomes a number of blocks.
+    assert estimate(preset).density == pytest.approx(density, abs=0.005)
 
 
 def test_the_machine_changes_the_prediction():
