@@ -18,6 +18,7 @@ from dit_accel.families.base import Family
 from dit_accel.families.hoisting import Hoist
 from dit_accel.families.registry import family_of
 from dit_accel.families.tracking import track
+from dit_accel.flow_shift import scheduler_shift
 from dit_accel.handle import Acceleration, Installed, Replaced, carry_settings, handle_of
 from dit_accel.kernels.registry import Request, check_backend, why_none
 from dit_accel.methods.base import Method
@@ -106,7 +107,8 @@ def accelerate(
         "extras": {} if resolved is None else resolved.extras.model_dump(mode="json", exclude_defaults=True),
         "backend": backend,
     }
-    if notes := [f"{name}: {note}" for name, model in models.items() for note in families[name].notes(model)]:
+    notes = [f"{name}: {note}" for name, model in models.items() for note in families[name].notes(model)]
+    if notes := notes + _notes_of_shift(resolved, pipe):
         settings["notes"] = notes
     undo_extras = _install_extras(resolved, pipe, models)
     installed = {}
@@ -137,6 +139,15 @@ def _check_arithmetic(methods: Iterable[Method], model: nn.Module, backend: str)
         request = Request(weight.device, torch.bfloat16, 64, remainder=method.remainder, precision=method.precision)
         if (reason := why_none(backend, request)) is not None:
             raise UnsupportedError(f"method {method.name!r} asks for arithmetic that {weight.device} lacks: {reason}")
+
+
+def _notes_of_shift(preset: Preset | None, pipe: Any) -> list[str]:
+    """That the user's own pipeline, which stays as it is, runs at other noise levels than the preset was made for."""
+    wanted, scheduler = None if preset is None else preset.model.flow_shift, getattr(pipe, "scheduler", None)
+    runs = None if scheduler is None else scheduler_shift(scheduler)
+    if wanted is None or runs in (None, wanted):
+        return []
+    return [f"the scheduler's shift is {runs:g}, the preset's {wanted:g}: `set_flow_shift(pipe, {wanted:g})` sets it"]
 
 
 def _install_extras(preset: Preset | None, pipe: Any, models: dict[str, nn.Module]) -> Callable[[], None]:
