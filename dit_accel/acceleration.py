@@ -147,7 +147,8 @@ def _notes_of_shift(preset: Preset | None, pipe: Any) -> list[str]:
     runs = None if scheduler is None else scheduler_shift(scheduler)
     if wanted is None or runs in (None, wanted):
         return []
-    return [f"the scheduler's shift is {runs:g}, the preset's {wanted:g}: `set_flow_shift(pipe, {wanted:g})` sets it"]
+    remedy = f"`dit_accel.flow_shift.set_flow_shift(pipe, {wanted:g})` sets it"
+    return [f"the scheduler's shift is {runs:g}, the preset's {wanted:g}: {remedy}"]
 
 
 def _install_extras(preset: Preset | None, pipe: Any, models: dict[str, nn.Module]) -> Callable[[], None]:

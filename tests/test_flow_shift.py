@@ -144,7 +144,8 @@ def test_accelerate_leaves_the_scheduler_of_one_s_own_pipeline():
     with accelerate(pipe, "wan2.1-t2v-14b-720p/fast") as acceleration:
         assert pipe.scheduler is scheduler
         runs = scheduler_shift(scheduler)
-        assert f"the scheduler's shift is {runs:g}, the preset's 5: `set_flow_shift(pipe, 5)`" in acceleration.summary()
+        told = f"the scheduler's shift is {runs:g}, the preset's 5: `dit_accel.flow_shift.set_flow_shift(pipe, 5)` sets"
+        assert told in acceleration.summary()
     set_flow_shift(pipe, 5.0)
     with accelerate(pipe, "wan2.1-t2v-14b-720p/fast") as acceleration:
         assert "shift" not in acceleration.summary()
