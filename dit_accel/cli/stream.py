@@ -16,9 +16,10 @@ import yaml
 from dit_accel.cli.app import console
 from dit_accel.cli.files import report_path, write_json
 from dit_accel.cli.inputs import open_image
-from dit_accel.cli.overrides import frames_of
+from dit_accel.cli.overrides import frames_of, override_generation
 from dit_accel.cli.prompts import LivePrompts, PromptChange, read_prompts
 from dit_accel.errors import ConfigError
+from dit_accel.models import fit_to_model
 from dit_accel.presets import Preset, streaming_preset
 from dit_accel.streaming import STREAM_PRESETS, StreamAttention, StreamSettings, stream_preset, stream_settings
 from dit_accel.video.growing import StreamingVideoFile
@@ -28,6 +29,7 @@ _SHARED = {
     *("guidance_scale", "fps", "seed", "image", "model", "device", "dtype", "method", "density", "report"),
 }
 _OWN = ["num_chunks", "prompts_file", "live", "stream_settings", "checkpoint", "lora"]
+_LENGTHS = ("num_chunks", "num_frames", "seconds")
 METHOD_HELP = "Method instead of the preset's; of a stream also light_forcing, flashblock or compressed_memory."
 SETTINGS_HELP = f"Settings of a stream: {', '.join(STREAM_PRESETS)}, or a YAML file. Default: the preset's."
 
@@ -95,7 +97,7 @@ def run_stream(context: typer.Context) -> None:
 
 
 def _request(options: Mapping[str, Any]) -> _Request:
-    preset = streaming_preset(options["preset"], options["model"] is not None or options["checkpoint"] is not None)
+    preset = _preset(options)
     settings = _settings(options, preset)
     if options["negative_prompt"] and settings.guidance_scale <= 1:
         raise ConfigError("--negative-prompt", "this stream runs without guidance; give --guidance-scale above 1")
@@ -109,10 +111,25 @@ def _request(options: Mapping[str, Any]) -> _Request:
         changes.insert(0, PromptChange(prompt=prompts[0]))
     if not changes or changes[0].chunk != 1:
         raise ConfigError("--prompt", "expected a text, or a prompts file with a prompt for chunk 1")
+    chunks = _chunks(options, preset, settings)
+    if chunks is not None and changes[-1].chunk > chunks:
+        raise ConfigError(
+            "--prompts-file", f"expected prompts for chunks 1 to {chunks}, which the stream has, got one for chunk "
+            f"{changes[-1].chunk}; make the stream longer (--num-chunks) or leave it out"
+        )  # fmt: skip
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{preset.name.replace('/', '-')}-stream-seed{options['seed']}.mp4"
     output = options["output"] or Path("outputs") / stamp
     report = report_path(options["report"], output)
-    return _Request(preset, settings, changes, output, report, _chunks(options, preset, settings), options)
+    return _Request(preset, settings, changes, output, report, chunks, options)
+
+
+def _preset(options: Mapping[str, Any]) -> Preset:
+    """The preset to stream with, at the size that was asked for."""
+    model = options["model"]
+    preset = fit_to_model(streaming_preset(options["preset"], bool(model or options["checkpoint"])), model)
+    if model is not None:  # it has a geometry of its own, known when it is loaded
+        return preset
+    return override_generation(preset, {name: options[name] for name in ("height", "width", "fps")}, model)
 
 
 def _settings(options: Mapping[str, Any], preset: Preset) -> StreamSettings:
@@ -143,6 +160,9 @@ def _settings(options: Mapping[str, Any], preset: Preset) -> StreamSettings:
 
 def _chunks(options: Mapping[str, Any], preset: Preset, settings: StreamSettings) -> int | None:
     """Chunks to make: as told, else enough for the frames of the preset; endless while prompts are typed."""
+    lengths = [f"--{name.replace('_', '-')} {options[name]}" for name in _LENGTHS if options[name] is not None]
+    if len(lengths) > 1:
+        raise ConfigError("--num-chunks, --num-frames, --seconds", f"expected one of them, got {' and '.join(lengths)}")
     if options["num_chunks"] is not None:
         return int(options["num_chunks"])
     frames = options["num_frames"]

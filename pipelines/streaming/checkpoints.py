@@ -62,15 +62,25 @@ CAUSAL_WEIGHTS: dict[str, CausalWeights] = {
 """Weights for the 1.3B text-to-video model, by project."""
 
 
+def find_weights(path: str | Path, argument: str = "checkpoint") -> Path:
+    """The file of a checkpoint, which is there.
+
+    Raises:
+        ConfigError: no such file; under the name `argument`.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ConfigError(argument, f"no such file: {path}")
+    return path
+
+
 def read_weights(path: str | Path) -> dict[str, Any]:
     """A checkpoint as it is stored: safetensors, or a PyTorch file read with `weights_only=True`.
 
     Raises:
         ConfigError: no such file, or one that holds anything but tensors and plain containers.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ConfigError("checkpoint", f"no such file: {path}")
+    path = find_weights(path)
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))

@@ -11,10 +11,10 @@ from diffusers import WanPipeline
 from torch import Tensor
 
 from dit_accel.errors import ConfigError
-from dit_accel.models import load_for_preset
+from dit_accel.models import fit_to_model, load_for_preset
 from dit_accel.pipelines.base import FromPreset
 from dit_accel.pipelines.streaming.attention import DenseContext
-from dit_accel.pipelines.streaming.checkpoints import load_causal_weights
+from dit_accel.pipelines.streaming.checkpoints import find_weights, load_causal_weights
 from dit_accel.pipelines.streaming.decoder import LatentDecoder, LatentScale, StreamingVaeDecoder
 from dit_accel.pipelines.streaming.policies import make_policy
 from dit_accel.pipelines.streaming.rolling import make_driver
@@ -72,19 +72,24 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
             overrides: fields of `StreamSettings`.
 
         Raises:
-            ConfigError: another task or family, an unknown name, or weights that do not fit.
+            ConfigError: another task or family, an unknown name, wrong settings or no such file, before anything is
+                loaded; or weights that do not fit.
         """
-        preset = streaming_preset(name, model is not None or checkpoint is not None)
+        preset = fit_to_model(streaming_preset(name, model is not None or checkpoint is not None), model)
         if (preset.family, preset.task) != ("wan", cls.task):
             raise ConfigError(f"preset {preset.name}", f"is {preset.family} {preset.task}; streams need wan {cls.task}")
         if lora is not None and checkpoint is None:
             raise ConfigError("lora", "is merged into a checkpoint; give one")
+        for argument, path in (("checkpoint", checkpoint), ("lora", lora)):
+            if path is not None:
+                find_weights(path, argument)
+        settings = _laid_over(preset.stream if stream is None else stream_preset(stream), overrides)
+        make_policy(settings)
         pipe = load_for_preset(preset, model, device or "auto", dtype or "auto", cls)
         pipe.preset = preset
         if checkpoint is not None:
             load_causal_weights(pipe.transformer, checkpoint, lora)
-        pipe.stream_settings = preset.stream if stream is None else stream_preset(stream)
-        pipe.stream_settings = pipe._settings(overrides)
+        pipe.stream_settings = settings
         return pipe
 
     def stream(
@@ -153,12 +158,9 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
             self._runtime = None
 
     def _settings(self, settings: StreamSettings | Mapping[str, Any] | None) -> StreamSettings:
-        base = self.stream_settings or StreamSettings()
-        if settings is None:
-            return base
         if isinstance(settings, StreamSettings):
             return settings
-        return stream_settings(**{**base.model_dump(), **settings})
+        return _laid_over(self.stream_settings, settings or {})
 
     def _latent_size(self, height: int, width: int) -> tuple[int, int]:
         _, *patch = self.transformer.config.patch_size
@@ -193,3 +195,9 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
         video = self.video_processor.preprocess_video(list(frames), height=height, width=width)
         encoded = self.vae.encode(video.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
         return LatentScale(self.vae).from_vae(encoded).float()
+
+
+def _laid_over(base: StreamSettings | None, changes: Mapping[str, Any]) -> StreamSettings:
+    """The settings with other values in their fields, checked whole."""
+    base = base or StreamSettings()
+    return stream_settings(**{**base.model_dump(), **changes}) if changes else base

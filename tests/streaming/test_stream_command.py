@@ -183,12 +183,47 @@ def test_a_checkpoint_is_loaded(command, tmp_path, pipeline_folder):
         (["--prompt", "x", "--preset", "wan2.1-i2v-14b-480p"], "streams need wan t2v"),
         (["--prompt", "x", "--image", "none.png"], "--image: cannot read"),
         (["--prompt", "x", "--negative-prompt", "y"], "--negative-prompt: this stream runs without guidance"),
+        (["--prompt", "x", "--num-chunks", 3, "--seconds", 20], "got --num-chunks 3 and --seconds 20.0"),
+        (["--prompt", "x", "--num-chunks", 3, "--num-frames", 9], "got --num-chunks 3 and --num-frames 9"),
+        (
+            ["--prompts-file", "late.yaml", "--num-chunks", 3],
+            "expected prompts for chunks 1 to 3, which",
+        ),
+        (["--prompt", "x", "--checkpoint", "none.pt"], "checkpoint: no such file: none.pt"),
     ],
 )
-def test_wrong_options_are_named_and_leave_no_file(command, tmp_path, arguments, message):
+def test_wrong_options_are_named_and_leave_no_file(command, tmp_path, arguments, message, monkeypatch):
+    monkeypatch.setattr("dit_accel.models.load_pipeline", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "late.yaml").write_text("- {prompt: a}\n- {prompt: b, chunk: 50}\n")
     code, _, err = command(*arguments)
     assert (code, message in err) == (2, True), err
     assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_a_size_that_the_preset_s_model_cannot_make_is_refused_before_it_is_loaded(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dit_accel.models.load_pipeline", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(sys, "argv", ["generate-video", "--stream", "--prompt", "x", "--height", "65"])
+    with pytest.raises(SystemExit) as left:
+        generate.main()
+    assert left.value.code == 2
+    assert "generation.height: expected a multiple of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"checkpoint": "none.pt"}, "checkpoint: no such file: none.pt"),
+        ({"checkpoint": __file__, "lora": "none.pt"}, "lora: no such file: none.pt"),
+        ({"stream": "longlife"}, "did you mean 'longlive'"),
+        ({"windw": 3}, "did you mean 'window'"),
+        ({"attention": {"name": "lightforcing"}}, "did you mean 'light_forcing'"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(wrong, message, monkeypatch):
+    monkeypatch.setattr("dit_accel.pipelines.streaming.pipeline.load_for_preset", lambda *_: pytest.fail("was loaded"))
+    with pytest.raises(ConfigError, match=message):
+        StreamingWanPipeline.from_preset("tiny-wan", **wrong)
 
 
 def test_a_preset_says_how_its_model_streams(tmp_path, pipeline_folder):
