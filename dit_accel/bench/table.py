@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dit_accel.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 
 def stamp() -> dict[str, str]:
@@ -29,6 +32,9 @@ def stream_csv(
 ) -> Iterator[Mapping[str, Any]]:
     """Pass rows on, and write each one, with the values of `common` behind it, as soon as it is there.
 
+    The file is called NAME.partial until the last row is in it, so that a run that fails leaves an earlier result as it
+    was, and its own rows beside it.
+
     Args:
         path: file to write; its folder is made. None: nothing is written.
         rows: mappings with the same keys.
@@ -40,21 +46,37 @@ def stream_csv(
     if path is None:
         yield from rows
         return
+    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w", newline="", encoding="utf-8")
+        file = partial.open("a", newline="", encoding="utf-8")
     except OSError as error:
         raise ConfigError("--csv", f"cannot write {path}: {error.strerror}") from None
-    with file:
-        writer: csv.DictWriter[str] | None = None
-        for row in rows:
-            whole = {**row, **common}
-            if writer is None:
-                writer = csv.DictWriter(file, list(whole))
-                writer.writeheader()
-            writer.writerow({name: _cell(value) for name, value in whole.items()})
-            file.flush()
-            yield row
+    count = 0
+    try:
+        with file:
+            for count, row in enumerate(rows, start=1):  # noqa: B007: told when the run ends early
+                _write_row(file, {**row, **common}, is_first=count == 1)
+                yield row
+            if not count:
+                file.truncate(0)
+        os.replace(partial, path)
+    except BaseException:
+        if count:
+            _log.warning("%s is not complete; the rows of this run, %d, are in %s", path, count, partial)
+        elif not partial.stat().st_size:
+            partial.unlink()
+        raise
+
+
+def _write_row(file: TextIO, row: Mapping[str, Any], is_first: bool) -> None:
+    """Append a row; the first one replaces what an earlier run left, and brings the names of the columns."""
+    writer = csv.DictWriter(file, list(row))
+    if is_first:
+        file.truncate(0)
+        writer.writeheader()
+    writer.writerow({name: _cell(value) for name, value in row.items()})
+    file.flush()
 
 
 def _cell(value: Any) -> Any:

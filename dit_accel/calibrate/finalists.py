@@ -86,7 +86,9 @@ def try_out(
         method, schedule = resolve_policy(preset, None, None, {})
         candidates.append(Candidate(name, method, schedule, preset=preset))
     tasks = [Task(prompt, plan.seed + number) for number, prompt in enumerate(plan.prompts)]
-    made = resumed(pipe, plan.generation, tasks, candidates, path, plan.weights, tell, inputs=inputs)
+    second = plan.preset.schedule_2
+    key = " ".join([plan.weights, *([] if second is None else [second.model_dump_json()]), *plan.inputs.values()])
+    made = resumed(pipe, plan.generation, tasks, candidates, path, key, tell, inputs=inputs)
     rows = [row for each in made for row in each]
     near = {name: mean(row["psnr"] for row in rows if row["candidate"] == name) for name in tried}
     for name, psnr in near.items():

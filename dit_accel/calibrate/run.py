@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class Plan:
             range of steps of every prompt. Default 0: errors of all layers and steps count alike.
         alone: also run every candidate alone, for its time and what it does to the picture: a generation for each and
             prompt. Statistics without these runs serve a plan with them, which adds them. Default False.
+        inputs: a hash of each file that the generations read besides their prompts, by its option. Default: none.
     """
 
     preset: Preset
@@ -74,6 +75,7 @@ class Plan:
     ranges: int = 1
     parts: int = 0
     alone: bool = False
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     def steps_of(self, at: int) -> range:
         """The steps of one of the ranges, of those that some schedule does not keep dense as equal as can be."""
@@ -113,7 +115,9 @@ class Plan:
         """Plain values that say whether statistics belong to this plan."""
         return {
             "preset": self.preset.name,
-            "schedule": self.preset.schedule.model_dump(mode="json", exclude={"head_table", "max_error"}),
+            "schedule": _timing(self.preset.schedule),
+            "schedule_2": None if self.preset.schedule_2 is None else _timing(self.preset.schedule_2),
+            "inputs": dict(self.inputs) or None,
             "candidates": {name: [m.name, m.model_dump(mode="json")] for name, m in self.candidates.items()},
             "prompts": list(self.prompts),
             "generation": self.generation.model_dump(mode="json"),
@@ -133,6 +137,11 @@ class Plan:
         if not self.layer_reuse:
             return Observer(methods, *common, self.starts)
         return LayerObserver(methods[0], self.layer_reuse, schedule.layer_heads, *common)
+
+
+def _timing(schedule: Schedule) -> dict[str, Any]:
+    """What of a schedule decides which calls are measured."""
+    return schedule.model_dump(mode="json", exclude={"head_table", "max_error"})
 
 
 def measure(

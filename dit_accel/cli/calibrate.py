@@ -65,7 +65,8 @@ def calibrate(
     from dit_accel.calibrate.tasks import calibration_prompts
     from dit_accel.calibrate.weights import fingerprint
     from dit_accel.calibrate.write import head_table, prediction, write_layer_preset, write_preset
-    from dit_accel.cli.inputs import check_inputs, read_inputs
+    from dit_accel.cli.files import check_folder
+    from dit_accel.cli.inputs import check_inputs, digests, read_inputs
     from dit_accel.compare.candidates import parse_candidate
     from dit_accel.errors import ConfigError
     from dit_accel.extras.install import store_weights
@@ -79,6 +80,7 @@ def calibrate(
         raise ConfigError("--layer-reuse", "is solved for an error: give --max-error")
     if output.suffix not in (".yaml", ".yml"):
         raise ConfigError("--output", f"expected a name that ends in .yaml, got {str(output)!r}")
+    check_folder(output, "--output")
     base = fit_to_model(load_preset(preset), model)
     given = {"image": image, "last_image": last_image, "mask": mask, "video": video}
     check_inputs(base, given)
@@ -98,7 +100,8 @@ def calibrate(
     store_weights(base.extras, pipe)
     inputs = read_inputs(base, given)
     ranges = step_ranges or (3 if probes else 1)
-    plan = Plan(*common) if layer_reuse else Plan(*common, ranges, probes, alone=max_time is not None)
+    parted = (1, 0) if layer_reuse else (ranges, probes)
+    plan = Plan(*common, *parted, alone=max_time is not None, inputs=digests(given))
     path = output.with_suffix(".safetensors")
 
     def tell(line: str) -> None:

@@ -24,15 +24,28 @@ def report_path(report: Path | None, target: Path) -> Path:
     path = target.with_suffix(".json") if report is None else report.expanduser()
     if path == target:
         raise ConfigError("--report", f"{path} is the result itself; give another name")
+    check_folder(path, "--report")
+    return path
+
+
+def check_folder(path: Path, option: str) -> None:
+    """Make the folder of a file that a long run will end with, and see that it can be written to.
+
+    Args:
+        path: the file.
+        option: that named it.
+
+    Raises:
+        ConfigError: a directory, or a folder that cannot be made or written to.
+    """
     if path.is_dir():
-        raise ConfigError("--report", f"{path} is a directory; give a file name in it")
+        raise ConfigError(option, f"{path} is a directory; give a file name in it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError("--report", f"cannot make {path.parent}: {error.strerror}") from None
+        raise ConfigError(option, f"cannot make {path.parent}: {error.strerror}") from None
     if not os.access(path.parent, os.W_OK):
-        raise ConfigError("--report", f"cannot write in {path.parent}")
-    return path
+        raise ConfigError(option, f"cannot write in {path.parent}")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from dit_accel.errors import ConfigError, near_matches
 from dit_accel.methods.base import Method
 from dit_accel.methods.registry import get_method, list_methods
 from dit_accel.presets import Preset, list_presets, load_preset
-from dit_accel.resolve import resolve_policy
+from dit_accel.resolve import resolve_policy, second_schedule
 from dit_accel.schedule import ALL_DENSE, Schedule
 
 DENSE = "dense"
@@ -40,7 +40,7 @@ class Candidate:
 def parse_candidate(text: str, base: Preset) -> Candidate:
     """A candidate from `PRESET`, `FILE.yaml` or `METHOD[:KEY=VALUE,...]`.
 
-    A method keeps the schedule of `base`; keys may be parameters of the method or fields of the schedule, and values
+    A method keeps the schedules of `base`; keys may be parameters of the method or fields of both schedules, and values
     are YAML: ``composed:density=0.2,tile=[4,4,4],dense_steps=2``; null is for parameters that may be left unset:
     ``composed:density=null,mass=0.9``.
 
@@ -56,8 +56,11 @@ def parse_candidate(text: str, base: Preset) -> Candidate:
         return Candidate(text, method, schedule, preset=preset)
     if name not in list_methods():
         raise ConfigError("candidate", f"{text!r} is no preset and no method{near_matches(name, list_methods())}")
-    method, schedule = resolve_policy(base, name, None, _values(rest, text))
-    return Candidate(text, method, schedule)
+    values = _values(rest, text)
+    timing = {key: value for key, value in values.items() if key in Schedule.model_fields}
+    method, schedule = resolve_policy(base, name, None, values)
+    second = second_schedule(base, None, None, timing, ("transformer_2",), method)
+    return Candidate(text, method, schedule, {} if second is None else {"schedule_2": second})
 
 
 def _values(words: str, text: str) -> dict[str, Any]:

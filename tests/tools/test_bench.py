@@ -16,6 +16,7 @@ from dit_accel.bench.random_blocks import RandomBlocks
 from dit_accel.bench.random_models import Blueprint, blueprint_of, make_model, step_arguments
 from dit_accel.bench.shapes import Shape, find_shape, list_shapes, structured_qkv
 from dit_accel.bench.step import build, measure_step
+from dit_accel.bench.table import stream_csv
 from dit_accel.bench.timing import Spread, fastest_dense, interleaved, ratios
 from dit_accel.bench.verify import verify
 from dit_accel.cli import main
@@ -246,6 +247,32 @@ def test_the_command_writes_rows_with_hardware_versions_date_and_command(monkeyp
     assert "flux1-dev-4k" in out
     assert call(monkeypatch, capsys, "bench", "attention", "--shapes", "smal")[0] == 2
     assert call(monkeypatch, capsys, "bench", "attention", *options[:-1], "/proc/none/x.csv")[0] == 2
+
+
+def test_a_run_that_fails_keeps_the_earlier_result_and_its_own_rows(tmp_path, caplog):
+    path, partial = tmp_path / "r.csv", tmp_path / "r.csv.partial"
+
+    def rows(count, fails):
+        yield from ({"n": n} for n in range(count))
+        if fails:
+            raise DitAccelError("no memory")
+
+    assert list(stream_csv(path, rows(1, False), {"date": "monday"})) == [{"n": 0}]
+    whole = "n,date\n0,monday\n"
+    assert path.read_text() == whole
+    assert not partial.exists()
+    for count in (2, 0):
+        with pytest.raises(DitAccelError):
+            list(stream_csv(path, rows(count, True), {"date": "tuesday"}))
+        assert path.read_text() == whole
+        assert partial.read_text() == "n,date\n0,tuesday\n1,tuesday\n"  # a run without rows leaves those of another
+    assert f"the rows of this run, 2, are in {partial}" in caplog.text
+    partial.unlink()
+    with pytest.raises(DitAccelError):
+        list(stream_csv(path, rows(0, True), {}))
+    assert [each.name for each in tmp_path.iterdir()] == ["r.csv"]
+    list(stream_csv(path, rows(3, False), {"date": "friday"}))
+    assert path.read_text().count("friday") == 3
 
 
 def test_a_method_that_is_wrong_is_not_timed_in_a_step(monkeypatch):

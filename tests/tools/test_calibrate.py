@@ -161,6 +161,12 @@ def test_statistics_of_another_calibration_are_refused(tmp_path):
     Statistics.empty(1, 1, 1).save(path, small_plan().settings())
     with pytest.raises(ConfigError, match="differs in share"):
         measure(None, small_plan(share=0.5), path, lambda line: None)
+    with pytest.raises(ConfigError, match="differs in inputs"):
+        measure(None, small_plan(inputs={"image": "abc"}), path, lambda line: None)
+    plan = small_plan()
+    two = replace(plan, preset=plan.preset.model_copy(update={"schedule_2": Schedule.make(dense_steps=1)}))
+    with pytest.raises(ConfigError, match="differs in schedule_2"):
+        measure(None, two, path, lambda line: None)
     path.write_bytes(b"nothing")
     with pytest.raises(ConfigError, match="cannot be read"):
         measure(None, small_plan(), path, lambda line: None)
@@ -273,6 +279,19 @@ def test_the_preset_runs_and_keeps_the_predicted_density(tmp_path):
         report = acceleration.report()
     assert {call.reason for call in report.calls} == {None}
     assert report.density == pytest.approx(found.cost, abs=0.02)
+
+
+def test_a_preset_that_cannot_be_written_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dit_accel.models.load_pipeline", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.yaml").mkdir()
+    for name, message in (("file/mine.yaml", "--output: cannot make"), ("folder.yaml", "--output: ")):
+        arguments = ["--density", "0.5", "--output", str(tmp_path / name)]
+        monkeypatch.setattr(sys, "argv", ["dit-accel", "calibrate", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main.main()
+        assert left.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_command_measures_once_and_solves_again(pipeline_folder, tmp_path, monkeypatch, capsys):

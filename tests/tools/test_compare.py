@@ -75,6 +75,16 @@ def test_candidates_are_presets_or_methods():
     assert parse_candidate("radial:", BASE).method == parse_candidate("radial", BASE).method
 
 
+def test_a_method_keeps_the_schedules_of_both_experts():
+    base = load_preset("wan2.2-t2v-a14b-720p/rectified")
+    assert base.schedule_2 != base.schedule
+    assert parse_candidate("radial", base).options["schedule_2"] == base.schedule_2
+    made = parse_candidate("radial:dense_layers=4", base)
+    assert (made.schedule.dense_layers, made.options["schedule_2"].dense_layers) == (((0, 4),), ((0, 4),))
+    assert made.options["schedule_2"].dense_noise == base.schedule_2.dense_noise
+    assert "schedule_2" not in parse_candidate("radial", BASE).options
+
+
 def test_null_reaches_a_parameter_that_may_be_unset_and_no_other():
     by_mass = parse_candidate("composed:density=null,mass=0.9", BASE).method
     assert (by_mass.density, by_mass.mass) == (None, 0.9)
