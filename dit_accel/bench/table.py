@@ -55,7 +55,7 @@ def stream_csv(
     count = 0
     try:
         with file:
-            for count, row in enumerate(rows, start=1):  # noqa: B007: told when the run ends early
+            for count, row in enumerate(rows, start=1):
                 _write_row(file, {**row, **common}, is_first=count == 1)
                 yield row
             if not count:
