@@ -25,8 +25,7 @@ from dit_accel.methods.base import Method
 from dit_accel.presets import Preset, load_preset
 from dit_accel.resolve import resolve_policy, second_schedule
 from dit_accel.schedule import Schedule
-
-_COMPONENTS = ("transformer", "transformer_2")
+from dit_accel.siblings import transformers_of
 
 
 def accelerate(
@@ -177,11 +176,9 @@ def _install(model: nn.Module, family: Family, engine: Engine) -> Installed:
 def _transformers(pipe: Any) -> dict[str, nn.Module]:
     if isinstance(pipe, nn.Module):
         return {"transformer": unwrap_module(pipe)}
-    found = {name: getattr(pipe, name, None) for name in _COMPONENTS}
-    models = {name: unwrap_module(model) for name, model in found.items() if isinstance(model, nn.Module)}
-    if not models:
-        raise UnsupportedError(f"{type(pipe).__name__}: expected a pipeline with a `transformer`, or a transformer")
-    return models
+    if models := transformers_of(pipe):
+        return models
+    raise UnsupportedError(f"{type(pipe).__name__}: expected a pipeline with a `transformer`, or a transformer")
 
 
 def _check_family(preset: Preset | None, families: dict[str, Family]) -> None:

@@ -1,9 +1,18 @@
-"""Things of a pipeline's transformers that know one another, and stay apart where one transformer is copied alone."""
+"""The transformers of a pipeline; and things of theirs that know one another, unless one of them is copied alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, Generic, Protocol, TypeVar
+
+from diffusers.utils.torch_utils import unwrap_module
+from torch import nn
+
+
+def transformers_of(pipe: Any) -> dict[str, nn.Module]:
+    """The transformers of a Diffusers pipeline by component name, without what compilation wraps around them."""
+    found = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2")}
+    return {name: unwrap_module(model) for name, model in found.items() if isinstance(model, nn.Module)}
 
 
 class _Sibling(Protocol):

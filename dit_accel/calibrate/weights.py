@@ -6,7 +6,8 @@ import hashlib
 from typing import Any
 
 import torch
-from torch import nn
+
+from dit_accel.siblings import transformers_of
 
 _VALUES = 8
 
@@ -18,9 +19,8 @@ def fingerprint(pipe: Any) -> str:
     costs nothing on large models.
     """
     digest = hashlib.sha256()
-    for component in ("transformer", "transformer_2"):
-        model = getattr(pipe, component, None)
-        for name, weight in model.named_parameters() if isinstance(model, nn.Module) else ():
+    for component, model in transformers_of(pipe).items():
+        for name, weight in model.named_parameters():
             digest.update(f"{component}.{name} {tuple(weight.shape)}".encode())
             for part in _parts(weight):
                 first = part.detach().reshape(-1)[:_VALUES].to("cpu", torch.float32)

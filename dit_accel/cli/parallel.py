@@ -167,11 +167,11 @@ class Degrees:
         from diffusers import ContextParallelConfig
         from torch.distributed.device_mesh import init_device_mesh
 
+        from dit_accel.siblings import transformers_of
+
         mesh = init_device_mesh(device.split(":")[0], (self.ring, self.ulysses), mesh_dim_names=("ring", "ulysses"))
-        for name in ("transformer", "transformer_2"):
-            model: Any = getattr(pipe, name, None)
-            if model is None:
-                continue
+        found: dict[str, Any] = dict(transformers_of(pipe))
+        for name, model in found.items():
             if getattr(model, "_cp_plan", None) is None:
                 raise ConfigError(
                     "--ulysses-degree", f"Diffusers has no plan to divide {type(model).__name__}; use one process"

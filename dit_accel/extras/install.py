@@ -11,8 +11,7 @@ from torch import nn
 from dit_accel.errors import UnsupportedError
 from dit_accel.extras.cache import Guidance, enable_cache
 from dit_accel.extras.settings import Compile, Extras, LayerwiseCasting, Offload
-
-_COMPONENTS = ("transformer", "transformer_2")
+from dit_accel.siblings import transformers_of
 
 
 def install_extras(extras: Extras, pipe: Any, models: dict[str, nn.Module], guidance: Guidance) -> Callable[[], None]:
@@ -55,8 +54,7 @@ def store_weights(extras: Extras, pipe: Any) -> None:
     Raises:
         UnsupportedError: see `install_extras`.
     """
-    found = {name: getattr(pipe, name, None) for name in _COMPONENTS}
-    models = {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+    models = transformers_of(pipe)
     _check_fit(extras, pipe, models)
     if extras.layerwise_casting is not None:
         _cast(extras.layerwise_casting, models)
