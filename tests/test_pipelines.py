@@ -194,7 +194,7 @@ def test_defaults_of_the_preset_give_way_to_what_a_call_says(monkeypatch):
     assert seen == {
         "args": ("a prompt",),
         "height": 64,
-        "width": 1024,
+        "width": 48,  # of the tiny model
         "num_inference_steps": 28,
         "guidance_scale": 3.5,
         "max_sequence_length": 512,

@@ -75,11 +75,11 @@ def test_arithmetic_that_a_gpu_lacks_is_refused_before_the_first_step(monkeypatc
     with pytest.raises(
         UnsupportedError, match=r"method 'sparge' .* cuda lacks: .*triton: compute capability 8.6 .*int8"
     ):
-        _check_arithmetic(fp8, OnGpu(), backend)
-    _check_arithmetic(int8, OnGpu(), backend)
-    _check_arithmetic(fp8, torch.nn.Linear(2, 2), backend)  # a CPU emulates it
+        _check_arithmetic([fp8], OnGpu(), backend)
+    _check_arithmetic([int8], OnGpu(), backend)
+    _check_arithmetic([fp8], torch.nn.Linear(2, 2), backend)  # a CPU emulates it
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
-    _check_arithmetic(fp8, OnGpu(), backend)
+    _check_arithmetic([fp8], OnGpu(), backend)
 
 
 def test_accelerate_asks_for_the_arithmetic_of_every_transformer(monkeypatch):
@@ -89,7 +89,7 @@ def test_accelerate_asks_for_the_arithmetic_of_every_transformer(monkeypatch):
     with accelerate(pipe, method="sparge", precision="int8_fp8"):
         pass
     assert [model for _, model, _ in asked] == [pipe.transformer, pipe.transformer_2]
-    assert {method.precision for method, _, _ in asked} == {Precision("int8", pv="fp8")}
+    assert {method.precision for methods, _, _ in asked for method in methods} == {Precision("int8", pv="fp8")}
 
 
 @pytest.mark.parametrize("text", [0, 40])
