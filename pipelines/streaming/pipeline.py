@@ -20,7 +20,7 @@ from dit_accel.pipelines.streaming.policies import make_policy
 from dit_accel.pipelines.streaming.rolling import make_driver
 from dit_accel.pipelines.streaming.runtime import CausalWan
 from dit_accel.pipelines.streaming.stream import OutputType, VideoStream
-from dit_accel.presets import streaming_preset
+from dit_accel.presets import Preset, streaming_preset
 from dit_accel.streaming import StreamSettings, stream_preset, stream_settings
 
 _TEXT_TOKENS = 512  # unless the preset says otherwise
@@ -72,12 +72,13 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
             overrides: fields of `StreamSettings`.
 
         Raises:
-            ConfigError: another task or family, an unknown name, wrong settings or no such file, before anything is
-                loaded; or weights that do not fit.
+            ConfigError: another task or family, extras that streams do not take, an unknown name, wrong settings or no
+                such file, before anything is loaded; or weights that do not fit.
         """
         preset = fit_to_model(streaming_preset(name, model is not None or checkpoint is not None), model)
         if (preset.family, preset.task) != ("wan", cls.task):
             raise ConfigError(f"preset {preset.name}", f"is {preset.family} {preset.task}; streams need wan {cls.task}")
+        _check_extras(preset)
         if lora is not None and checkpoint is None:
             raise ConfigError("lora", "is merged into a checkpoint; give one")
         for argument, path in (("checkpoint", checkpoint), ("lora", lora)):
@@ -201,3 +202,10 @@ def _laid_over(base: StreamSettings | None, changes: Mapping[str, Any]) -> Strea
     """The settings with other values in their fields, checked whole."""
     base = base or StreamSettings()
     return stream_settings(**{**base.model_dump(), **changes}) if changes else base
+
+
+def _check_extras(preset: Preset) -> None:
+    """Of the extras of a preset streams take quantisation, which happens while weights are read."""
+    for name in ("cache", "offload", "layerwise_casting", "compile"):
+        if getattr(preset.extras, name) is not None:
+            raise ConfigError(f"extras.{name}", "streams do without; set it to null in a preset that extends this one")

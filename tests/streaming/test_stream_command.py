@@ -210,6 +210,14 @@ def test_a_size_that_the_preset_s_model_cannot_make_is_refused_before_it_is_load
     assert "generation.height: expected a multiple of" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("extra", ["offload: {mode: model}", "compile: {}", "layerwise_casting: {}"])
+def test_extras_that_streams_do_not_take_are_refused(extra, tmp_path, monkeypatch):
+    monkeypatch.setattr("dit_accel.pipelines.streaming.pipeline.load_for_preset", lambda *_: pytest.fail("was loaded"))
+    (tmp_path / "mine.yaml").write_text(f"extends: tiny-wan-causal\nextras: {{{extra}}}\n")
+    with pytest.raises(ConfigError, match=rf"extras\.{extra.partition(':')[0]}: streams do without"):
+        StreamingWanPipeline.from_preset(tmp_path / "mine.yaml")
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
