@@ -40,6 +40,7 @@ def accelerate(
     seed: int = 0,
     hoist: bool = True,
     family: Family | None = None,
+    offload_to: str | torch.device | None = None,
     **parameters: Any,
 ) -> Acceleration:
     """Accelerate a Diffusers pipeline (or a bare transformer) in place.
@@ -51,8 +52,8 @@ def accelerate(
         pipe: a pipeline with a `transformer` (and `transformer_2` where the model has two), or the transformer.
         preset: name, path or `Preset` that gives method, parameters, schedule and extras. Default None: `method`
             gives them, and there are no extras.
-        method: name of a method (see `list_methods`) or a `Method`. Overrides the preset's. Default "dense" when
-            there is no preset either.
+        method: name of a method (see `list_methods`) or a `Method`. Overrides the preset's, and its head table.
+            Default "dense" when there is no preset either.
         schedule: a `Schedule` or its fields as a mapping. Default: the preset's, else all calls run the method.
         schedule_2: the same for `transformer_2` (Wan 2.2: the low-noise expert), whose steps count on from those of
             the first. Default: the preset's, else as `schedule`.
@@ -66,6 +67,8 @@ def accelerate(
             hooks of your own that take a block's tokens for a raster. Default True.
         family: how to read the transformer, for one that has no family of its own:
             `GenericFamily(grid=(frames, height, width), text="before")`. Default None: looked up by its class.
+        offload_to: accelerator that the weights are brought to where the preset's extras offload them. Default None:
+            the one that they lie on, or torch's current one.
         parameters: the method's parameters (`density=0.3`) and fields of both schedules (`dense_steps=10`).
 
     Returns:
@@ -81,7 +84,7 @@ def accelerate(
     timing = {key: value for key, value in parameters.items() if key in Schedule.model_fields}
     policy, timetable = resolve_policy(resolved, method, schedule, parameters)
     models = _transformers(pipe)
-    second = second_schedule(resolved, schedule, schedule_2, timing, models, policy) or timetable
+    second = second_schedule(resolved, schedule, schedule_2, timing, models, policy, method) or timetable
     families = {name: (family or family_of(model)).for_model(model) for name, model in models.items()}
     _check_family(resolved, families)
     engines = {}
@@ -109,7 +112,7 @@ def accelerate(
     notes = [f"{name}: {note}" for name, model in models.items() for note in families[name].notes(model)]
     if notes := notes + _notes_of_shift(resolved, pipe):
         settings["notes"] = notes
-    undo_extras = _install_extras(resolved, pipe, models)
+    undo_extras = _install_extras(resolved, pipe, models, offload_to)
     installed = {}
     try:
         for name, model in models.items():
@@ -150,12 +153,14 @@ def _notes_of_shift(preset: Preset | None, pipe: Any) -> list[str]:
     return [f"the scheduler's shift is {runs:g}, the preset's {wanted:g}: {remedy}"]
 
 
-def _install_extras(preset: Preset | None, pipe: Any, models: dict[str, nn.Module]) -> Callable[[], None]:
+def _install_extras(
+    preset: Preset | None, pipe: Any, models: dict[str, nn.Module], device: str | torch.device | None
+) -> Callable[[], None]:
     if preset is None:
         return lambda: None
     values = preset.generation
     guidance = Guidance(values.num_inference_steps, values.guidance_scale, values.true_cfg_scale)
-    return install_extras(preset.extras, pipe, models, guidance)
+    return install_extras(preset.extras, pipe, models, guidance, device)
 
 
 def _install(model: nn.Module, family: Family, engine: Engine) -> Installed:

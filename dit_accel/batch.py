@@ -53,7 +53,8 @@ class Job:
     Args:
         item: the line.
         output: name of its result in the folder.
-        key: differs where the result would, whether the line, the options of the run or a file it reads was changed.
+        key: differs where the result would, whether the line, the options of the run, a file it reads or the library
+            was changed.
     """
 
     item: Item
@@ -192,7 +193,10 @@ def plan_batch(
             tell(f"line {item.number}: {reason_of(error)}")
             continue
         if manifest.is_outdated(job):
-            tell(f"line {item.number}: {job.output} is there, made with other values or options; it is made again")
+            tell(
+                f"line {item.number}: {job.output} is there, made with other values, options or files, or by another "
+                "version; it is made again"
+            )
         jobs.append(job)
     return jobs
 

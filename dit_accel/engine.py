@@ -216,7 +216,9 @@ class Engine:
         with record.timed("attend", q.device):
             out = join(parts, q)
         record.density = density + sum(s * part.call.extra_density for s, part in zip(shares, parts, strict=True))
-        if self.guard is not None and self.guard.is_due((layer, record.branch), record.step):
+        # A call that computed everything has no error, and says nothing about those that will not.
+        is_whole = all(part.is_whole for part in parts)
+        if self.guard is not None and not is_whole and self.guard.is_due((layer, record.branch), record.step):
             with record.timed("guard", q.device):
                 record.error = self.guard.check((layer, record.branch), record.step, q, k, v, out, layout, density)
         return out
@@ -269,6 +271,8 @@ class Engine:
             return "method is dense"
         if k.shape[1] != layout.tokens:
             return f"the call has {k.shape[1]} tokens where the geometry says {layout.tokens}"
+        if layout.pads_video and (moving := self.methods.moves_padding(layer, state.step)) is not None:
+            return f"padding reaches into the video, whose tokens method {moving!r} moves"
         return self.schedule.dense_reason(layer, state.step, state.noise, layout.tokens)
 
     @staticmethod

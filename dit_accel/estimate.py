@@ -184,11 +184,11 @@ def _layer_parts(method: Method, table: HeadTable | None, layer: int, step: int,
 
 
 def _density(method: Method, layout: TokenLayout) -> float | None:
-    """Density of a method; None where it depends on queries and keys."""
+    """Density of a method, with what it computes after the kernel; None where it depends on queries and keys."""
+    extra, requested, text = method.extra_density(layout), method.requested_density, layout.text / layout.tokens
     if method.is_static:
-        return _static_density(method, layout)
-    requested, text = method.requested_density, layout.text / layout.tokens
-    return None if requested is None else text + (1 - text) * requested  # rows of text attend to everything
+        return _static_density(method, layout) + extra
+    return None if requested is None else text + (1 - text) * requested + extra  # rows of text attend to everything
 
 
 @lru_cache(maxsize=256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass, field
 
 import torch
@@ -68,12 +69,13 @@ class Guard:
     A bound over the budget raises the density of the layer's methods by a factor of 1.5, more than once when the
     excess is large. The layer runs dense when there is no density left to raise; it is tried again after 4 steps,
     then 8, 16, ... The density falls by one level after three checks in a row under half the budget (hysteresis).
-    Below 12,000 tokens a layer that keeps to the budget is checked every second or third step, so that checks stay
-    under 1 % of the time of attention; one that does not, at every step.
+    Below 12,000 tokens a layer that keeps to the budget is checked every second or third step on average, so that
+    checks stay under 1 % of the time of attention; one that does not, at every step. The steps are drawn, so that no
+    period of a method or schedule can hide from them.
 
     Args:
         max_error: the budget.
-        seed: seed of the sampled rows.
+        seed: seed of the sampled rows, and of the steps.
     """
 
     max_error: float
@@ -141,8 +143,13 @@ class Guard:
         computed = density.to(error) if isinstance(density, Tensor) else error.new_tensor(density)
         values = torch.cat([error, computed.reshape(1)])
         track = self._tracks.setdefault(key, _Track())
-        track.reading, track.due = _Reading.of(values), step + math.ceil(_EVERY_STEP_FROM / layout.tokens)
+        track.reading, track.due = _Reading.of(values), step + self._steps_between(key, step, layout.tokens)
         return error
+
+    def _steps_between(self, key: Key, step: int, tokens: int) -> int:
+        """Steps to the next check: drawn, since errors may come and go with a period (kept plans, kept remainders)."""
+        mean = math.ceil(_EVERY_STEP_FROM / tokens)
+        return 1 + int(random.Random(hash_seed(self.seed, key, step)).random() * (2 * mean - 1))
 
     def _judge(self, track: _Track, bound: float, density: float, methods: tuple[Method, ...], step: int) -> None:
         """Act on the last check."""

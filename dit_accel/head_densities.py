@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from dit_accel.head_table import HeadGroup
 from dit_accel.methods.base import Method
-from dit_accel.methods.registry import get_method
+from dit_accel.methods.registry import with_parameters
 
 
 def without_density(method: Method) -> Method:
@@ -31,7 +31,7 @@ def at_density(method: Method, density: float) -> Method:
     if own is not None:
         factor = density / (sum(own) / len(own))
         changes = {"densities": tuple(min(1.0, factor * each) for each in own)}
-    return get_method(method.name, **{**method.model_dump(exclude_unset=True), **changes})
+    return with_parameters(method, changes)
 
 
 def merged(groups: Sequence[HeadGroup]) -> list[HeadGroup]:

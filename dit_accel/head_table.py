@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from dit_accel.errors import ConfigError, near_matches
 from dit_accel.methods.base import Method
-from dit_accel.methods.registry import config_error, get_method
+from dit_accel.methods.registry import config_error, get_method, with_parameters
 
 FORMAT = "dit_accel.head_table/1"
 SKIP = "skip"
@@ -61,7 +61,7 @@ class HeadMode(BaseModel):
             return None
         if self.method is not None:
             return get_method(self.method, **self.parameters)
-        return get_method(base.name, **{**base.model_dump(exclude_unset=True), **self.parameters})
+        return with_parameters(base, self.parameters)
 
 
 @dataclass(frozen=True)

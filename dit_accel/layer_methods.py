@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dit_accel.errors import ConfigError
 from dit_accel.head_densities import merged, without_density
-from dit_accel.head_table import HeadTable
+from dit_accel.head_table import HeadGroup, HeadTable
 from dit_accel.methods.base import Method
-from dit_accel.methods.registry import get_method
+from dit_accel.methods.registry import with_parameters
 from dit_accel.reuse import check_representatives
 from dit_accel.schedule import Schedule
 from dit_accel.shard import HeadShard
@@ -79,6 +79,24 @@ class LayerMethods:
             if group.method is not None:
                 group.method.check_model(len(group.heads))
 
+    def check_shares(self, heads: int, processes: int) -> None:
+        """Refuse what cannot be divided among processes that hold equal shares of the heads, before a model is loaded.
+
+        Args:
+            heads: attention heads of every layer.
+            processes: how many share them; a divisor of `heads`.
+
+        Raises:
+            ConfigError: as `groups` raises it for some process and step, or parameters that are not for its heads.
+        """
+        table, count = self._schedule.head_table, heads // processes
+        for layer in range(len(self._methods)):
+            for step in (0,) if table is None else (0, *table.starts):
+                for first in range(0, heads, count):
+                    for group in self.groups(layer, HeadShard(first, count, heads), torch.device("cpu"), step):
+                        held = count if group.heads is None else len(group.heads)
+                        group.method.check_model(group.representatives or held)
+
     def of_layer(self, layer: int) -> Method:
         """The method of a layer; heads of a table that name none run under it."""
         return self._methods[layer]
@@ -87,6 +105,12 @@ class LayerMethods:
         """Every method that some head of some layer runs under."""
         table = self._schedule.head_table
         return {*self._methods} if table is None else set(table.methods(self._methods))
+
+    def moves_padding(self, layer: int, step: int) -> str | None:
+        """The name of a method of a layer at a step that cannot stand padding among the video; None: all can."""
+        table, method = self._schedule.head_table, self._methods[layer]
+        found = [method] if table is None else [group.method for group in table.groups(layer, method, step)]
+        return next((one.name for one in found if one is not None and not one.keeps_padding_last), None)
 
     def groups(self, layer: int, shard: HeadShard, device: torch.device, step: int = 0) -> Groups:
         """The methods of a layer at a step and which heads of the shard run under each, on `device`.
@@ -116,13 +140,21 @@ class LayerMethods:
     ) -> list[LayerGroup]:
         """The heads of a shard as the head table says."""
         table.check_size(len(self._methods), shard.total)
-        mine = slice(shard.first, shard.first + shard.count)
-        groups = table.slice(heads=mine).groups(layer, self._methods[layer], step) if shard.first < shard.total else ()
-        return [_of_shard(g.method, g.heads, shard, device) for g in merged(groups) if g.method is not None]
+        groups = merged(table.groups(layer, self._methods[layer], step))
+        held = (_of_shard(group, shard, device) for group in groups)
+        return [group for group in held if group is not None]
 
 
-def _of_shard(method: Method, heads: tuple[int, ...], shard: HeadShard, device: torch.device) -> LayerGroup:
-    """The heads of a shard, counted from its first, that run under a method."""
+def _of_shard(group: HeadGroup, shard: HeadShard, device: torch.device) -> LayerGroup | None:
+    """The heads of a group that a shard holds, counted from its first; None: none, or they are skipped.
+
+    What the method says head by head is for the heads of the group, of which those of a shard are neighbours.
+    """
+    heads = tuple(head - shard.first for head in group.heads if shard.first <= head < shard.first + shard.count)
+    if group.method is None or not heads:
+        return None
+    before = sum(head < shard.first for head in group.heads)
+    method = group.method.of_heads(HeadShard(before, len(heads), len(group.heads)))
     whole = len(heads) == shard.count
     index = None if whole else to_device(torch.tensor(heads), device)
     return LayerGroup(method, index, (without_density(method), None if whole else heads))
@@ -135,18 +167,27 @@ def method_of_layer(method: Method, schedule: Schedule, layer: int) -> Method:
         ConfigError: an override that the method does not take.
     """
     changed = schedule.parameters_for(layer)
-    return method if not changed else get_method(method.name, **{**method.model_dump(exclude_unset=True), **changed})
+    return with_parameters(method, changed) if changed else method
 
 
 def check_policy(method: Method, schedule: Schedule) -> None:
     """Refuse a schedule that does not go with `method`, whatever the model.
 
     Raises:
-        ConfigError: an override that the method does not take, or a plan for several layers whose heads have no union.
+        ConfigError: an override that the method does not take, a plan for several layers whose heads have no union, or
+            search steps for a method that says itself how long a plan lasts.
     """
     changes = {layer for override in schedule.overrides for bounds in override.layers for layer in bounds}
-    for layer in changes:
-        method_of_layer(method, schedule, layer)
+    methods = {method, *(method_of_layer(method, schedule, layer) for layer in changes)}
+    if schedule.search_steps:
+        table = schedule.head_table
+        bases = [method_of_layer(method, schedule, layer) for layer in range(table.layer_count)] if table else []
+        for each in methods if table is None else table.methods(bases):
+            if each.holds_plans:
+                raise ConfigError(
+                    "schedule.search_steps",
+                    f"method {each.name!r} with remainder 'history' makes plans every `period` steps: leave one out",
+                )
     if schedule.layer_heads == "union":
         for start, end in schedule.layer_groups:
             for layer in {start, *(layer for layer in changes if start < layer < end)}:

@@ -92,6 +92,11 @@ class TokenLayout:
         """Whether some batch item has fewer valid tokens than the sequence."""
         return self.valid is not None and min(self.valid) < self.tokens
 
+    @property
+    def pads_video(self) -> bool:
+        """Whether some batch item has fewer valid tokens than those up to the end of the video."""
+        return self.valid is not None and min(self.valid) < self.video_slice().stop
+
     def valid_lengths(self, device: torch.device) -> Tensor | None:
         """Valid keys per batch item, int32 `[B]` on `device`, as kernels take them; None when nothing is padded."""
         if not self.is_padded or self.valid is None:

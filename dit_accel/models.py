@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.errors import ConfigError
+from dit_accel.extras.install import offload_device
 from dit_accel.extras.settings import Extras, quantization_config
 from dit_accel.flow_shift import set_flow_shift
 from dit_accel.presets import Generation, Preset
@@ -136,7 +137,10 @@ def load_for_preset(
 
     Raises:
         ConfigError: see `load_pipeline`; "tiny" with quantisation, since nothing is loaded then.
+        UnsupportedError: offload without an accelerator, see `offload_device`.
     """
+    if preset.extras.offload is not None:
+        offload_device(preset.extras.offload, device)
     cls = pipeline_class or stock_pipeline(preset.pipeline)
     if model == TINY:
         pipe = _tiny(preset, cls, device, dtype)

@@ -42,6 +42,11 @@ class Part:
         """Share of token pairs that are computed."""
         return 1.0 if self.is_dense else self.planned.density
 
+    @property
+    def is_whole(self) -> bool:
+        """Once it is computed: whether all pairs were, be it only to renew what the method keeps of them."""
+        return self.is_dense or self.call.extra_density >= 1
+
     def compute(self) -> Tensor:
         """Its output `[B, H', N, D]`, in the raster's order."""
         if self.is_dense:

@@ -113,13 +113,15 @@ class Planner:
     def plan(self, request: PlanRequest, qkv: QKV, record: CallRecord) -> tuple[Planned, QKV]:
         """Order and plan, new or kept, and q, k, v `[B, H, N, D]` in that order; times go to `record`."""
         device, shard = qkv[0].device, request.shard
-        kept = self._kept(request, qkv[0])
+        held = request.method.held_plan(self.call(request, len(qkv[0]))) if request.method.holds_plans else None
+        kept = self._kept(request, qkv[0]) if held is None else None
         if kept is None:
             # A static method looks at no query, so that keys may stand for those that are elsewhere.
-            kept, ordered = self._make(request, qkv if shard is None else (qkv[1], *qkv[1:]), record)
+            kept, ordered = self._make(request, qkv if shard is None else (qkv[1], *qkv[1:]), record, held)
             if shard is not None:
                 kept, ordered = kept.of_tokens(shard.tokens(request.layout)), None
-            self._keep(request, qkv[0], kept, record)
+            if held is None:
+                self._keep(request, qkv[0], kept, record)
             if ordered is not None:
                 return kept, ordered
         if kept.order is not None:
@@ -133,8 +135,13 @@ class Planner:
             planned, _ = self._make(request, qkv, record)
             self._keep(request, qkv[0], planned, record)
 
-    def _make(self, request: PlanRequest, qkv: QKV, record: CallRecord) -> tuple[Planned, QKV | None]:
-        """A new plan, and q, k, v in its order where they had to be put so (None: representatives stood for them)."""
+    def _make(
+        self, request: PlanRequest, qkv: QKV, record: CallRecord, held: BlockPlan | None = None
+    ) -> tuple[Planned, QKV | None]:
+        """A plan, new unless the method holds one, and q, k, v in its order where they had to be put so.
+
+        (None: representatives stood for them.)
+        """
         method, device, (batch, heads) = request.method, qkv[0].device, qkv[0].shape[:2]
         rows = deciding_rows(method, request.state, request.layout, batch)
         call = self.call(replace(request, layout=layout_of_rows(request.layout, rows)), batch)
@@ -153,7 +160,7 @@ class Planner:
                 speakers = order.apply(*speakers)
         with record.timed("select", device):
             (q, k, _), call.values = speakers, speakers[2]
-            plan = choice_of_other_branch(method, q, call)
+            plan = choice_of_other_branch(method, q, call) if held is None else held
             if plan is None:
                 plan = method.select(q, k, call)
                 if rows is None:

@@ -73,7 +73,8 @@ class Schedule(BaseModel):
         refresh: a plan that depends on q and k is made anew every `refresh` sparse steps. Default 1: at every step.
         search_steps: instead of `refresh`: plans are made at the first executed step from each of these on, and used
             until the next (arXiv 2502.21079; with one step arXiv 2509.24014). In a step that runs dense the plan is
-            made from its q and k and the output stays dense. A sparse step without a plan makes one. Default none.
+            made from its q and k and the output stays dense. A sparse step without a plan makes one. Not for methods
+            that hold their plans themselves (the remainder "history"). Default none.
         layer_groups: layer ranges, `[[0, 4], [4, 8]]`, that use the plan of their first sparse layer. Default none.
         layer_heads: which plan the other layers of a group use: "union": for all heads what any head of the first
             layer keeps, as heads of different layers have nothing in common (arXiv 2510.09883); "index": that of the

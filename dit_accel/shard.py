@@ -29,8 +29,12 @@ class HeadShard:
             return values
         return tuple(values[min(head, len(values) - 1)] for head in range(self.first, self.first + self.count))
 
-    def grouped(self, groups: int) -> HeadShard:
+    def grouped(self, groups: int, path: str = "schedule.head_groups") -> HeadShard:
         """The same with runs of neighbouring heads counted for heads, `groups` of which the model's heads make.
+
+        Args:
+            groups: a divisor of the total.
+            path: what says how many, for errors.
 
         Raises:
             ConfigError: it holds parts of some.
@@ -38,7 +42,7 @@ class HeadShard:
         run = self.total // groups
         if self.first % run or self.count % run:
             raise ConfigError(
-                "schedule.head_groups",
+                path,
                 f"expected groups of which each lies in one process, which holds {self.count} heads; got groups of "
                 f"{run} heads: use more of them, or fewer processes",
             )

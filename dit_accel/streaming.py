@@ -13,6 +13,8 @@ Sampler = Literal["renoise", "euler"]
 Recache = Literal["released", "causal"]
 _FROM_LIST = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Count = Annotated[int, Field(ge=1)]
+BLEND_CHUNKS = 4
+"""Chunks in which a prompt blends into the next where nobody says how many."""
 Timestep = Annotated[float, Field(gt=0, le=1000)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -92,7 +94,7 @@ class StreamSettings(BaseModel):
         attention: to what a chunk sees. Default: dense.
 
     Raises:
-        ValueError: steps that do not fall, or a window too small for the sink and a chunk.
+        ValueError: steps that do not fall, or a window too small for the sink and a chunk, or the first chunk.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -123,6 +125,8 @@ class StreamSettings(BaseModel):
         own = self.chunk * (len(self.steps) if self.rolling else 1)
         if self.window is not None and self.window < self.sink + own:
             raise ValueError(f"window must hold the sink and what is denoised together, {self.sink} + {own} frames")
+        if self.window is not None and self.first_chunk is not None and self.window < self.first_chunk:
+            raise ValueError(f"window must hold first_chunk, {self.first_chunk} frames, got {self.window}")
         if self.sink_decay and self.positions == "absolute":
             raise ValueError("sink_decay averages keys, which must not be rotated yet: use positions='reindex'")
         if self.rolling and (self.sampler != "renoise" or self.window is None or self.first_chunk is not None):

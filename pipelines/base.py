@@ -80,7 +80,7 @@ class FromPreset(_Pipeline):
         pipe = load_for_preset(preset, model, device or "auto", dtype or "auto", cls)
         pipe.preset = preset
         set_guider(pipe, preset.generation)
-        pipe.acceleration = accelerate(pipe, preset, **overrides)
+        pipe.acceleration = accelerate(pipe, preset, offload_to=device, **overrides)
         return pipe
 
     @classmethod

@@ -16,6 +16,7 @@ from dit_accel.presets.files import merge, read_yaml
 from dit_accel.presets.schema import Generation, MethodSpec, ModelFacts, Preset, check_size, check_task
 from dit_accel.schedule import Schedule
 
+_OF_THE_MODEL = ("extends", "repository", "causal")
 _PARTS = (Generation, MethodSpec, ModelFacts, Preset, Schedule, *EXTRAS_MODELS)
 
 
@@ -37,26 +38,13 @@ def load_preset(name: str | Path) -> Preset:
     Raises:
         ConfigError: unknown name (with near matches), unreadable file, unknown key, wrong type or value; by path.
     """
-    text = str(name)
-    if not text.endswith((".yaml", ".yml")):
-        return _check(text, preset_data(text))
-    if not Path(text).is_file():
-        raise ConfigError("preset", f"no such file: {text}")
-    try:
-        data = read_yaml(Path(text).read_text(encoding="utf-8"), text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("preset", f"cannot read {text}: {error}") from None
-    base = data.pop("extends", None)
-    if base is not None:
-        if not isinstance(base, str):
-            raise ConfigError(f"{text}: extends", f"expected the name of a preset, got {base!r}")
-        data = merge(_without_replaced(preset_data(base), data), data)
-    data.setdefault("name", Path(text).stem)
-    return _check(text, data)
+    return _check(str(name), _data(str(name)))
 
 
 def streaming_preset(name: str | Path, own_weights: bool = False) -> Preset:
     """The preset to stream with: that of the model's causal sibling where this one says nothing of streams.
+
+    What a file says itself is laid over the sibling, but for the model that it names.
 
     Args:
         name: preset name or YAML file.
@@ -66,8 +54,42 @@ def streaming_preset(name: str | Path, own_weights: bool = False) -> Preset:
         ConfigError: as `load_preset`.
     """
     preset = load_preset(name)
-    stays = own_weights or preset.stream is not None or preset.causal is None
-    return preset if stays else load_preset(str(preset.causal))
+    if own_weights or preset.stream is not None or preset.causal is None:
+        return preset
+    text = str(name)
+    own = _own_data(text) if _is_file(text) else {}
+    kept = {key: value for key, value in own.items() if key not in _OF_THE_MODEL}
+    return _check(text, _laid_over(_data(preset.causal), kept))
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def _data(name: str) -> dict[str, Any]:
+    """The values of a preset, whole and unchecked."""
+    if not _is_file(name):
+        return preset_data(name)
+    own = _own_data(name)
+    base = own.pop("extends", None)
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(f"{name}: extends", f"expected the name of a preset, got {base!r}")
+    return {"name": Path(name).stem, **(own if base is None else _laid_over(preset_data(base), own))}
+
+
+def _own_data(path: str) -> dict[str, Any]:
+    """The values that a file says itself."""
+    if not Path(path).is_file():
+        raise ConfigError("preset", f"no such file: {path}")
+    try:
+        return read_yaml(Path(path).read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("preset", f"cannot read {path}: {error}") from None
+
+
+def _laid_over(inherited: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """`data` over what it inherits."""
+    return merge(_without_replaced(inherited, data), data)
 
 
 def _without_replaced(inherited: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:

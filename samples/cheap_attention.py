@@ -73,11 +73,16 @@ class SelfAttentionInHalf:
         q, k, v = (each.unflatten(2, (attn.heads, -1)) for each in (q, k, v))
         cos, sin = (table[..., ::2] for table in rotary_emb)
         q, k = _turn(q, cos, sin), _turn(k, cos, sin)
-        heads = (each.transpose(1, 2).flatten(0, 1).bfloat16() for each in (q * q.shape[-1] ** -0.5, k, v))
-        out = _Attention.apply(*heads)
-        out = out.unflatten(0, (len(x), -1)).transpose(1, 2).flatten(2)
-        projected: Tensor = attn.to_out[0](out.to(v))
+        out = attend_in_half(*(each.transpose(1, 2) for each in (q, k, v)))
+        projected: Tensor = attn.to_out[0](out.transpose(1, 2).flatten(2))
         return projected
+
+
+def attend_in_half(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense attention of q `[B, H, N, D]` over k, v `[B, H, M, D]` in bfloat16, with gradients; as `v` in type."""
+    heads = (each.flatten(0, 1).bfloat16() for each in (q * q.shape[-1] ** -0.5, k, v))
+    out: Tensor = _Attention.apply(*heads)
+    return out.unflatten(0, q.shape[:2]).to(v)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from dit_accel.pipelines.streaming.memory import CompressedMemory
 from dit_accel.report.records import environment
 from dit_accel.samples.held_out import Task, held_out_tasks
 from dit_accel.samples.judge import describe
-from dit_accel.samples.repertoire import BASIC, repertoire_of
+from dit_accel.samples.repertoire import BASIC, REPERTOIRES, repertoire_of
 from dit_accel.samples.scenes.draw import Canvas
 from dit_accel.samples.scenes.judge import things_of
+from dit_accel.samples.team import Team, run_team
 from dit_accel.streaming import StreamSettings
 
 IDENTITY = ("color", "shape")
@@ -132,12 +134,52 @@ def table(variants: Sequence[Variant], tasks: Sequence[Task], marks: Sequence[in
     return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    """Stream, judge and print one table."""
+def make_variants(
+    pipe: Any, arguments: argparse.Namespace, look: Callable[[np.ndarray], dict[str, str]]
+) -> list[Variant]:
+    """The stream of the preset with what the options change, and the one of equal memory if they ask for it."""
+    settings: StreamSettings = pipe.stream_settings
+    if arguments.levels is not None:
+        settings = settings.model_copy(update={"steps": tuple(arguments.levels)})
+    variants = [Variant(f"sink {settings.sink}, window {settings.window}", settings, look=look)]
+    if arguments.compare_memory:
+        size = pipe.preset.generation
+        grid = pipe._latent_size(size.height, size.width)
+        patch = pipe.transformer.config.patch_size
+        tokens = (grid[0] // patch[1], grid[1] // patch[2])
+        tile = (arguments.tile, arguments.tile)
+        variants.append(replace(with_compressed_past(settings, pipe.transformer, tokens, tile), look=look))
+    return variants
+
+
+def watch_all(team: Team, arguments: argparse.Namespace) -> tuple[list[Variant], list[Task]]:
+    """Stream all prompts, this process every so many-th of them; what all processes found, and the prompts."""
+    guided = {} if arguments.guidance_scale is None else {"guidance_scale": arguments.guidance_scale}
+    pipe = StreamingWanPipeline.from_preset(arguments.preset, arguments.model, **guided)
+    repertoire = REPERTOIRES[arguments.repertoire] if arguments.repertoire else repertoire_of(pipe.tokenizer)
+    variants = make_variants(pipe, arguments, describe if repertoire == BASIC else things_of)
+    size = pipe.preset.generation
+    canvas = Canvas(size.num_frames, size.height, size.width, endless=True)
+    tasks = held_out_tasks(repertoire, arguments.num_prompts, canvas, arguments.seed + 99)
+    numbers = range(team.rank, len(tasks), team.size)
+    for number in numbers:
+        for variant in variants:
+            shown = variant.watch(pipe, tasks[number].text, arguments.seed + number, max(arguments.marks))
+            seen = [f"{chunk['color']} {chunk['shape']}" for chunk in shown]
+            print(f"{tasks[number].text} | {variant.name} | {', '.join(seen)}", flush=True)
+    for variant in variants:
+        found = team.collect(dict(zip(numbers, variant.found, strict=True)))
+        variant.found = [found[number] for number in range(len(tasks))]
+    return variants, tasks
+
+
+def read_options(given: Sequence[str] | None) -> argparse.Namespace:
+    """Options of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny-wan-causal")
     parser.add_argument("--model", default=None, help="pipeline folder instead of the preset's")
     parser.add_argument("--num-prompts", type=int, default=16)
+    parser.add_argument("--repertoire", choices=REPERTOIRES, help="of the prompts; default: all that the model knows")
     parser.add_argument("--marks", type=int, nargs="+", default=[8], help="chunks after which the object is compared")
     parser.add_argument("--compare-memory", action="store_true", help="also with a compressed past in equal memory")
     parser.add_argument("--tile", type=int, default=4, help="tokens per side of a block of the compressed past")
@@ -145,37 +187,24 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--levels", type=float, nargs="+", default=None, help="denoising steps, instead of the preset's"
     )
+    parser.add_argument("--processes", type=int, default=1, help="that stream at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=None, help="write what was found as JSON")
     arguments = parser.parse_args(given)
-    guided = {} if arguments.guidance_scale is None else {"guidance_scale": arguments.guidance_scale}
-    pipe = StreamingWanPipeline.from_preset(arguments.preset, arguments.model, **guided)
-    settings: StreamSettings = pipe.stream_settings
-    if arguments.levels is not None:
-        settings = settings.model_copy(update={"steps": tuple(arguments.levels)})
-    variants = [Variant(f"sink {settings.sink}, window {settings.window}", settings)]
-    if arguments.compare_memory:
-        size = pipe.preset.generation
-        grid = pipe._latent_size(size.height, size.width)
-        patch = pipe.transformer.config.patch_size
-        tokens = (grid[0] // patch[1], grid[1] // patch[2])
-        variants.append(with_compressed_past(settings, pipe.transformer, tokens, (arguments.tile, arguments.tile)))
-    marks, repertoire = sorted(arguments.marks), repertoire_of(pipe.tokenizer)
-    size = pipe.preset.generation
-    canvas = Canvas(size.num_frames, size.height, size.width, endless=True)
-    tasks = held_out_tasks(repertoire, arguments.num_prompts, canvas, arguments.seed + 99)
-    for variant in variants:
-        variant.look = describe if repertoire is BASIC else things_of
-    for number, task in enumerate(tasks):
-        text = task.text
-        for variant in variants:
-            shown = variant.watch(pipe, text, arguments.seed + number, marks[-1])
-            seen = [f"{chunk['color']} {chunk['shape']}" for chunk in shown]
-            print(f"{text} | {variant.name} | {', '.join(seen)}", flush=True)
+    if not 1 <= arguments.processes <= arguments.num_prompts:
+        parser.error(f"--processes: expected 1 to {arguments.num_prompts}, one per prompt, got {arguments.processes}")
+    return arguments
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Stream, judge and print one table."""
+    arguments = read_options(given)
+    variants, tasks = run_team(arguments.processes, partial(watch_all, arguments=arguments))
+    settings = variants[0].settings
     print(", ".join(f"{name} {value}" for name, value in environment().items()), time.strftime("%Y-%m-%d"))
     steps = f"{len(settings.steps)} steps ({settings.sampler}), guidance {settings.guidance_scale:g}"
-    print(f"preset {pipe.preset.name}, chunks of {settings.chunk} latent frames, {steps}")
-    print("\n".join(table(variants, tasks, marks)))
+    print(f"preset {arguments.preset}, chunks of {settings.chunk} latent frames, {steps}")
+    print("\n".join(table(variants, tasks, sorted(arguments.marks))))
     if arguments.output is not None:
         rows = {variant.name: variant.found for variant in variants}
         arguments.output.write_text(json.dumps({"environment": environment(), "found": rows}, indent=1))

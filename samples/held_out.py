@@ -46,13 +46,13 @@ def held_out_tasks(repertoire: Repertoire, count: int, canvas: Canvas, seed: int
         seed: of the prompts.
     """
     rng = np.random.default_rng(seed)
-    make = _basic_task if repertoire is BASIC else _full_task
+    make = _basic_task if repertoire == BASIC else _full_task
     return [make(rng, canvas) for _ in range(count)]
 
 
 def criteria(repertoire: Repertoire) -> tuple[str, ...]:
     """What is judged of a repertoire's clips."""
-    return judge.CRITERIA if repertoire is BASIC else scenes_judge.CRITERIA
+    return judge.CRITERIA if repertoire == BASIC else scenes_judge.CRITERIA
 
 
 def _basic_task(rng: np.random.Generator, canvas: Canvas) -> Task:

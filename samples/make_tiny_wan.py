@@ -2,7 +2,7 @@
 
 One command for all stages, which goes on where it was stopped or killed. With `--max-minutes 9` it saves, stops with
 status 75 and wants to be run again until it leaves with 0. What it made lies in the output folder: `tiny-wan`,
-`tiny-wan-causal`, `clips.npz` and the verdicts as JSON.
+`tiny-wan-causal`, `clips-...` and the verdicts as JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dit_accel.samples import evaluate_stream, evaluate_tiny_wan
+from dit_accel.samples.clip_folder import weights_digest
 from dit_accel.samples.tiny_wan_recipes import RECIPES, Recipe
 from dit_accel.samples.tiny_wan_run import OutOfTime, Place
 from dit_accel.samples.train_tiny_wan import UNFINISHED, add_place, read_place, run_stages, stretch
@@ -38,7 +39,8 @@ def make(place: Place, output: Path, recipe: Recipe, seed: int, prompts: int, pr
     judged = ["--preset", preset, "--num-prompts", str(prompts), "--seed", str(seed)]
 
     def judge_clips() -> None:
-        options = ["--model", str(whole), "--device", place.device, "--save-clips", str(output / "clips.npz")]
+        clips = output / f"clips-{weights_digest(str(whole))[:8]}"  # those of other weights may lie beside
+        options = ["--model", str(whole), "--device", place.device, "--clips", str(clips)]
         evaluate_tiny_wan.main([*judged, *options, "--output", str(output / "verdicts.json")])
 
     def judge_streams() -> None:

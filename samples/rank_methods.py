@@ -27,8 +27,9 @@ from dit_accel.compare.candidates import Candidate, parse_candidate, references
 from dit_accel.compare.runner import Task, run_task
 from dit_accel.compare.tables import summarise, to_markdown
 from dit_accel.compare.tasks import make_tasks
-from dit_accel.models import check_model, load_pipeline
+from dit_accel.models import load_pipeline
 from dit_accel.presets import Generation, Preset, load_preset
+from dit_accel.samples.clip_folder import weights_digest
 from dit_accel.schedule import Schedule
 
 RANDOM = "random blocks"
@@ -63,14 +64,6 @@ def candidates_of(texts: Sequence[str], base: Preset, density: float, dense_step
         made = parse_candidate(f"{name}:{','.join(given)}", base)
         found.append(Candidate(text, made.method, made.schedule))
     return found
-
-
-def weights_digest(repository: str) -> str:
-    """SHA-256 of all weights of a pipeline, in hexadecimal."""
-    weights = hashlib.sha256()
-    for path in sorted(Path(check_model(repository)).rglob("*.safetensors")):
-        weights.update(path.read_bytes())
-    return weights.hexdigest()
 
 
 def fingerprint(repository: str, generation: Generation, candidates: Sequence[Candidate], count: int) -> str:

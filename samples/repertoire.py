@@ -117,17 +117,24 @@ def _draw_mixed(
     yield from map(next, cycle(streams))
 
 
-def _says(*beginnings: str) -> Callable[[str], bool]:
-    return lambda caption: any(word.startswith(beginnings) for word in caption.split())
+@dataclass(frozen=True)
+class Says:
+    """Whether some word of a caption begins in one of some ways."""
+
+    beginnings: tuple[str, ...]
+
+    def __call__(self, caption: str) -> bool:
+        """Test `caption`."""
+        return any(word.startswith(self.beginnings) for word in caption.split())
 
 
-SHAPE_MEANINGS = tuple(_says(*names) for names in SHAPES.values())
-_BASIC_MEANINGS = (*(_says(name) for name in (*COLORS, *BACKGROUNDS, "left", "right", "up", "down")), *SHAPE_MEANINGS)
+SHAPE_MEANINGS = tuple(Says(tuple(names)) for names in SHAPES.values())
+_BASIC_MEANINGS = (*(Says((name,)) for name in (*COLORS, *BACKGROUNDS, "left", "right", "up", "down")), *SHAPE_MEANINGS)
 _FULL_MEANINGS = (
     *_BASIC_MEANINGS,
-    *(_says(*names) for table in (SIZES, CHANGES, PACES) for names in table.values()),
-    *(_says(*names) for names in (("bounc",), ("standing", "rest"), ("strip",), ("check",), ("dot",))),
-    *(_says(*names) for names in (("drift",), ("camera",), ("and",))),
+    *(Says(tuple(names)) for table in (SIZES, CHANGES, PACES) for names in table.values()),
+    *(Says(tuple(names)) for names in (("bounc",), ("standing", "rest"), ("strip",), ("check",), ("dot",))),
+    *(Says(tuple(names)) for names in (("drift",), ("camera",), ("and",))),
 )
 BASIC = Repertoire("basic", 24, tuple(clips.vocabulary()), _BASIC_MEANINGS, _draw_basic)
 FULL = Repertoire("full", 48, tuple(language.vocabulary()), _FULL_MEANINGS, _draw_full)

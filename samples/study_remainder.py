@@ -28,7 +28,8 @@ from dit_accel.models import load_pipeline
 from dit_accel.presets import Preset, load_preset
 from dit_accel.samples import remainder_cases as study
 from dit_accel.samples.captured_attention import Call, captured, synthetic
-from dit_accel.samples.rank_methods import fingerprint, rank, weights_digest
+from dit_accel.samples.clip_folder import weights_digest
+from dit_accel.samples.rank_methods import fingerprint, rank
 from dit_accel.samples.remainder_cases import BAR_DENSITY, Case, Figure, measure
 from dit_accel.samples.remainder_report import read_figures, write_all, write_figures
 

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from dit_accel.pipelines.streaming.cache import FrameCache
 from dit_accel.pipelines.streaming.positions import PositionRule, Rotary
-from dit_accel.samples.tiny_wan_flow import draw_levels, velocity_error
+from dit_accel.samples.cheap_attention import attend_in_half
+from dit_accel.samples.tiny_wan_flow import contrast_gain, draw_levels, velocity_error
 from dit_accel.streaming import StreamSettings
 
 _ROUGH_SHARE = 0.5  # of the excerpts: their past is what the model itself makes of it
@@ -97,13 +98,15 @@ class ChunkAttention:
     Args:
         rotary: rotates queries and keys, as in a stream.
         grid: (height, width) of a frame in tokens.
+        is_half: attend in bfloat16, see `attend_in_half`. Default False.
     """
 
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, rotary: Rotary, grid: tuple[int, int]) -> None:
+    def __init__(self, rotary: Rotary, grid: tuple[int, int], is_half: bool = False) -> None:
         self.rotary, self.grid = rotary, grid
+        self.attend = attend_in_half if is_half else F.scaled_dot_product_attention
         self.excerpt: Excerpt | None = None
 
     def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -132,8 +135,7 @@ class ChunkAttention:
         q = self.rotary.time(q, positions[-own:])
         keys, values = self.rotary.time(k[:, rows].flatten(1, 2), positions), v[:, rows].flatten(1, 2)
         q, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
-        out = F.scaled_dot_product_attention(q, keys, values)
-        return out.transpose(1, 2).flatten(2)
+        return self.attend(q, keys, values).transpose(1, 2).flatten(2)
 
 
 class CausalTeacher:
@@ -143,11 +145,14 @@ class CausalTeacher:
         model: the transformer; its self-attention processors are replaced.
         grid: (height, width) of a frame in tokens.
         shift: of the noise levels.
+        is_half: attend in bfloat16, see `attend_in_half`. Default False.
     """
 
-    def __init__(self, model: WanTransformer3DModel, grid: tuple[int, int], shift: float) -> None:
+    def __init__(
+        self, model: WanTransformer3DModel, grid: tuple[int, int], shift: float, is_half: bool = False
+    ) -> None:
         self.model, self.shift = model, shift
-        self.attention = ChunkAttention(Rotary(model.rope), grid)
+        self.attention = ChunkAttention(Rotary(model.rope), grid, is_half)
         stock = model.attn_processors
         model.set_attn_processor({name: self.attention if "attn1" in name else p for name, p in stock.items()})
 
@@ -183,7 +188,9 @@ class CausalTeacher:
         noisy = mix(learnt, noise, level)
         predicted = self.velocity(excerpt, torch.cat([past, noisy], dim=1), levels, text)[:, given:]
         where = excerpt.cut(objects, 1)[:, given:]
-        return velocity_error(*(x.flatten(0, 1) for x in (predicted.float(), noise - learnt, where)))
+        gain = contrast_gain(latents, objects).repeat_interleave(entries - given, dim=0)
+        found, wanted, where = (x.flatten(0, 1) for x in (predicted.float(), noise - learnt, where))
+        return velocity_error(found, wanted, where, gain)
 
     @torch.no_grad()
     def remake(self, excerpt: Excerpt, past: Tensor, text: Tensor) -> Tensor:
@@ -208,7 +215,7 @@ def _spread(levels: Tensor) -> Tensor:
     return levels[:, :, None, None, None, None]
 
 
-def draw_excerpt(excerpts: Sequence[Sequence[Excerpt]]) -> Excerpt:
+def draw_excerpt(excerpts: Sequence[Sequence[Excerpt]], generator: torch.Generator | None = None) -> Excerpt:
     """One of a kind of excerpts, each kind as often: from the start of the clip, or from later."""
-    kind = excerpts[int(torch.randint(len(excerpts), ()))]
-    return kind[int(torch.randint(len(kind), ()))]
+    kind = excerpts[int(torch.randint(len(excerpts), (), generator=generator))]
+    return kind[int(torch.randint(len(kind), (), generator=generator))]

@@ -14,7 +14,7 @@ from dit_accel.samples.cheap_attention import PIPELINE_TEXT, PaddedCrossAttentio
 from dit_accel.samples.muon import Muon, split_parameters
 from dit_accel.samples.repertoire import BASIC
 from dit_accel.samples.tiny_wan_model import make_text_encoder, make_tokenizer, make_transformer, save_pipeline
-from dit_accel.samples.tiny_wan_probe import Probe, probe_weight
+from dit_accel.samples.tiny_wan_probe import Probe
 from dit_accel.samples.tiny_wan_recipes import Recipe
 from dit_accel.samples.tiny_wan_run import Place, TrainingRun, linear_rate, replace_parts
 from dit_accel.samples.tiny_wan_show import show_samples
@@ -25,6 +25,7 @@ DROP_CAPTION = 0.12
 DECAY = 0.1  # without it the output of cross-attention grows until it drowns everything else
 _LAYOUT_SHARE, _LAYOUT_SHIFT = 0.5, 10.0  # of the samples: at noise levels where it is decided what goes where
 _OBJECT_WEIGHT = 4.0  # of the loss where the object is; it covers a tenth of the picture
+_CONTRAST, _GAINS = 1.9, (0.6, 3.0)  # usual squared distance of objects from their backdrop; least and most gain
 _EMA = 0.998
 ADAM_PARTS = ("patch_embedding", "proj_out", "shared", "relative", "scale_shift")  # first and last layers, biases
 Start = tuple[WanTransformer3DModel, UMT5EncoderModel]
@@ -98,9 +99,30 @@ def draw_levels(count: int, shift: float) -> Tensor:
     return shifts * level / (1 + (shifts - 1) * level)
 
 
-def velocity_error(predicted: Tensor, wanted: Tensor, objects: Tensor) -> Tensor:
-    """Mean squared error of velocities `[B, C, T, H, W]`, weighted where `objects` (bool `[B, T, H, W]`) are."""
-    weight = 1 + (_OBJECT_WEIGHT - 1) * objects.unsqueeze(1)
+def contrast_gain(latents: Tensor, objects: Tensor) -> Tensor:
+    """How much more errors weigh at the objects of each clip, `[B, 1, 1, 1, 1]`: the more, the less they stand out.
+
+    What tells one shape from another is its outline, whose errors are as large as its contrast: without this, shapes
+    are learnt on white and not on gray.
+
+    Args:
+        latents: clean clips, normalised, `[B, C, T, H, W]`.
+        objects: where the object is, bool `[B, T, H, W]`.
+    """
+    axes, inside = (2, 3, 4), objects.unsqueeze(1)
+    outside = ~inside
+    backdrop = (latents * outside).sum(axes, keepdim=True) / outside.sum(axes, keepdim=True).clamp(min=1)
+    distance = ((latents - backdrop).square() * inside).sum((1, *axes), keepdim=True)
+    count = (latents.shape[1] * inside.sum((1, *axes), keepdim=True)).clamp(min=1)
+    return (_CONTRAST * count / distance.clamp(min=1e-6)).clamp(*_GAINS)
+
+
+def velocity_error(predicted: Tensor, wanted: Tensor, objects: Tensor, gain: Tensor) -> Tensor:
+    """Mean squared error of velocities `[B, C, T, H, W]`, weighted where `objects` (bool `[B, T, H, W]`) are.
+
+    `gain` is that of `contrast_gain`.
+    """
+    weight = 1 + (_OBJECT_WEIGHT * gain - 1) * objects.unsqueeze(1)
     return ((predicted - wanted).square() * weight).mean() / weight.mean()
 
 
@@ -125,7 +147,7 @@ def flow_loss(
         encoder_hidden_states=text(captions),
         return_dict=False,
     )[0]
-    return velocity_error(predicted.float(), noise - latents, objects)
+    return velocity_error(predicted.float(), noise - latents, objects, contrast_gain(latents, objects))
 
 
 def train_transformer(
@@ -174,8 +196,9 @@ def train_transformer(
 
     for step, done in run.steps(settings.pace, finish):
         phase = sum(done >= share for share in _PHASES)
-        draw = settings.draws[int(torch.multinomial(torch.tensor([d.shares[phase] for d in settings.draws]), 1))]
-        rows = torch.randint(len(bank.captions), (draw.batch,))
+        shares = torch.tensor([draw.shares[phase] for draw in settings.draws])
+        draw = settings.draws[int(torch.multinomial(shares, 1, generator=run.kinds))]
+        rows = torch.randint(len(bank.captions), (place.team.part(draw.batch),))
         rope.chosen = choose_frames(total, draw.latent_frames)
         latents, objects = bank.latents[rows][:, :, rope.chosen].float(), bank.objects[rows][:, rope.chosen]
         cross.pad_to(choose_padding(done, repertoire.text_tokens))
@@ -183,7 +206,7 @@ def train_transformer(
         with place.precision():
             loss = flow_loss(model, text, latents, objects, captions, sizes.flow_shift)
             placing = probe.loss(rope.chosen, captions, objects)
-        (loss + probe_weight(done) * placing).backward()
+        run.backward(loss + settings.probe.weight(done) * placing)
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         run.update(step, linear_rate(step, done))
         run.log("flow", step, done, loss, f"placing {placing.item():.3f}")

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from dit_accel.samples.repertoire import BASIC, SHAPE_MEANINGS, Repertoire
 
 _PROBED_LAYERS = 3
-_WEIGHTS, _FADE = (1.0, 0.1), (0.25, 0.35)  # of its loss at first and later; shares of the steps between which it fades
 _SHAPE_WEIGHT = 8.0  # of the words for shapes: they change outlines only, and are learnt last or never without it
 
 
@@ -74,12 +73,3 @@ class Probe(nn.Module):
             mask = objects.flatten(1).unsqueeze(-1).float()
             losses.append(10 * F.binary_cross_entropy_with_logits(there, mask))
         return torch.stack(losses).mean()
-
-
-def probe_weight(done: float) -> float:
-    """Weight of the probe's loss when a share `done` of the steps is done.
-
-    Its lessons come first and stay until they are learnt, as the flow-matching loss alone drowns them for long.
-    """
-    (begin, end), (high, low) = _FADE, _WEIGHTS
-    return high + (low - high) * min(1.0, max(0.0, (done - begin) / (end - begin)))

@@ -1,4 +1,4 @@
-"""How the small models are made: `small` on a processor in hours, `full` on an accelerator in less than half of one."""
+"""How the small models are made: `small` and `grown` on a processor, `full` on an accelerator in half an hour."""
 
 from __future__ import annotations
 
@@ -101,6 +101,24 @@ class VaeRecipe:
 
 
 @dataclass(frozen=True)
+class Fade:
+    """Weight of a loss: `first` until a share `begin` of the steps is done, `last` from `end` on, straight between.
+
+    The probe's lessons come first and stay until they are learnt, as the flow-matching loss alone drowns them for long.
+    """
+
+    first: float = 1.0
+    last: float = 0.1
+    begin: float = 0.25
+    end: float = 0.35
+
+    def weight(self, done: float) -> float:
+        """When a share `done` of the steps is done."""
+        passed = (done - self.begin) / (self.end - self.begin)
+        return self.first + (self.last - self.first) * min(1.0, max(0.0, passed))
+
+
+@dataclass(frozen=True)
 class FlowRecipe:
     """Training of the transformer and its text encoder.
 
@@ -113,6 +131,7 @@ class FlowRecipe:
         ema: as in `VaeRecipe`.
         save_every: steps between checkpoints.
         shows: whether each checkpoint writes a picture of what the model makes of held-out captions.
+        probe: weight of the probe's loss.
         rates: learning rates of Muon and of AdamW.
     """
 
@@ -124,6 +143,7 @@ class FlowRecipe:
     ema: float = 0.998
     save_every: int = 200
     shows: bool = False
+    probe: Fade = Fade()
     rates: tuple[float, float] = (0.02, 2e-3)
 
 
@@ -159,6 +179,7 @@ class Recipe:
         vae, flow, causal: the stages.
         is_half: whether passes run in bfloat16 where PyTorch's autocast allows it.
         workers: processes that draw scenes.
+        start: of the model that this one is grown from. Default None: it is made from nothing.
     """
 
     name: str
@@ -169,6 +190,7 @@ class Recipe:
     causal: CausalRecipe
     is_half: bool = False
     workers: int = 0
+    start: Recipe | None = None
 
 
 WHOLE_CLIPS = Tuning(Pace(400), Canvas(33, 64, 64), window=40)
@@ -237,32 +259,36 @@ FULL_MODEL = Recipe(
     is_half=True,
     workers=8,
 )
-# From the small model to one of the full size on a processor, see `grow_tiny_wan`.
+# The full size on a processor: grown from the small model, and taught with few frames at a time at first.
 GROWN = Recipe(
     name="grown",
     repertoire=MIXED,
     sizes=replace(FULL_SIZES, vae_blocks=1),
     vae=VaeRecipe(
         crops=(Crop(33, 64, 1), Crop(9, 64, 4), Crop(33, 64, 1), Crop(17, 64, 2), Crop(33, 64, 1), Crop(1, 64, 24)),
-        pace=Pace(700),
+        pace=Pace(6000),
         edge_weight=1.0,
         ema=0.98,
-        rates=(0.002, 4e-4),  # larger ones ruin in a hundred steps what the autoencoder can do
+        rates=(0.003, 6e-4),  # larger ones ruin in a hundred steps what the autoencoder can do
     ),
     flow=FlowRecipe(
         canvas=Canvas(33, 64, 64),
-        clips=4000,
+        clips=10_000,
+        encode_batch=4,
         draws=(
-            Draw(latent_frames=3, batch=12, shares=(0.50, 0.25, 0.10)),
-            Draw(latent_frames=5, batch=8, shares=(0.30, 0.25, 0.15)),
-            Draw(latent_frames=9, batch=4, shares=(0.15, 0.30, 0.35)),
-            Draw(latent_frames=17, batch=2, shares=(0.05, 0.20, 0.40)),
+            Draw(latent_frames=2, batch=18, shares=(0.45, 0.30, 0.10)),
+            Draw(latent_frames=3, batch=12, shares=(0.25, 0.20, 0.12)),
+            Draw(latent_frames=5, batch=8, shares=(0.15, 0.20, 0.18)),
+            Draw(latent_frames=9, batch=4, shares=(0.10, 0.18, 0.28)),
+            Draw(latent_frames=17, batch=2, shares=(0.05, 0.12, 0.32)),
         ),
-        pace=Pace(1000),
+        pace=Pace(3200),
         save_every=100,
+        probe=Fade(1.0, 0.3, 0.4, 0.5),
         rates=(0.01, 1e-3),
     ),
-    causal=SMALL.causal,
+    causal=CausalRecipe(Canvas(65, 64, 64, endless=True), 1000, batch=2, pace=Pace(1200), rates=(0.005, 5e-4)),
     is_half=True,
+    start=SMALL,
 )
-RECIPES = {recipe.name: recipe for recipe in (SMALL, FULL_MODEL)}
+RECIPES = {recipe.name: recipe for recipe in (SMALL, FULL_MODEL, GROWN)}

@@ -7,15 +7,18 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from dit_accel.samples.team import Team, run_team
 from dit_accel.samples.tiny_wan_recipes import Pace
 
+T = TypeVar("T")
 _LOG_EVERY = 50
 
 
@@ -32,12 +35,14 @@ class Place:
         device: of the training. Default: cpu.
         is_half: whether passes run in bfloat16 where autocast allows it.
         deadline: `time.monotonic()` at which to save and stop. Default: never.
+        team: the processes that train together, see `together`. Default: this one.
     """
 
     work: Path
     device: str = "cpu"
     is_half: bool = False
     deadline: float = math.inf
+    team: Team = field(default_factory=Team)
 
     @property
     def is_gpu(self) -> bool:
@@ -59,6 +64,14 @@ class Place:
         if time.monotonic() >= self.deadline:
             raise OutOfTime(f"{what} is not finished; run the same command again to go on")
 
+    def together(self, train: Callable[..., T], *arguments: Any) -> T:
+        """What `train(place, *arguments)` returns in this process; it runs in all of the team at once."""
+        return run_team(self.team.size, partial(_train_in, self, train, arguments))
+
+
+def _train_in(place: Place, train: Callable[..., T], arguments: tuple[Any, ...], team: Team) -> T:
+    return train(replace(place, team=team), *arguments)
+
 
 class TrainingRun:
     """Weights in training; a checkpoint that exists is taken over.
@@ -71,6 +84,9 @@ class TrainingRun:
         ema: share of the old average that a step keeps, once there are enough steps.
         others: modules that are kept in the checkpoint and not averaged.
         save_every: steps between checkpoints. Default 200.
+
+    Attributes:
+        kinds: draws that all processes of the team draw alike, such as how large a step is.
     """
 
     def __init__(
@@ -86,11 +102,14 @@ class TrainingRun:
         self.place, self.model, self.optimizers, self.ema = place, model, optimizers, ema
         self.checkpoint = place.work / f"{name}_checkpoint.pt"
         self.others, self.save_every = dict(others or {}), save_every
+        place.team.start_alike([model, *self.others.values()])
         self.average = {name: value.detach().clone() for name, value in model.state_dict().items()}
         self.first, self._begun, self._before, self._smooth = 0, time.monotonic(), 0.0, 1.0
         if self.checkpoint.exists():
             self._load(torch.load(self.checkpoint, weights_only=True, map_location=place.device))
-        torch.manual_seed(self.first)  # a resumed run must not draw the batches of its first steps again
+        # A resumed run must not draw the batches of its first steps again.
+        torch.manual_seed(self.first + place.team.apart)
+        self.kinds = torch.Generator().manual_seed(self.first)
 
     def _load(self, state: dict[str, Any]) -> None:
         self.first, self.average, self._before = state["step"], state["average"], state.get("seconds", 0.0)
@@ -113,18 +132,25 @@ class TrainingRun:
         Raises:
             OutOfTime: the time of this call is over.
         """
-        step = self.first
-        done = pace.done(step, self.seconds)
+        step, team = self.first, self.place.team
+        (done,) = team.agree(pace.done(step, self.seconds))
         while done < 1:
             yield step, done
             step += 1
-            done, is_late = pace.done(step, self.seconds), time.monotonic() >= self.place.deadline
-            if done >= 1 or is_late or step % self.save_every == 0:
+            is_late: float = time.monotonic() >= self.place.deadline
+            done, is_late = team.agree(pace.done(step, self.seconds), is_late)
+            if team.leads and (done >= 1 or is_late or step % self.save_every == 0):
                 if export is not None:
                     export()  # first: a run killed in between does some steps again, and misses no export
                 self._save(step)
             if done < 1 and is_late:
                 raise OutOfTime(f"step {step} of {self.checkpoint}; run the same command again to go on")
+
+    def backward(self, loss: Tensor) -> None:
+        """Add gradients of `loss`, the mean over the team's, to all weights in training."""
+        loss.backward()
+        modules = [self.model, *self.others.values()]
+        self.place.team.average_gradients([w for m in modules for w in m.parameters() if w.requires_grad])
 
     def update(self, step: int, rate: float) -> None:
         """Step the optimisers at a share `rate` of their learning rates, and the average; clear the gradients."""
@@ -141,7 +167,7 @@ class TrainingRun:
     def log(self, stage: str, step: int, done: float, loss: Tensor, more: str = "") -> None:
         """Print the smoothed loss now and then."""
         self._smooth += 0.01 * (loss.item() - self._smooth)
-        if step % _LOG_EVERY == 0:
+        if step % _LOG_EVERY == 0 and self.place.team.leads:
             told = f"loss {self._smooth:.4f} {more} {self.seconds:.0f} s"
             print(f"{stage} step {step} ({done:.1%}) {told}", flush=True)
 

@@ -52,10 +52,10 @@ def train_vae(place: Place, recipe: Recipe, seed: int) -> AutoencoderKLWan:
     if finished.exists():
         return load_vae(place.work, recipe.sizes).to(place.device).eval()
     vae = make_vae(recipe.sizes).to(place.device)
-    steps = fit_vae(vae, place, recipe, seed)
+    steps = place.together(fit_vae, vae, recipe, seed)
     vae.eval()
     if recipe.vae.tuning is not None:
-        tune_decoder(vae, place, recipe, seed)
+        place.together(tune_decoder, vae, recipe, seed)
     mean, std = latent_statistics(vae, recipe.repertoire, seed)
     psnr = reconstruction_psnr(vae, repertoire=recipe.repertoire, canvas=recipe.flow.canvas)
     print(f"autoencoder: held-out PSNR {psnr:.2f} dB", flush=True)
@@ -73,13 +73,14 @@ def load_vae(work: Path, sizes: TinyWanSizes) -> AutoencoderKLWan:
 
 
 def fit_vae(
-    vae: AutoencoderKLWan, place: Place, recipe: Recipe, seed: int, teacher: AutoencoderKLWan | None = None
+    place: Place, vae: AutoencoderKLWan, recipe: Recipe, seed: int, teacher: AutoencoderKLWan | None = None
 ) -> int:
     """Train; the averaged weights end in `vae`. The number of steps that took.
 
     Args:
+        place: where to run, and until when.
         vae: what is trained.
-        place, recipe, seed: as everywhere.
+        recipe, seed: as everywhere.
         teacher: whose latents the first channels keep, so that a transformer made with it can be used further.
 
     Raises:
@@ -94,11 +95,11 @@ def fit_vae(
     run = TrainingRun(place, "vae", vae, optimizers, settings.ema, save_every=settings.save_every)
     streams = [
         recipe.repertoire.batches(
-            seed + 1000 * run.first + number,
+            seed + 1000 * run.first + number + place.team.apart,
             Canvas(crop.frames, crop.side, crop.side),
-            crop.batch,
+            place.team.part(crop.batch),
             device=place.device,
-            workers=recipe.workers // len(settings.crops),
+            workers=place.team.drawing(recipe.workers) // len(settings.crops),
         )
         for number, crop in enumerate(settings.crops)
     ]
@@ -110,7 +111,7 @@ def fit_vae(
             decoded = vae.decode(mean + _JITTER * torch.randn_like(mean)).sample
             drift = mean.new_zeros(()) if teacher is None else _drift(mean, pixels, teacher)
         loss = reconstruction_loss(decoded.float(), pixels, settings.edge_weight) + 1e-5 * mean.float().square().mean()
-        (loss + _FAITHFUL * drift).backward()
+        run.backward(loss + _FAITHFUL * drift)
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         run.update(step, cosine_rate(step, done))
         run.log("autoencoder", step, done, loss)
@@ -126,7 +127,7 @@ def _drift(mean: Tensor, pixels: Tensor, teacher: AutoencoderKLWan) -> Tensor:
     return ((mean[:, : known.shape[1]].float() - known.float()) / unit).square().mean()
 
 
-def tune_decoder(vae: AutoencoderKLWan, place: Place, recipe: Recipe, seed: int) -> None:
+def tune_decoder(place: Place, vae: AutoencoderKLWan, recipe: Recipe, seed: int) -> None:
     """Train (or resume) the decoder alone as `recipe.vae.tuning` says; the averaged weights end in `vae`.
 
     Raises:
@@ -143,11 +144,11 @@ def tune_decoder(vae: AutoencoderKLWan, place: Place, recipe: Recipe, seed: int)
     ]
     run = TrainingRun(place, "decoder", decoder, optimizers, _TUNING_EMA, save_every=recipe.vae.save_every)
     stream = recipe.repertoire.batches(
-        seed + 1000 * run.first + _TUNING_SEED,
+        seed + 1000 * run.first + _TUNING_SEED + place.team.apart,
         settings.canvas,
-        settings.batch,
+        place.team.part(settings.batch),
         device=place.device,
-        workers=recipe.workers,
+        workers=place.team.drawing(recipe.workers),
     )
     for step, done in run.steps(settings.pace):
         pixels = _cut(next(stream).pixels, settings.window)
@@ -156,7 +157,7 @@ def tune_decoder(vae: AutoencoderKLWan, place: Place, recipe: Recipe, seed: int)
                 mean = vae.encode(pixels).latent_dist.mean
             decoded = vae.decode(mean + _JITTER * torch.randn_like(mean)).sample
         loss = reconstruction_loss(decoded.float(), pixels, settings.edge_weight)
-        loss.backward()
+        run.backward(loss)
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         run.update(step, linear_rate(step, done))
         run.log("decoder", step, done, loss)

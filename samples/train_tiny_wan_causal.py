@@ -67,18 +67,19 @@ def train_causal(
     stock, cross = model.attn_processors, PaddedCrossAttention(tokens)
     model.set_attn_processor({name: cross if "attn2" in name else p for name, p in stock.items()})
     height, width = bank.latents.shape[-2:]
-    teacher = CausalTeacher(model, (height, width), pipe.scheduler.config.shift)
+    shift, is_half = pipe.scheduler.config.shift, place.is_half and not place.is_gpu
+    teacher = CausalTeacher(model, (height, width), shift, is_half)
     hidden, rest = split_parameters(model, skip=ADAM_PARTS)
     optimizers = [
-        (Muon(hidden, weight_decay=DECAY, is_stacked=place.is_gpu), recipe.rates[0]),
+        (Muon(hidden, weight_decay=DECAY, is_stacked=place.is_gpu, is_half=place.is_half), recipe.rates[0]),
         (torch.optim.AdamW(rest, betas=(0.9, 0.97), weight_decay=0.0), recipe.rates[1]),
     ]
     run = TrainingRun(place, "causal", model, optimizers, recipe.ema, save_every=recipe.save_every)
     kinds = [kind for kind in excerpts(settings, bank.latents.shape[2]) if kind]
     most = max(len(excerpt.chunks) for kind in kinds for excerpt in kind)
     for step, done in run.steps(recipe.pace, lambda: export(output, Path(check_model(start)), run.average)):
-        excerpt = draw_excerpt(kinds)
-        clips = recipe.batch * (most // len(excerpt.chunks))  # of short excerpts more
+        excerpt = draw_excerpt(kinds, run.kinds)
+        clips = place.team.part(recipe.batch) * (most // len(excerpt.chunks))  # of short excerpts more
         rows = torch.randint(len(bank.captions), (clips,))
         captions = ["" if torch.rand(()) < DROP_CAPTION else bank.captions[row] for row in rows]
         cross.pad_to(choose_padding(1.0, tokens))  # the words are known by now
@@ -86,7 +87,7 @@ def train_causal(
             with torch.no_grad():
                 words = text(captions)
             loss = teacher.loss(excerpt, bank.latents[rows].float(), bank.objects[rows], words)
-        loss.backward()
+        run.backward(loss)
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         run.update(step, linear_rate(step, done))
         run.log("causal", step, done, loss)
@@ -106,7 +107,7 @@ def run_causal_stages(place: Place, output: Path, start: str, preset: str, recip
     recipe = replace(recipe, repertoire=repertoire_of(pipe.tokenizer))
     vae = pipe.vae.to(place.device).eval()
     bank = encode_bank(place, vae, recipe, causal.canvas, causal.clips, causal.encode_batch, seed)
-    train_causal(place, output, start, bank, settings, causal)
+    place.together(train_causal, output, start, bank, settings, causal)
 
 
 def export(output: Path, start: Path, average: dict[str, Tensor]) -> None:

@@ -43,7 +43,7 @@ def main(given: Sequence[str] | None = None) -> None:
     recipe = replace(SMALL, repertoire=repertoire, vae=replace(SMALL.vae, tuning=tuning))
     before = reconstruction_psnr(vae, repertoire=repertoire)
     try:
-        tune_decoder(vae, read_place(arguments, recipe), recipe, arguments.seed)
+        read_place(arguments, recipe).together(tune_decoder, vae, recipe, arguments.seed)
     except OutOfTime as error:
         print(f"time is over: {error}", flush=True)
         sys.exit(UNFINISHED)

@@ -50,7 +50,7 @@ def generate(pipe, preset, seed=0, **more):
 def offload_to_the_cpu(monkeypatch, pipe):
     """Let Diffusers' and Accelerate's own offload hooks run with the CPU in the accelerator's place."""
     cpu = torch.device("cpu")
-    monkeypatch.setattr("dit_accel.extras.install._accelerator", lambda: "meta")
+    monkeypatch.setattr("dit_accel.extras.install._accelerator", lambda: torch.device("meta"))
     group = pipe.enable_group_offload
     monkeypatch.setattr(pipe, "enable_group_offload", lambda **given: group(**given | {"onload_device": cpu}))
 

@@ -151,7 +151,7 @@ def test_other_options_make_a_line_again_and_say_so(tmp_path):
     for options in ("--model tiny", "", ""):
         run([Item(1, "a")], Manifest(tmp_path, resume=True), make, told.append, options)
     assert made == [1, 1]
-    assert "00001-seed0.mp4 is there, made with other values or options; it is made again" in told[1]
+    assert "00001-seed0.mp4 is there, made with other values, options or files" in told[1]
     assert told[2:] == ["line 1: 00001-seed0.mp4"]
 
 

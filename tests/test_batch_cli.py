@@ -12,6 +12,7 @@ import pytest
 from dit_accel.batch import Item, Manifest, plan_batch, read_prompts
 from dit_accel.cli.batching import Batch
 from dit_accel.cli.cluster import gpus_per_worker
+from dit_accel.cli.overrides import METHOD_OPTIONS
 from dit_accel.errors import ConfigError
 from dit_accel.presets import Generation, load_preset
 
@@ -132,6 +133,43 @@ def test_what_changes_the_result_changes_the_key_of_a_line(tmp_path):
         with_image.plan(item)
 
 
+def test_a_file_that_a_method_reads_is_part_of_the_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights, plan = tmp_path / "w.safetensors", tmp_path / "plan.safetensors"
+    method = "method: {name: sla, parameters: {projections: w.safetensors}}"
+    schedule = "schedule: {overrides: [{layers: 1, parameters: {projections: plan.safetensors}}]}"
+    (tmp_path / "mine.yaml").write_text(f"extends: tiny-wan\n{method}\n{schedule}\n")
+    keys = []
+    for texts in ((b"a", b"b"), (b"A", b"b"), (b"a", b"B")):
+        for path, text in zip((weights, plan), texts, strict=True):
+            path.write_bytes(text)
+        keys.append(batch(tmp_path, preset="mine.yaml").plan(Item(1, "a ball"))[1])
+    assert len(set(keys)) == 3
+
+
+def test_another_version_of_the_library_makes_another_key(tmp_path, monkeypatch):
+    before = batch(tmp_path).plan(Item(1, "a ball"))[1]
+    assert batch(tmp_path).plan(Item(1, "a ball"))[1] == before
+    monkeypatch.setattr("dit_accel.cli.making.metadata.version", lambda _: "0.0.0")
+    assert batch(tmp_path).plan(Item(1, "a ball"))[1] != before
+
+
+KEYS = ("seed", "preset", "image", *Generation.model_fields, *METHOD_OPTIONS)
+
+
+@pytest.mark.parametrize("wrong", ["x", "", [1], {"a": 1}, True, -1, 1e999, 10**40])
+def test_no_value_of_a_line_stops_the_others(tmp_path, wrong):
+    common = {"prompt": "a", "preset": "flux1-dev", "negative_prompt": "a"}
+    pairs = [{key: wrong} for key in KEYS] + [{"true_cfg_scale": 2.0, key: wrong} for key in KEYS]
+    lines = [{**common, **pair} for pair in pairs] + [{"prompt": "a", key: wrong} for key in KEYS]
+    file, told = prompts(tmp_path, *lines, {"prompt": "a"}), []
+    items = read_prompts(file, (*Generation.model_fields, *METHOD_OPTIONS))
+    for seconds in (None, 2.0):
+        jobs = plan_batch(items, Manifest(tmp_path / "out", True), batch(tmp_path, seconds=seconds).plan, told.append)
+        assert jobs[-1].item.number == len(lines) + 1
+    assert len(told) >= len(lines)
+
+
 def test_seconds_are_those_of_the_preset_of_each_line(tmp_path):
     both = batch(tmp_path, seconds=2.0)
     lines = [Item(1, "a"), Item(2, "b", preset="wan2.1-t2v-1.3b-480p"), Item(3, "c", overrides={"fps": 20})]
@@ -167,12 +205,17 @@ def test_a_ray_cluster_finishes_although_a_worker_is_killed(tmp_path):
     options = {"num_inference_steps": 1}
     batch = Batch(file, out, False, "tiny-wan", options, {}, "tiny", "cpu", "float32", "auto")
 
+    def workers():
+        return [p for p in psutil.process_iter(["cmdline"]) if "_Worker" in " ".join(p.info["cmdline"] or [])]
+
     def tell(line):
         told.append(line)
         if len(told) == 1:
-            workers = [p for p in psutil.process_iter(["cmdline"]) if "_Worker" in " ".join(p.info["cmdline"] or [])]
-            assert len(workers) == 2
-            workers[0].kill()
+            until = time.monotonic() + 120
+            while len(workers()) < 2:  # the first line may be done before the second worker has come
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            workers()[0].kill()
 
     manifest = Manifest(out, False)
     jobs = plan_batch(read_prompts(file, tuple(Generation.model_fields)), manifest, batch.plan, tell)

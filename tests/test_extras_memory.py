@@ -56,21 +56,3 @@ def test_weights_that_come_when_needed_give_the_same_under_sparse_attention(monk
             assert {call.generation for call in calls} == {generation}
             assert any(call.reason is None for call in calls)
     assert torch.equal(generate(pipe, preset), stock)
-
-
-def test_streams_are_refused_on_an_accelerator_without_them(monkeypatch):
-    monkeypatch.setattr("dit_accel.extras.install._accelerator", lambda: "mps")
-    preset = with_extras(WAN, offload={"mode": "group", "stream": True})
-    with pytest.raises(UnsupportedError, match=r"extras\.offload: stream is for CUDA and XPU devices.*mps"):
-        accelerate(pipeline_of(preset.tiny), preset)
-
-
-def test_model_and_sequential_offload_switch_diffusers_on_once(monkeypatch):
-    monkeypatch.setattr("dit_accel.extras.install._accelerator", lambda: "cuda")
-    for mode, method in (("model", "enable_model_cpu_offload"), ("sequential", "enable_sequential_cpu_offload")):
-        pipe, called = tiny_pipeline(load_preset(WAN).tiny), []
-        monkeypatch.setattr(pipe, method, lambda device, called=called: called.append(device))
-        accelerate(pipe, with_extras(WAN, offload={"mode": mode})).remove()
-        assert called == [torch.device("cuda")]
-    with pytest.raises(UnsupportedError, match="needs a pipeline"):
-        accelerate(pipe.transformer, with_extras(WAN, offload={"mode": "model"}))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
-from dit_accel.samples import grow_tiny_wan
-from dit_accel.samples.cheap_attention import SelfAttentionInHalf
+from dit_accel.samples import train_tiny_wan
+from dit_accel.samples.cheap_attention import SelfAttentionInHalf, attend_in_half
 from dit_accel.samples.growth import copied, grow_text_encoder, grow_transformer, grow_vae
 from dit_accel.samples.muon import orthogonalize
 from dit_accel.samples.repertoire import BASIC, FULL, MIXED
@@ -23,7 +23,7 @@ from dit_accel.samples.tiny_wan_model import (
     make_vae,
     save_pipeline,
 )
-from dit_accel.samples.tiny_wan_recipes import GROWN, Crop, Draw, Pace
+from dit_accel.samples.tiny_wan_recipes import GROWN, RECIPES, Crop, Draw, Pace
 from dit_accel.samples.tiny_wan_run import Place
 from dit_accel.samples.tiny_wan_vae import fit_vae
 
@@ -107,7 +107,7 @@ def test_a_teacher_holds_the_latents_in_place(tmp_path):
         grown, folder = grow_vae(vae, LARGE), tmp_path / name
         folder.mkdir()
         torch.manual_seed(1)
-        fit_vae(grown, Place(folder), recipe, 0, teacher)
+        fit_vae(Place(folder), grown, recipe, 0, teacher)
         with torch.no_grad():
             found, wanted = (each.encode(pixels).latent_dist.mean[:, :4] for each in (grown, vae))
         drift.append(relative(found, wanted))
@@ -142,6 +142,20 @@ def test_attention_in_half_agrees_with_that_of_the_model():
         assert 0 < relative(found, wanted) < 0.02
 
 
+def test_attention_in_half_takes_fewer_queries_than_keys():
+    torch.manual_seed(0)
+    results = []
+    for attend in (attend_in_half, torch.nn.functional.scaled_dot_product_attention):
+        generator = torch.Generator().manual_seed(1)
+        parts = [torch.randn(2, 3, n, 16, generator=generator, requires_grad=True) for n in (270, 530, 530)]
+        out = attend(*parts)
+        out.square().mean().backward()
+        assert out.dtype == torch.float32
+        results.append([out.detach(), *(part.grad for part in parts)])
+    for found, wanted in zip(*results, strict=True):
+        assert 0 < relative(found, wanted) < 0.02
+
+
 def test_muon_in_half_is_about_as_orthogonal():
     update = torch.randn(3, 40, 24)
     exact, half = orthogonalize(update), orthogonalize(update, is_half=True)
@@ -156,28 +170,48 @@ def test_the_mixed_repertoire_draws_both():
     assert max(plain[1:]) < 40
 
 
-def test_the_script_grows_a_pipeline(tmp_path, monkeypatch):
+@pytest.fixture
+def grown_recipe(monkeypatch):
+    """The recipe at a minute size, in the place of the listed one."""
+    flow = replace(GROWN.flow, canvas=Canvas(9, 16, 16), clips=6, draws=(Draw(3, 2, (1.0, 1.0, 1.0)),), pace=Pace(2))
+    vae = replace(GROWN.vae, crops=(Crop(5, 16, 1),), pace=Pace(2))
+    first = replace(
+        GROWN.start, sizes=replace(SMALL, layers=3), vae=replace(vae, rates=GROWN.start.vae.rates), flow=flow
+    )
+    recipe = replace(GROWN, sizes=LARGE, vae=vae, flow=flow, is_half=False, start=first)
+    monkeypatch.setitem(RECIPES, "grown", recipe)
+
+
+def check_grown(folder):
+    pipe = WanPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert (pipe.transformer.config.num_layers, pipe.vae.config.z_dim) == (4, 6)
+    text, size = "a small red ball moving slowly right", {"height": 16, "width": 16, "num_frames": 5}
+    frames = pipe(text, **size, num_inference_steps=2, output_type="pt").frames
+    assert frames.isfinite().all()
+
+
+@pytest.mark.usefixtures("grown_recipe")
+def test_one_command_makes_a_model_and_grows_it(tmp_path):
+    options = ["--size", "grown", "--work", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="75"):
+        train_tiny_wan.main([*options, "--max-minutes", "0"])
+    train_tiny_wan.main(options)
+    check_grown(tmp_path / "out")
+    first = WanTransformer3DModel.from_pretrained(tmp_path / "work" / "start" / "transformer")
+    assert first.config.num_layers == 3
+
+
+@pytest.mark.usefixtures("grown_recipe")
+def test_a_finished_pipeline_is_grown(tmp_path, capsys):
     torch.manual_seed(0)
     tokenizer = make_tokenizer(BASIC)
     parts = make_vae(SMALL, [0.0] * 4, [1.0] * 4), trained_transformer(), make_text_encoder(SMALL, tokenizer)
     save_pipeline(tmp_path / "small", *parts, tokenizer, SMALL)
-    flow = replace(GROWN.flow, canvas=Canvas(9, 16, 16), clips=6, draws=(Draw(3, 2, (1.0, 1.0, 1.0)),))
-    vae = replace(GROWN.vae, crops=(Crop(5, 16, 1),))
-    monkeypatch.setattr(grow_tiny_wan, "GROWN", replace(GROWN, sizes=LARGE, vae=vae, flow=flow, is_half=False))
-    options = ["--model", str(tmp_path / "small"), "--work", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
-    options += ["--vae-steps", "2", "--steps", "2"]
-    with pytest.raises(SystemExit, match="75"):
-        grow_tiny_wan.main([*options, "--max-minutes", "0"])
-    grow_tiny_wan.main(options)
-    pipe = WanPipeline.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    assert (pipe.transformer.config.num_layers, pipe.vae.config.z_dim) == (4, 6)
-    frames = pipe(
-        "a small red ball moving slowly right",
-        height=16,
-        width=16,
-        num_frames=5,
-        num_inference_steps=2,
-        output_type="pt",
-    )
-    assert frames.frames.isfinite().all()
+    options = ["--start", str(tmp_path / "small"), "--work", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
+    train_tiny_wan.main(["--size", "grown", *options])
+    check_grown(tmp_path / "out")
+    assert not (tmp_path / "work" / "start").exists()
+    with pytest.raises(SystemExit):
+        train_tiny_wan.main(["--size", "small", *options])
+    assert "small makes its model from nothing; use it with --size grown" in capsys.readouterr().err

@@ -167,6 +167,54 @@ def test_a_shard_of_the_heads_takes_its_own_parameters(name, parameters, cut):
     assert methods.groups(0, HeadShard(0, 4, 4), torch.device("cpu"))[0].method == method
 
 
+BY_HEAD = {
+    "thresholds": {"method": "xattention", "parameters": {"threshold": [0.3, 0.5, 0.7, 0.9], "block": 8}},
+    "axes": {"method": "paro", "parameters": {"axes": ["fhw", "whf"], "block": 8}},
+    "densities": {"method": "composed", "parameters": {"densities": [0.1, 0.2, 0.6], "tile": [1, 3, 3]}},
+    "density": {"method": "composed", "parameters": {"density": 0.5, "tile": [1, 3, 3]}},
+    "dense": {"method": "dense"},
+}
+ROWS = {
+    "thresholds": ["thresholds"] * 4,
+    "axes": ["axes", "dense", "dense", "axes"],
+    "axes in one process": ["axes", "axes", "dense", "dense"],
+    "densities": ["densities", "densities", "densities", "density"],
+    "densities apart": ["densities", "density", "densities", "densities"],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_a_mode_says_head_by_head_is_cut_for_a_process(name):
+    used = {mode: BY_HEAD[mode] for mode in set(ROWS[name])}
+    schedule, layers = Schedule.make(head_table={"modes": used, "heads": [ROWS[name]]}), [nn.Identity()]
+    made = Engine(get_method("dense"), schedule, layers, break_even=1.0)
+    made.methods.check_model([4])
+    made.methods.check_shares(4, 2)
+    made.begin(RunState(GRID, 0, 0.5))
+    qkv, unused = tensors(), lambda: torch.full((1,), torch.nan)
+    whole = made.attend(layers[0], *qkv, dense=unused)
+    for first in (0, 2):
+        mine = [x[:, :, first : first + 2] for x in qkv]
+        found = made.attend(layers[0], *mine, dense=unused, shard=HeadShard(first, 2, 4))
+        torch.testing.assert_close(found, whole[:, :, first : first + 2])
+
+
+def test_what_some_process_cannot_hold_at_some_step_is_refused_before_a_model_is_loaded(tmp_path):
+    q, k, _ = (x.transpose(1, 2) for x in tensors(heads=2))
+    get_method("paro", block=8).plan(TokenLayout(GRID), q, k)[1].save(tmp_path / "plan.safetensors")
+    saved = {"method": "paro", "parameters": {"block": 8, "plan_file": str(tmp_path / "plan.safetensors")}}
+    modes, later = {"saved": saved, "dense": {"method": "dense"}}, ["dense", "dense", "saved", "saved"]
+    for row, known in ((later, True), (["dense", "saved", "saved", "dense"], False)):
+        table = {"modes": modes, "heads": [["dense"] * 4], "later": [{"step": 3, "heads": [row]}]}
+        methods = LayerMethods(get_method("dense"), Schedule.make(head_table=table), 1)
+        methods.check_model([4])
+        if known:
+            methods.check_shares(4, 2)
+            continue
+        with pytest.raises(ConfigError, match="expected all heads in one process"):
+            methods.check_shares(4, 2)
+
+
 def test_representatives_of_a_shard_are_those_of_all_heads():
     layers, method = [nn.Identity()], get_method("composed", tile=[1, 3, 3], density=0.3)
     made = Engine(method, Schedule.make(head_groups=2), layers, break_even=1.0)

@@ -25,7 +25,7 @@ from dit_accel.samples.judge import judge
 from dit_accel.samples.muon import orthogonalize
 from dit_accel.samples.repertoire import BASIC
 from dit_accel.samples.tiny_random import random_wan_pipeline
-from dit_accel.samples.tiny_wan_flow import Captioner, FrameRope, choose_frames
+from dit_accel.samples.tiny_wan_flow import Captioner, FrameRope, choose_frames, contrast_gain, velocity_error
 from dit_accel.samples.tiny_wan_model import make_tokenizer
 from dit_accel.samples.tiny_wan_probe import Probe
 
@@ -165,6 +165,24 @@ def test_the_shipped_model_paints_object_and_background_in_the_colors_of_the_pro
     assert is_red.mean((1, 2)).min() > 0.02
     assert np.median(on_black) < 0.15
     assert np.median(on_white) > 0.8
+
+
+def test_errors_weigh_more_at_objects_that_hardly_stand_out():
+    objects = torch.zeros(4, 2, 6, 6, dtype=torch.bool)
+    objects[:3, :, 2:4, 2:4] = True
+    backdrop = torch.randn(4, 5, 1, 1, 1).expand(4, 5, 2, 6, 6)
+    contrast = torch.tensor([1.0, 2.0, 0.01, 5.0]).view(4, 1, 1, 1, 1)
+    gain = contrast_gain(backdrop + contrast.sqrt() * objects.unsqueeze(1), objects)
+    assert gain.shape == (4, 1, 1, 1, 1)
+    faint, plain, fainter, _ = gain.flatten().tolist()
+    assert faint == pytest.approx(2 * plain, rel=1e-4)
+    assert faint < fainter < 10
+    wanted = torch.randn(4, 5, 2, 6, 6)
+    off = wanted + 0.1 * objects.unsqueeze(1)
+    alone = [velocity_error(off[n : n + 1], wanted[n : n + 1], objects[n : n + 1], gain[n : n + 1]) for n in range(4)]
+    assert alone[0] > alone[1]
+    assert alone[3] == 0  # nothing is there to weigh
+    assert velocity_error(off, wanted, objects, gain).isfinite()
 
 
 def test_the_probe_teaches_places_words_and_the_object():

@@ -11,11 +11,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
+from dit_accel.errors import ConfigError
 from dit_accel.samples import evaluate_tiny_wan, make_tiny_wan, train_tiny_wan, tune_tiny_wan_decoder
 from dit_accel.samples.cheap_attention import PaddedCrossAttention
 from dit_accel.samples.muon import Muon, split_parameters
 from dit_accel.samples.repertoire import FULL, repertoire_of
 from dit_accel.samples.scenes.draw import Canvas
+from dit_accel.samples.team import Team
 from dit_accel.samples.tiny_random import random_wan_pipeline
 from dit_accel.samples.tiny_wan_causal import CausalTeacher
 from dit_accel.samples.tiny_wan_flow import FrameRope, flow_loss, train_transformer
@@ -101,14 +103,28 @@ def test_a_training_that_is_stopped_goes_on_to_a_pipeline(tmp_path):
     assert torch.isfinite(torch.cat([p.flatten() for p in pipe.transformer.parameters()])).all()
 
 
+def test_two_processes_train_one_model(tmp_path, capsys):
+    place = Place(tmp_path, team=Team(size=2))
+    vae = train_vae(Place(tmp_path), MINUTE, 0)
+    recipe = replace(MINUTE, flow=replace(MINUTE.flow, shows=False))
+    bank = encode_bank(place, vae, recipe, recipe.flow.canvas, 5, 2, 0)
+    with pytest.raises(OutOfTime, match="step 1 of"):
+        replace(place, deadline=0.0).together(train_transformer, tmp_path / "model", recipe, bank)
+    train_transformer(Place(tmp_path), tmp_path / "model", recipe, bank)  # one goes on with what two began
+    assert torch.load(tmp_path / "flow_checkpoint.pt", weights_only=True)["step"] == 3
+    assert WanPipeline.from_pretrained(tmp_path / "model").transformer.config.num_layers == 3
+    with pytest.raises(ConfigError, match="expected 1, or more on cpu, got 2 on cuda"):
+        train_tiny_wan.main(["--work", str(tmp_path), "--processes", "2", "--device", "cuda"])
+
+
 def test_tuning_changes_the_decoder_alone_and_goes_on_after_a_stop(tmp_path):
     torch.manual_seed(1)
     vae, place = make_vae(MINUTE.sizes), Place(tmp_path)
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     recipe = replace(MINUTE, vae=replace(MINUTE.vae, tuning=Tuning(Pace(2), Canvas(5, 16, 16), window=8)))
     with pytest.raises(OutOfTime, match="step 1 of"):
-        tune_decoder(vae, replace(place, deadline=0.0), recipe, 0)
-    tune_decoder(vae, place, recipe, 0)
+        tune_decoder(replace(place, deadline=0.0), vae, recipe, 0)
+    tune_decoder(place, vae, recipe, 0)
     changed = {name for name, value in vae.state_dict().items() if not torch.equal(value, before[name])}
     assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
     assert all(weight.requires_grad for weight in vae.parameters())
@@ -152,7 +168,7 @@ def test_one_command_makes_both_models_and_judges_them(tmp_path, capsys):
     make_tiny_wan.make(Place(work), output, recipe, seed=0, prompts=2, preset=str(preset))
     told = capsys.readouterr().out
     assert told.count("| 2 |") == 3  # generated, drawn, and through the autoencoder
-    assert np.load(output / "clips.npz")["clips"].shape == (2, 5, 16, 16, 3)
+    assert [np.load(file)["clip"].shape for file in output.glob("clips-*/*.npz")] == [(5, 16, 16, 3)] * 2
     assert len(json.loads((output / "verdicts.json").read_text())) == 2
     assert json.loads((output / "streams.json").read_text())["found"]
     assert {path.stem for path in work.glob("*.done")} == {"model", "causal", "clips", "streams"}
@@ -173,6 +189,9 @@ def test_prompts_of_one_repertoire_are_judged_in_half_precision(tmp_path, capsys
     assert "in bfloat16" in told
     assert "num_inference_steps=1" in told
     assert "texture" in told  # of the full repertoire, which this model does not know
+    with pytest.raises(SystemExit):
+        evaluate_tiny_wan.main(["--processes", "2", "--device", "cuda"])
+    assert "expected 1, or more on a CPU, got 2 on cuda" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         evaluate_tiny_wan.main(["--preset", "tiny-wan/radial", *options])
     assert "expected a dense preset and a CPU, got tiny-wan/radial" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -106,12 +107,23 @@ class Case:
     call: CallContext
     backend: str
     times: dict[str, list[float]] = field(default_factory=lambda: {"order": [], "select": [], "attend": []})
-    density: float = 1.0
+    densities: list[float] = field(default_factory=list)
     chosen: str = ""
     break_even: float = 1.0
 
-    def run(self) -> float:
-        """One timed call, as the engine would make it, but for a static plan, which is made once and does not count."""
+    def round(self) -> float:
+        """Seconds of one call, in the mean over the steps after which the method's costs repeat; parts go to `times`.
+
+        A static plan is made once in a run and does not count.
+        """
+        calls = [self.run() for _ in range(self.method.cycle)]
+        parts = {name: fmean(call[name] for call in calls) for name in self.times}
+        for name, spent in parts.items():
+            self.times[name].append(spent)
+        return parts["order"] + parts["attend"] + (0.0 if self.method.is_static else parts["select"])
+
+    def run(self) -> dict[str, float]:
+        """One call, as the engine would make it; seconds of its parts."""
         device, (q, k, v) = self.qkv[0].device, self.qkv
 
         def put_in_order() -> tuple[TokenOrder | None, tuple[Tensor, Tensor, Tensor]]:
@@ -130,11 +142,9 @@ class Case:
             return out if order is None else order.restore(out)
 
         attending = seconds(attend, device)
-        for name, spent in (("order", ordering), ("select", selecting), ("attend", attending)):
-            self.times[name].append(spent)
-        self.density = plan.density + self.call.extra_density
+        self.densities.append(plan.density + self.call.extra_density)
         self.call = replace(self.call, step=self.call.step + 1, values=None, extra_density=0.0, measures={})
-        return ordering + attending + (0.0 if self.method.is_static else selecting)
+        return {"order": ordering, "select": selecting, "attend": attending}
 
 
 def measure(shape: Shape, methods: Sequence[Method], options: Options) -> Iterator[Row]:
@@ -172,19 +182,18 @@ def _timed(
     layout: TokenLayout,
     options: Options,
 ) -> Row:
-    """Dense and the method in interleaved rounds, after one call of each that does not count."""
+    """Dense and the method in interleaved rounds, after a call of the method that does not count."""
     case = Case(method, qkv, CallContext(layout, seed=options.seed), options.backend)
-    case.run()
-    first = case.times["select"][0]
-    case.times = {name: [] for name in case.times}
-    base, total = interleaved([partial(seconds, partial(dense, *qkv), options.device), case.run], options.rounds)
+    first = case.run()["select"]
+    case.densities.clear()
+    base, total = interleaved([partial(seconds, partial(dense, *qkv), options.device), case.round], options.rounds)
     ratio = ratios(base, total)
     parts = {name: Spread.of(times).median for name, times in case.times.items()}
     select = 0.0 if method.is_static else parts["select"]
     return replace(
         row,
         backend=case.chosen,
-        density=case.density,
+        density=fmean(case.densities),
         dense_ms=1e3 * Spread.of(base).median,
         order_ms=1e3 * parts["order"],
         select_ms=1e3 * select,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -108,7 +109,8 @@ def measure_step(
     Args:
         preset: names the model in the rows. Its schedule has no say: every layer runs the method at every density.
         built: what `build` made.
-        methods: what to compare with dense.
+        methods: what to compare with dense. Where costs differ from step to step, the mean of the steps counts after
+            which they repeat.
         rounds: interleaved rounds, after one of each that does not count.
         backend: backend of `block_attention`.
     """
@@ -143,9 +145,9 @@ def _compared(built: StepModel, method: Method, shape: Shape, options: Options) 
     model, device, seen = built.model, options.device, list[float]()
     # Too short a sequence is what makes a schedule run everything dense.
     short = partial(accelerate, model, method=method, min_tokens=shape.layout.tokens + 1)
-    dense = partial(_forward, built, short, device, [])
+    dense = partial(_forward, built, short, device, 1, [])
     sparse = partial(accelerate, model, method=method, backend=options.backend, break_even=1.0)
-    fast = partial(_forward, built, sparse, device, seen)
+    fast = partial(_forward, built, sparse, device, method.cycle, seen)
     dense(), fast()
     base, other = interleaved([dense, fast], options.rounds)
     ratio = ratios(base, other)
@@ -163,10 +165,14 @@ def _compared(built: StepModel, method: Method, shape: Shape, options: Options) 
 
 @torch.no_grad()
 def _forward(
-    built: StepModel, switch: Callable[[], Acceleration], device: torch.device, densities: list[float]
+    built: StepModel, switch: Callable[[], Acceleration], device: torch.device, steps: int, densities: list[float]
 ) -> float:
-    """Seconds of one forward pass under `switch()`; its density is appended to `densities`."""
+    """Seconds of a forward pass under `switch()`, in the mean of a run's first `steps`; their density is appended."""
+    level, taken = built.arguments["timestep"], list[float]()
     with switch() as acceleration:
-        taken = seconds(partial(built.model, **built.arguments), device)
+        for step in range(steps):
+            # A falling noise level is what tells one step from the next.
+            arguments = built.arguments | {"timestep": level * (1 - 0.5 * step / steps)}
+            taken.append(seconds(partial(built.model, **arguments), device))
         densities.append(acceleration.report().density)
-    return taken
+    return fmean(taken)

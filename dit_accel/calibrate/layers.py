@@ -58,13 +58,15 @@ class LayerObserver(Observer):
 
     def _measure(self, seen: DenseCall, real: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over heads, `[1, reach + 1]` each; the density is the mean."""
-        method, call = self.candidates[0], self._call(0, seen)
-        own = self._plan(0, method, seen, call)
+        method = self.candidates[0]
+        # What a method keeps goes with the plan that left it: every candidate has a memory of its own.
+        calls = [self._call(back, seen) for back in range(self.reach + 1)]
+        own = self._plan(0, method, seen, calls[0])
         before = self._before.setdefault((seen.component, seen.state.branch), {})
         if seen.layer <= max(before, default=-1):
             before.clear()  # the next forward pass
         errors, densities = [], []
-        for back in range(self.reach + 1):
+        for back, call in enumerate(calls):
             planned = own if back == 0 else before.get(seen.layer - back)
             if planned is None:
                 errors.append(own[1].counts.new_tensor(math.inf, dtype=torch.float32))

@@ -97,7 +97,7 @@ def calibrate(
     quiet_loading()
     pipe = load_for_preset(base, model, device, dtype)
     common = (base, methods, texts, generation, seed, share, every, layer_reuse, fingerprint(pipe))
-    store_weights(base.extras, pipe)
+    store_weights(base.extras, pipe, device)
     inputs = read_inputs(base, given)
     ranges = step_ranges or (3 if probes else 1)
     parted = (1, 0) if layer_reuse else (ranges, probes)

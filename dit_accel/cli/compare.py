@@ -70,7 +70,7 @@ def compare(
     inputs = read_inputs(base, given)
     quiet_loading()
     pipe = load_for_preset(base, model, device, dtype)
-    store_weights(base.extras, pipe)
+    store_weights(base.extras, pipe, device)
     common = {**stamp(), "command": command_line()}
     rows: list[Any] = []
 

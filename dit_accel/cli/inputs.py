@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -61,20 +61,40 @@ def digests(given: Mapping[str, Path | None]) -> dict[str, str]:
     Raises:
         ConfigError: a file that cannot be read.
     """
-    found = {}
-    for name, path in given.items():
-        if path is None:
-            continue
-        try:
-            status = path.stat()
-            found[name] = _digest(path, status.st_size, status.st_mtime_ns)
-        except OSError as error:
-            raise ConfigError(f"--{name.replace('_', '-')}", f"cannot read {path}: {error.strerror}") from None
-    return found
+    files = {name: path for name, path in given.items() if path is not None}
+    return {name: _digest(path, f"--{name.replace('_', '-')}") for name, path in files.items()}
+
+
+def digests_within(settings: Any) -> dict[str, str]:
+    """What tells files from others that settings name (trained projections, a saved plan), by their paths.
+
+    Args:
+        settings: mappings and lists of plain values. A text that is the path of a file is taken for one.
+
+    Raises:
+        ConfigError: a file that cannot be read.
+    """
+    return {text: _digest(Path(text), text) for text in sorted(set(_texts(settings))) if Path(text).is_file()}
+
+
+def _texts(settings: Any) -> Iterator[str]:
+    if isinstance(settings, str):
+        yield settings
+    elif isinstance(settings, Mapping | list | tuple):
+        for value in settings.values() if isinstance(settings, Mapping) else settings:
+            yield from _texts(value)
+
+
+def _digest(path: Path, where: str) -> str:
+    try:
+        status = path.stat()
+        return _read_digest(path, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise ConfigError(where, f"cannot read {path}: {error.strerror}") from None
 
 
 @lru_cache(maxsize=256)
-def _digest(path: Path, _size: int, _changed: int) -> str:
+def _read_digest(path: Path, _size: int, _changed: int) -> str:
     """Read once per state of a file: the lines of a batch may share it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from dit_accel.cli.app import console
 from dit_accel.cli.files import report_path, write_json
-from dit_accel.cli.inputs import digests, read_inputs
+from dit_accel.cli.inputs import digests, digests_within, read_inputs
 from dit_accel.cli.parallel import ALONE, Degrees
 from dit_accel.errors import ConfigError
 from dit_accel.flow_shift import set_flow_shift
@@ -37,7 +38,7 @@ class Run:
     degrees: Degrees = ALONE
 
     def key(self) -> str:
-        """Differs where the result would: by preset, options, model or a file that is read.
+        """Differs where the result would: by preset, options, model, a file that is read, or the library's version.
 
         Device and backend are left out: they say where it is computed, not what.
 
@@ -46,7 +47,8 @@ class Run:
         """
         preset = self.preset.model_dump(mode="json", exclude={"name", "version", "description", "source"})
         model = self.model or self.preset.repository
-        content = [preset, model, self.prompt, self.seed, self.dtype, digests(self.inputs)]
+        files = [digests(self.inputs), digests_within([preset["method"], preset["schedule"], preset["schedule_2"]])]
+        content = [metadata.version("dit_accel"), preset, model, self.prompt, self.seed, self.dtype, files]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -142,7 +144,7 @@ def produce(run: Run, holder: PipelineHolder) -> Made:
     pipe = holder.get(run)
     loaded = time.perf_counter() - begun
     console.print(f"loaded in {loaded:.1f} s, denoising {preset.generation.num_inference_steps} steps")
-    with accelerate(pipe, preset, backend=run.backend) as acceleration:
+    with accelerate(pipe, preset, backend=run.backend, offload_to=run.device) as acceleration:
         frames, times = call_pipeline(pipe, preset.generation, run.prompt, run.seed, inputs, show=not console.quiet)
         check_frames(frames)
         return Made(frames, {"load": loaded, **times}, acceleration.report())

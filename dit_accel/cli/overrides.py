@@ -14,7 +14,7 @@ from dit_accel.methods.registry import config_error
 from dit_accel.models import TINY, call_parameters, fit_to_model, stock_pipeline
 from dit_accel.presets import Generation, MethodSpec, Preset, load_preset
 from dit_accel.presets.schema import check_size, check_task
-from dit_accel.resolve import resolve_policy
+from dit_accel.resolve import resolve_policy, second_schedule
 
 _BY_GUIDER = "guidance_scale"
 
@@ -34,10 +34,13 @@ def resolve(preset: str, options: dict[str, Any], model: str | None) -> Preset:
     Raises:
         ConfigError: see `override_generation` and `override_method`; `max_error` where nothing can be checked.
     """
+    method = options.get("method")
+    if method is not None and not isinstance(method, str):
+        raise ConfigError("method", f"expected the name of a method, got {method!r}")
     generation = {name: value for name, value in options.items() if name not in METHOD_OPTIONS}
     chosen = override_generation(load_preset(preset), generation, model)
     changes = {name: options.get(name) for name in METHOD_OPTIONS if name != "method"}
-    resolved = override_method(chosen, options.get("method"), changes)
+    resolved = override_method(chosen, method, changes)
     if options.get("max_error") is not None:
         _check_guard(resolved, model)
     return resolved
@@ -103,12 +106,12 @@ def override_generation(preset: Preset, values: dict[str, Any], model: str | Non
         ConfigError: a wrong value, a size that the model cannot make, or an option that its pipeline does not take.
     """
     given = {name: value for name, value in values.items() if value is not None}
-    _check_taken(preset, given)
     preset = fit_to_model(preset, model)
     try:
         generation = Generation(**{**preset.generation.model_dump(), **given})
     except ValidationError as error:
         raise config_error(error, "generation", list(Generation.model_fields)) from None
+    _check_taken(preset, given)
     check_task(preset.task, preset.model.boundary, generation, preset.schedule_2 is not None)
     if model != TINY:
         check_size(preset.model, generation)
@@ -122,9 +125,7 @@ def override_method(preset: Preset, method: str | None, changes: dict[str, Any])
     chosen = MethodSpec(name=policy.name, parameters=policy.model_dump(mode="json", exclude_unset=True))
     update: dict[str, Any] = {"method": chosen, "schedule": schedule}
     timing = {name: value for name, value in given.items() if name in _TIMING}
-    if preset.schedule_2 is not None and timing:
-        second = preset.schedule_2.model_dump(exclude_unset=True)
-        update["schedule_2"] = schedule.make("schedule_2", **{**second, **timing})
+    update["schedule_2"] = second_schedule(preset, None, None, timing, ("transformer_2",), policy, method)
     return preset.model_copy(update=update)
 
 

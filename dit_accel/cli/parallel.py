@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from dit_accel.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dit_accel.layer_methods import LayerMethods
     from dit_accel.presets import Preset
+    from dit_accel.schedule import Schedule
 
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _DECIDES_ALONE = "first_block"  # the step cache whose decision is taken from one process' tokens
@@ -129,28 +131,18 @@ class Degrees:
             )  # fmt: skip
 
     def _check_heads(self, preset: Preset, heads: int) -> None:
-        from torch import device
-
-        from dit_accel.layer_methods import LayerMethods
-        from dit_accel.resolve import resolve_policy
-        from dit_accel.shard import HeadShard
-
-        layers = preset.model.layers
-        methods = LayerMethods(*resolve_policy(preset, None, None, {}), layers)
-        methods.check_model([heads] * layers)
-        for layer in range(layers):
-            methods.groups(layer, HeadShard(0, heads // self.ulysses, heads), device("cpu"))
+        for _, methods in _experts(preset):
+            methods.check_model([heads] * preset.model.layers)
+            methods.check_shares(heads, self.ulysses)
 
     def _check_ring(self, preset: Preset) -> None:
         from dit_accel.families.parallel import refusal_of_ring
-        from dit_accel.resolve import resolve_policy
 
-        method, schedule = resolve_policy(preset, None, None, {})
-        table = schedule.head_table
-        methods = {method} if table is None else set(table.methods([method] * table.layer_count))
-        refused = refusal_of_ring(methods, schedule.max_error)
-        if refused is None and self.ulysses > 1 and any(method.name != "dense" for method in methods):
-            refused = f"method {method.name!r}: ring and Ulysses together are for dense attention alone"
+        experts = [(schedule.max_error, methods.all()) for schedule, methods in _experts(preset)]
+        refused = next(filter(None, (refusal_of_ring(methods, budget) for budget, methods in experts)), None)
+        moved = sorted({method.name for _, methods in experts for method in methods} - {"dense"})
+        if refused is None and self.ulysses > 1 and moved:
+            refused = f"method {moved[0]!r}: ring and Ulysses together are for dense attention alone"
         if refused is not None:
             raise ConfigError("--ring-degree", f"{refused}; use --ulysses-degree alone, or --method dense")
 
@@ -186,6 +178,16 @@ class Degrees:
             anything = {"ulysses_anything": self.ring == 1, "ring_anything": self.ulysses == 1}
             config = ContextParallelConfig(ring_degree=self.ring, ulysses_degree=self.ulysses, mesh=mesh, **anything)
             model.enable_parallelism(config=config)
+
+
+def _experts(preset: Preset) -> list[tuple[Schedule, LayerMethods]]:
+    """For each transformer of the preset's model: when methods run, and the method of every layer."""
+    from dit_accel.layer_methods import LayerMethods
+    from dit_accel.resolve import resolve_policy
+
+    method, first = resolve_policy(preset, None, None, {})
+    schedules = [first] if preset.schedule_2 is None else [first, preset.schedule_2]
+    return [(schedule, LayerMethods(method, schedule, preset.model.layers)) for schedule in schedules]
 
 
 ALONE = Degrees()

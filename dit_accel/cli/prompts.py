@@ -7,7 +7,7 @@ import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from dit_accel.cli.app import errors
 from dit_accel.errors import ConfigError
 from dit_accel.methods.registry import config_error
+from dit_accel.streaming import BLEND_CHUNKS
 
 _LINE = re.compile(r"(?:(?P<mode>cut|recache|keep|blend)(?:\s+(?P<over>\d+))?\s*:)?\s*(?P<prompt>.*\S)\s*$")
 
@@ -26,7 +27,7 @@ class PromptChange(BaseModel):
         prompt: the text.
         chunk: number of the first chunk that has it, from 1.
         mode: "recache", "blend", "cut" or "keep"; see `VideoStream.set_prompt`.
-        over: chunks of a blend; 1 for the other modes.
+        over: chunks of a blend, at least 2. Default 4; 1 for the other modes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -36,10 +37,17 @@ class PromptChange(BaseModel):
     mode: Literal["recache", "blend", "cut", "keep"] = "recache"
     over: Annotated[int, Field(ge=1)] = 1
 
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_length(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("over") is not None:
+            return values
+        return {**values, "over": BLEND_CHUNKS if values.get("mode") == "blend" else 1}
+
     @model_validator(mode="after")
-    def _only_a_blend_takes_time(self) -> PromptChange:
-        if self.over > 1 and self.mode != "blend":
-            raise ValueError(f"over is for mode blend, got {self.over} with mode {self.mode}")
+    def _a_blend_alone_takes_time(self) -> PromptChange:
+        if (self.over > 1) != (self.mode == "blend"):
+            raise ValueError(f"over is for mode blend, of at least 2 chunks, got {self.over} with mode {self.mode}")
         return self
 
 
@@ -71,7 +79,8 @@ def parse_line(line: str) -> PromptChange | None:
     found = _LINE.match(line.strip())
     if found is None:
         return None
-    values = {"prompt": found["prompt"], "mode": found["mode"] or "recache", "over": int(found["over"] or 1)}
+    over = None if found["over"] is None else int(found["over"])
+    values = {"prompt": found["prompt"], "mode": found["mode"] or "recache", "over": over}
     try:
         return PromptChange.model_validate(values)
     except ValidationError as error:
@@ -80,7 +89,7 @@ def parse_line(line: str) -> PromptChange | None:
 
 @dataclass(frozen=True)
 class LiveState:
-    """What has been typed since the last look: the latest change, and whether the input has ended."""
+    """What has been typed since the last look: the latest change; and whether the input has ended."""
 
     change: PromptChange | None
     ended: bool
@@ -96,6 +105,7 @@ class LivePrompts:
     def __init__(self, source: TextIO) -> None:
         self._source = source
         self._lines: queue.Queue[str | None] = queue.Queue()
+        self._ended = False
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -109,14 +119,14 @@ class LivePrompts:
 
     def look(self) -> LiveState:
         """Everything typed since the last call, of which the last prompt counts; what is wrong is told and left out."""
-        change, ended = None, False
+        change = None
         while True:
             try:
                 line = self._lines.get_nowait()
             except queue.Empty:
-                return LiveState(change, ended)
+                return LiveState(change, self._ended)
             if line is None:
-                ended = True
+                self._ended = True
                 continue
             try:
                 change = parse_line(line) or change

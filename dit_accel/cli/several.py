@@ -96,7 +96,7 @@ def make_several(run: Run, prompts: list[str], frames: int | None, target: Path,
         console.print(f"{run.preset.name}: loading {run.model or run.preset.repository}", markup=False)
         pipe = load_for_preset(run.preset, run.model, run.device, run.dtype, MultiPromptCogVideoXPipeline)
         guidance = Guidance(generation.num_inference_steps, generation.guidance_scale)
-        install_extras(run.preset.extras, pipe, {"transformer": pipe.transformer}, guidance)
+        install_extras(run.preset.extras, pipe, {"transformer": pipe.transformer}, guidance, run.device)
         console.print(describe(layout, order))
         begun = time.perf_counter()
         video = pipe.generate(

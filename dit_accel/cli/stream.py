@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,12 @@ import typer
 import yaml
 
 from dit_accel.cli.app import console
-from dit_accel.cli.files import report_path, write_json
+from dit_accel.cli.files import report_path
 from dit_accel.cli.inputs import open_image
-from dit_accel.cli.overrides import frames_of, override_generation
+from dit_accel.cli.overrides import override_generation
 from dit_accel.cli.prompts import LivePrompts, PromptChange, read_prompts
+from dit_accel.cli.stream_lengths import check_positions, chunks_of
+from dit_accel.cli.stream_record import StreamRecord, StreamRequest
 from dit_accel.errors import ConfigError
 from dit_accel.models import fit_to_model
 from dit_accel.presets import Preset, streaming_preset
@@ -29,37 +29,8 @@ _SHARED = {
     *("guidance_scale", "fps", "seed", "image", "model", "device", "dtype", "method", "density", "report"),
 }
 _OWN = ["num_chunks", "prompts_file", "live", "stream_settings", "checkpoint", "lora"]
-_LENGTHS = ("num_chunks", "num_frames", "seconds")
 METHOD_HELP = "Method instead of the preset's; of a stream also light_forcing, flashblock or compressed_memory."
 SETTINGS_HELP = f"Settings of a stream: {', '.join(STREAM_PRESETS)}, or a YAML file. Default: the preset's."
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What a stream is made from; see the options of the command."""
-
-    preset: Preset
-    settings: StreamSettings
-    changes: list[PromptChange]
-    output: Path
-    report: Path
-    chunks: int | None
-    options: Mapping[str, Any]
-
-    @property
-    def height(self) -> int:
-        """Pixels."""
-        return int(self.options["height"] or self.preset.generation.height)
-
-    @property
-    def width(self) -> int:
-        """Pixels."""
-        return int(self.options["width"] or self.preset.generation.width)
-
-    @property
-    def fps(self) -> int:
-        """Frames per second of the file."""
-        return int(self.options["fps"] or self.preset.generation.fps or 16)
 
 
 def is_stream(context: typer.Context) -> bool:
@@ -96,7 +67,7 @@ def run_stream(context: typer.Context) -> None:
         _stream(request, file)
 
 
-def _request(options: Mapping[str, Any]) -> _Request:
+def _request(options: Mapping[str, Any]) -> StreamRequest:
     preset = _preset(options)
     settings = _settings(options, preset)
     if options["negative_prompt"] and settings.guidance_scale <= 1:
@@ -111,7 +82,7 @@ def _request(options: Mapping[str, Any]) -> _Request:
         changes.insert(0, PromptChange(prompt=prompts[0]))
     if not changes or changes[0].chunk != 1:
         raise ConfigError("--prompt", "expected a text, or a prompts file with a prompt for chunk 1")
-    chunks = _chunks(options, preset, settings)
+    chunks = chunks_of(options, preset, settings)
     if chunks is not None and changes[-1].chunk > chunks:
         raise ConfigError(
             "--prompts-file", f"expected prompts for chunks 1 to {chunks}, which the stream has, got one for chunk "
@@ -120,7 +91,7 @@ def _request(options: Mapping[str, Any]) -> _Request:
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{preset.name.replace('/', '-')}-stream-seed{options['seed']}.mp4"
     output = options["output"] or Path("outputs") / stamp
     report = report_path(options["report"], output)
-    return _Request(preset, settings, changes, output, report, chunks, options)
+    return StreamRequest(preset, settings, changes, output, report, chunks, options)
 
 
 def _preset(options: Mapping[str, Any]) -> Preset:
@@ -158,125 +129,41 @@ def _settings(options: Mapping[str, Any], preset: Preset) -> StreamSettings:
     return settings
 
 
-def _chunks(options: Mapping[str, Any], preset: Preset, settings: StreamSettings) -> int | None:
-    """Chunks to make: as told, else enough for the frames of the preset; endless while prompts are typed."""
-    lengths = [f"--{name.replace('_', '-')} {options[name]}" for name in _LENGTHS if options[name] is not None]
-    if len(lengths) > 1:
-        raise ConfigError("--num-chunks, --num-frames, --seconds", f"expected one of them, got {' and '.join(lengths)}")
-    if options["num_chunks"] is not None:
-        return int(options["num_chunks"])
-    frames = options["num_frames"]
-    if options["seconds"] is not None:
-        frames = frames_of(options["seconds"], frames, preset, options["fps"])
-    if options["live"] and frames is None:
-        return None
-    frames = frames or preset.generation.num_frames
-    latents = 1 + (frames - 1) / preset.model.vae_temporal
-    first = settings.first_chunk or settings.chunk
-    return 1 + max(0, math.ceil((latents - first) / settings.chunk))
-
-
-def _stream(request: _Request, file: StreamingVideoFile) -> None:
-    """Load, stream, write, report; an interrupt ends the video where it is."""
-    from dit_accel.models import quiet_loading
-    from dit_accel.pipelines.streaming import StreamingWanPipeline
+def _stream(request: StreamRequest, file: StreamingVideoFile) -> None:
+    """Load, stream, write, report."""
     from dit_accel.pipelines.streaming.policies import make_policy
 
-    options, first = request.options, request.changes[0]
+    options = request.options
     policy = make_policy(request.settings)
-    start = None if options["image"] is None else open_image(options["image"], "--image")
-    quiet_loading()
-    model = options["model"] or request.preset.repository
-    console.print(f"{request.preset.name}: loading {model}", markup=False)
-    pipe = StreamingWanPipeline.from_preset(
-        options["preset"], options["model"], options["device"], options["dtype"], options["checkpoint"], options["lora"]
-    )
+    start = open_image(options["image"], "--image") if request.has_image else None
+    pipe = _load(request)
     begun = time.perf_counter()
     stream = pipe.stream(
-        first.prompt,
+        request.changes[0].prompt,
         negative_prompt=options["negative_prompt"],
         seed=options["seed"],
-        num_chunks=request.chunks,
+        num_chunks=None if request.chunks is None else request.chunks - request.has_image,
         height=request.height,
         width=request.width,
         settings=request.settings,
         start=start,
         policy=policy,
     )
-    record = _Record(request, stream, file, begun)
-    try:
-        record.follow(LivePrompts(sys.stdin) if options["live"] else None)
-    except KeyboardInterrupt:
-        console.print("interrupted; the video ends here")
-    record.finish()
+    live = LivePrompts(sys.stdin) if options["live"] else None
+    StreamRecord(request, stream, file, begun).follow(live)
 
 
-class _Record:
-    """Writes the chunks of a stream, changes its prompts, and keeps the times."""
+def _load(request: StreamRequest) -> Any:
+    """The pipeline, whose positions last as long as the stream."""
+    from dit_accel.models import quiet_loading
+    from dit_accel.pipelines.streaming import StreamingWanPipeline
 
-    def __init__(self, request: _Request, stream: Any, file: StreamingVideoFile, begun: float) -> None:
-        self.request, self.stream, self.file, self.begun = request, stream, file, begun
-        self.denoise: list[float] = []
-        self.decode: list[float] = []
-        self.frames: list[int] = []
-        self.latency = 0.0
-        self.prompts = [request.changes[0].model_dump()]
-        self._planned = {change.chunk: change for change in request.changes[1:]}
-
-    def follow(self, live: LivePrompts | None) -> None:
-        """Until the stream ends, or the typed input does."""
-        for chunk in self.stream:
-            self.file.write(chunk.frames)
-            self.latency = self.latency or time.perf_counter() - self.begun
-            self.denoise.append(chunk.denoise)
-            self.decode.append(chunk.decode)
-            self.frames.append(len(chunk.frames))
-            console.print(
-                f"chunk {chunk.index + 1}: {self.file.frames / self.request.fps:.1f} s of video, "
-                f"denoise {chunk.denoise:.2f} s, decode {chunk.decode:.2f} s"
-            )
-            change = self._planned.pop(chunk.index + 2, None)
-            if live is not None:
-                state = live.look()
-                change = state.change or change
-                if state.ended and self.request.chunks is None:
-                    self.stream.finish()
-            if change is not None:
-                self.stream.set_prompt(change.prompt, change.mode, change.over)
-                self.prompts.append({**change.model_dump(), "chunk": chunk.index + 2})
-                console.print(f"prompt from chunk {chunk.index + 2}: {change.prompt} ({change.mode})", markup=False)
-
-    def finish(self) -> None:
-        """Close the video and write the report."""
-        total = time.perf_counter() - self.begun
-        self.file.close()
-        if not self.frames:
-            return
-        rates = {
-            "denoise_fps": sum(self.frames) / max(sum(self.denoise), 1e-9),
-            "end_to_end_fps": sum(self.frames) / total,
-            "first_frame_latency_s": self.latency,
-            "cache_bytes": self.stream.cache_bytes,
-        }
-        console.print(
-            f"denoising {rates['denoise_fps']:.2f} fps, end to end {rates['end_to_end_fps']:.2f} fps, "
-            f"first frame after {self.latency:.2f} s, caches {rates['cache_bytes'] / 2**20:.1f} MiB"
-        )
-        times = {**rates, "denoise_s": self.denoise, "decode_s": self.decode}
-        calls = {"chunks": self.stream.chunk_sums, **self.stream.report().to_dict()}
-        _write_report(self.request, {**times, **calls}, self.prompts)
-        console.print(f"video: {self.request.output}\nreport: {self.request.report}", markup=False)
-
-
-def _write_report(request: _Request, measured: dict[str, Any], prompts: list[dict[str, Any]]) -> None:
-    content = {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "preset": request.preset.model_dump(mode="json"),
-        "stream": request.settings.model_dump(mode="json"),
-        "prompts": prompts,
-        "seed": request.options["seed"],
-        "size": [request.height, request.width],
-        "fps": request.fps,
-        **measured,
-    }
-    write_json(request.report, content)
+    quiet_loading()
+    options = request.options
+    console.print(f"{request.preset.name}: loading {options['model'] or request.preset.repository}", markup=False)
+    names = ("preset", "model", "device", "dtype", "checkpoint", "lora")
+    pipe = StreamingWanPipeline.from_preset(*(options[name] for name in names))
+    if request.chunks is not None and not options["live"]:  # a cut may be typed in time
+        table = pipe.transformer.config.rope_max_seq_len
+        check_positions(request.chunks, request.settings, request.changes, request.has_image, table)
+    return pipe

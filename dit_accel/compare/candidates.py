@@ -40,9 +40,9 @@ class Candidate:
 def parse_candidate(text: str, base: Preset) -> Candidate:
     """A candidate from `PRESET`, `FILE.yaml` or `METHOD[:KEY=VALUE,...]`.
 
-    A method keeps the schedules of `base`; keys may be parameters of the method or fields of both schedules, and values
-    are YAML: ``composed:density=0.2,tile=[4,4,4],dense_steps=2``; null is for parameters that may be left unset:
-    ``composed:density=null,mass=0.9``.
+    A method keeps the schedules of `base`, but for their head tables, and runs in all heads; keys may be parameters of
+    the method or fields of both schedules, and values are YAML: ``composed:density=0.2,tile=[4,4,4],dense_steps=2``;
+    null is for parameters that may be left unset: ``composed:density=null,mass=0.9``.
 
     Raises:
         ConfigError: neither a preset nor a method, or a preset of another family; wrong parameters.
@@ -59,7 +59,7 @@ def parse_candidate(text: str, base: Preset) -> Candidate:
     values = _values(rest, text)
     timing = {key: value for key, value in values.items() if key in Schedule.model_fields}
     method, schedule = resolve_policy(base, name, None, values)
-    second = second_schedule(base, None, None, timing, ("transformer_2",), method)
+    second = second_schedule(base, None, None, timing, ("transformer_2",), method, name)
     return Candidate(text, method, schedule, {} if second is None else {"schedule_2": second})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,13 @@ from dit_accel.extras.settings import Compile, Extras, LayerwiseCasting, Offload
 from dit_accel.siblings import transformers_of
 
 
-def install_extras(extras: Extras, pipe: Any, models: dict[str, nn.Module], guidance: Guidance) -> Callable[[], None]:
+def install_extras(
+    extras: Extras,
+    pipe: Any,
+    models: dict[str, nn.Module],
+    guidance: Guidance,
+    device: str | torch.device | None = None,
+) -> Callable[[], None]:
     """Switch `extras` on; returns what undoes it.
 
     Step cache and compilation are undone. Casting and offload stay: they say how and where weights are stored.
@@ -25,11 +31,12 @@ def install_extras(extras: Extras, pipe: Any, models: dict[str, nn.Module], guid
         pipe: the pipeline, or the bare transformer.
         models: its transformers by component name.
         guidance: how the generation will run.
+        device: see `offload_device`.
 
     Raises:
         UnsupportedError: what cannot work on this pipeline or machine, by name and with the reason.
     """
-    _check_fit(extras, pipe, models)
+    _check_fit(extras, pipe, models, device)
     undo: list[Callable[[], None]] = []
 
     def undo_all() -> None:
@@ -37,33 +44,76 @@ def install_extras(extras: Extras, pipe: Any, models: dict[str, nn.Module], guid
             step()
 
     try:
-        _switch_on(extras, pipe, models, guidance, undo)
+        _switch_on(extras, pipe, models, guidance, undo, device)
     except BaseException:
         undo_all()
         raise
     return undo_all
 
 
-def store_weights(extras: Extras, pipe: Any) -> None:
+def store_weights(extras: Extras, pipe: Any, device: str | torch.device | None = None) -> None:
     """Switch on what says how and where weights are stored, for runs that have no step cache and are not compiled.
 
     Args:
         extras: of the preset that the pipeline was loaded for; see `load_for_preset`.
         pipe: the pipeline.
+        device: see `offload_device`.
 
     Raises:
         UnsupportedError: see `install_extras`.
     """
     models = transformers_of(pipe)
-    _check_fit(extras, pipe, models)
+    _check_fit(extras, pipe, models, device)
     if extras.layerwise_casting is not None:
         _cast(extras.layerwise_casting, models)
     if extras.offload is not None:
-        _offload(extras.offload, pipe, models)
+        _offload(extras.offload, pipe, models, device)
+
+
+def offload_device(
+    spec: Offload, device: str | torch.device | None = None, models: Mapping[str, nn.Module] | None = None
+) -> torch.device:
+    """The accelerator, by its number, that offloaded weights are brought to when they are needed.
+
+    Args:
+        spec: what a preset asks for.
+        device: the accelerator that was asked for; one without a number is torch's current one. Default None, as
+            "auto": the one that the weights lie on, or torch's current one.
+        models: what will be offloaded. Default: not known yet.
+
+    Raises:
+        UnsupportedError: the CPU was asked for, there is no accelerator, or it has no streams and `spec` wants them.
+    """
+    current = _accelerator()
+    if current.type == "cpu":
+        raise UnsupportedError(
+            f"extras.offload: mode {spec.mode} moves weights between an accelerator and main memory, and torch "
+            "finds no accelerator here"
+        )
+    chosen = _home(models or {}) or current if device in (None, "auto") else torch.device(str(device))
+    if chosen.type == "cpu":
+        raise UnsupportedError(
+            f"extras.offload: mode {spec.mode} computes on an accelerator, and the device asked for is cpu; ask for "
+            f"{current}, or set offload to null in a preset that extends this one"
+        )
+    if spec.stream and chosen.type not in ("cuda", "xpu"):
+        raise UnsupportedError(f"extras.offload: stream is for CUDA and XPU devices, and the accelerator is {chosen}")
+    return current if chosen == torch.device(current.type) else chosen
+
+
+def _home(models: Mapping[str, nn.Module]) -> torch.device | None:
+    """The accelerator that weights lie on; None where they are in main memory."""
+    weights = (weight for model in models.values() for weight in model.parameters())
+    return next((weight.device for weight in weights if weight.device.type not in ("cpu", "meta")), None)
 
 
 def _switch_on(
-    extras: Extras, pipe: Any, models: dict[str, nn.Module], guidance: Guidance, undo: list[Callable[[], None]]
+    extras: Extras,
+    pipe: Any,
+    models: dict[str, nn.Module],
+    guidance: Guidance,
+    undo: list[Callable[[], None]],
+    device: str | torch.device | None,
 ) -> None:
     """Every extra in the one order that works; what undoes those that are on goes to `undo`."""
     if extras.layerwise_casting is not None:
@@ -71,22 +121,15 @@ def _switch_on(
     if extras.cache is not None:
         undo.append(enable_cache(extras.cache, pipe, models, guidance))
     if extras.offload is not None:
-        _offload(extras.offload, pipe, models)
+        _offload(extras.offload, pipe, models, device)
     if extras.compile is not None:
         undo.append(_compile(extras.compile, models))
 
 
-def _check_fit(extras: Extras, pipe: Any, models: dict[str, nn.Module]) -> None:
-    offload, accelerator = extras.offload, _accelerator()
-    if offload is not None and accelerator == "cpu":
-        raise UnsupportedError(
-            f"extras.offload: mode {offload.mode} moves weights between an accelerator and main memory, and torch "
-            "finds no accelerator here"
-        )
-    if offload is not None and offload.stream and accelerator.split(":")[0] not in ("cuda", "xpu"):
-        raise UnsupportedError(
-            f"extras.offload: stream is for CUDA and XPU devices, and the accelerator is {accelerator}"
-        )
+def _check_fit(extras: Extras, pipe: Any, models: dict[str, nn.Module], device: str | torch.device | None) -> None:
+    offload = extras.offload
+    if offload is not None:
+        offload_device(offload, device, models)
     if offload is not None and offload.mode != "group" and isinstance(pipe, nn.Module):
         raise UnsupportedError(f"extras.offload: mode {offload.mode} needs a pipeline, and this is a bare transformer")
     for name, model in models.items():
@@ -100,10 +143,13 @@ def _check_fit(extras: Extras, pipe: Any, models: dict[str, nn.Module]) -> None:
             raise UnsupportedError(f"extras.layerwise_casting: {name} is quantised, and its weights cannot be cast")
 
 
-def _accelerator() -> str:
+def _accelerator() -> torch.device:
+    """Torch's current accelerator, by its number; the CPU where there is none."""
+    if torch.accelerator.is_available():
+        return torch.device(f"{torch.accelerator.current_accelerator()}:{torch.accelerator.current_device_index()}")
     from diffusers.utils.torch_utils import get_device
 
-    return str(get_device())
+    return torch.device(get_device())  # it knows one that is none of torch's own
 
 
 def _cast(spec: LayerwiseCasting, models: dict[str, nn.Module]) -> None:
@@ -113,8 +159,8 @@ def _cast(spec: LayerwiseCasting, models: dict[str, nn.Module]) -> None:
             transformer.enable_layerwise_casting(getattr(torch, spec.storage), compute_dtype=transformer.dtype)
 
 
-def _offload(spec: Offload, pipe: Any, models: dict[str, nn.Module]) -> None:
-    device = torch.device(_accelerator())
+def _offload(spec: Offload, pipe: Any, models: dict[str, nn.Module], asked: str | torch.device | None) -> None:
+    device = offload_device(spec, asked, models)
     if spec.mode == "group":
         if any(_has_hook(model, "group_offloading") for model in models.values()):
             return

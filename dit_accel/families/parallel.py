@@ -1,6 +1,7 @@
 """Attention under Diffusers' context parallelism: its own exchanges around our engine.
 
-Under Ulysses every process holds all tokens of some heads while it attends, so that a method sees what it sees alone.
+Under Ulysses every process holds all tokens of some heads while it attends, so that a head sees what it sees alone;
+where heads compete for blocks (`heads="adaptive"`, `scope="layer"`) they do so with those of their process.
 Under ring every process holds all keys and values, as Diffusers gathers them, and its own queries of all heads: that
 does for methods whose plan depends on the layout alone, each process taking the rows of its queries.
 """

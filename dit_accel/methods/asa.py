@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dit_accel.kernels.spec import Remainder
+from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import BlockSize, Size, SizeTriple
 from dit_accel.methods.dynamic import PoolingMethod, Share
 from dit_accel.methods.registry import register
@@ -80,6 +81,10 @@ class ASA(PoolingMethod):
         """Whether means of all tokens are to be added."""
         return self.remainder_ == "overlap"
 
+    def extra_density(self, layout: TokenLayout) -> float:
+        """With the remainder "overlap" the means of all video tokens, for every query."""
+        return -(-layout.video // self.pool) / layout.tokens if self.completes else 0.0
+
     def complete(self, part: PartialAttention) -> Tensor:
         """One softmax over the kept keys and the means of all video keys; text, which is kept anyway, in none."""
         layout, video = part.layout, part.layout.video_slice()
@@ -88,5 +93,5 @@ class ASA(PoolingMethod):
         if layout.valid is not None:
             valid = tuple(min(max(0, length - video.start), layout.video) for length in layout.valid)
         (keys, counts), (values, _) = (block_means(x[:, :, video], groups, valid) for x in (part.k, part.v))
-        part.call.extra_density += groups.count / layout.tokens
+        part.call.extra_density += self.extra_density(layout)
         return join_means(part, keys, values, counts.log().unsqueeze(-2))

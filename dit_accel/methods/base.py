@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
+from dit_accel.errors import PlanError
 from dit_accel.kernels import block_attention
 from dit_accel.kernels.spec import Precision, Remainder
 from dit_accel.layout import TokenLayout
@@ -54,6 +55,20 @@ class Method(BaseModel):
         """Whether heads may stand in orders of their own: no block of one is a block of another then. Default False."""
         return False
 
+    @property
+    def cycle(self) -> int:
+        """Steps after which its costs repeat: an order that some steps share, all keys at one of them. Default 1."""
+        return 1
+
+    @property
+    def keeps_padding_last(self) -> bool:
+        """Whether video tokens that are padding stand last in its order too, where kernels and scores look for them.
+
+        Default: yes with the raster, no with an order of its own. A call whose padding reaches into the video
+        (`TokenLayout.pads_video`) runs dense where they do not.
+        """
+        return type(self).order is Method.order
+
     def check_model(self, heads: int) -> None:
         """Refuse a model before it runs: parameters per head, files that are not there. Default: any will do.
 
@@ -90,6 +105,21 @@ class Method(BaseModel):
 
         The few methods whose choice depends on the values find them, in the same order, in `call.values`.
         """
+
+    @property
+    def holds_plans(self) -> bool:
+        """Whether the method says itself how long a plan that depends on q and k lasts, see `held_plan`.
+
+        Default False: the schedule does.
+        """
+        return False
+
+    def held_plan(self, call: CallContext) -> BlockPlan | None:
+        """The plan, for all heads, that what the method keeps in `call.memory` goes with, and no other.
+
+        It runs whatever plans other layers, guidance branches or steps have. Default None: there is none.
+        """
+        return None
 
     @property
     def remainder(self) -> Remainder | None:
@@ -133,6 +163,14 @@ class Method(BaseModel):
             The output `[B, H, N, D]`, in the chosen order. Default: that of the plan.
         """
         return part.out
+
+    def extra_density(self, layout: TokenLayout) -> float:
+        """Token pairs that `complete` computes per pair of the sequence, on average over many steps. Default 0.0.
+
+        Args:
+            layout: token geometry.
+        """
+        return 0.0
 
     def logit_scale(self, head_dim: int, layout: TokenLayout) -> float | None:
         """Factor on the logits where the caller names none. Default None: 1 / sqrt(head_dim)."""
@@ -200,7 +238,15 @@ class Method(BaseModel):
 
         Returns:
             The order (None: raster) and the plan, whose blocks are blocks of the ordered sequence.
+
+        Raises:
+            PlanError: padding reaches into the video, and the order does not keep it last.
         """
+        if layout.pads_video and not self.keeps_padding_last:
+            raise PlanError(
+                f"TokenLayout.valid: expected at least {layout.video_slice().stop}, since method {self.name!r} moves "
+                f"video tokens and padding must stand last, got {layout.valid}; use an order that leaves them in place"
+            )
         call = CallContext(layout) if call is None else call
         v = k if v is None else v
         order = self.order(q, k, v, call)

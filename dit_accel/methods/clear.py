@@ -139,6 +139,12 @@ class Clear(Method):
         """Whether pooled keys are to be added."""
         return self.remainder_ == "pooled"
 
+    def extra_density(self, layout: TokenLayout) -> float:
+        """With the remainder "pooled" all pooled keys, for every query of the video."""
+        frames, height, width = layout.grid
+        cells = frames * -(-height // self.pool) * -(-width // self.pool)
+        return cells * layout.video / layout.tokens**2 if self.completes else 0.0
+
     def complete(self, part: PartialAttention) -> Tensor:
         """Merge what image queries see of all pooled keys. Tile by tile."""
         layout, video, q = part.layout, part.layout.video_slice(), part.q
@@ -152,7 +158,7 @@ class Clear(Method):
         pooled = BlockPlan.full(Blocking.uniform(layout.video, 64), Blocking.uniform(count, 64), q.device)
         queries = q[:, :, video].contiguous()
         far = block_attention(queries, means[0], means[1], pooled, scale=part.scale, return_lse=True)
-        part.call.extra_density += count * layout.video / layout.tokens**2
+        part.call.extra_density += self.extra_density(layout)
         out = part.out.clone()
         out[:, :, video] = merge([out[:, :, video], far[0]], [part.lse[:, :, video], far[1]])[0]
         return out

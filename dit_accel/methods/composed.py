@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -18,7 +19,7 @@ from dit_accel.order import TokenOrder
 from dit_accel.orders.ordering import AngularHash, HotKeys, InSpace, KMeans, Ordering, OrderName
 from dit_accel.orders.space import Axes
 from dit_accel.plan import Blocking, BlockPlan
-from dit_accel.remainders.history import is_refresh, with_history
+from dit_accel.remainders.history import history_of, with_history
 from dit_accel.remainders.partial import PartialAttention
 from dit_accel.remainders.rectified import isolated_scores, rectify
 from dit_accel.selection import (
@@ -173,6 +174,16 @@ class Composed(Method):
         return self.ordering.is_static
 
     @property
+    def cycle(self) -> int:
+        """Until both the order is made anew and all keys are computed."""
+        return math.lcm(self.ordering.cycle, self.period if self.remainder_ == "history" else 1)
+
+    @property
+    def keeps_padding_last(self) -> bool:
+        """As the order does."""
+        return self.ordering.keeps_padding_last
+
+    @property
     def orders_each_head(self) -> bool:
         """Yes, where the order is not the same for all heads."""
         return not self.ordering.is_static
@@ -216,10 +227,8 @@ class Composed(Method):
 
     def select(self, q: Tensor, k: Tensor, call: CallContext) -> BlockPlan:
         """Score, choose, and make the plan. q, k `[B, H, N, D]`."""
-        if self.remainder_ == "history" and not is_refresh(call, self.period, self) and "history_plan" in call.memory:
-            # The kept rest is that of one plan, which therefore stays until the next refresh.
-            kept: BlockPlan = call.memory["history_plan"]
-            return kept
+        if (held := self.held_plan(call)) is not None:
+            return held
         layout, q_blocks, k_blocks = call.layout, self.query_blocks(call.layout), self.blocks(call.layout)
         scores = routing_noise(
             self.scores(q, k, call, q_blocks, k_blocks), self.noise, call.seed, call.layer, call.step
@@ -227,10 +236,17 @@ class Composed(Method):
         if self.scope != "row" and self.score != "error":
             scores = scores.log_softmax(-1).masked_fill(scores.isneginf(), -torch.inf)
         forced = self.forced(layout, q_blocks, k_blocks, q.device)
-        plan = select_plan(scores, self._budget(scores, forced), q_blocks, k_blocks, layout, forced)
-        if self.remainder_ == "history":
-            call.memory["history_plan"] = plan
-        return plan
+        return select_plan(scores, self._budget(scores, forced), q_blocks, k_blocks, layout, forced)
+
+    @property
+    def holds_plans(self) -> bool:
+        """With the remainder "history": until the next refresh."""
+        return self.remainder_ == "history"
+
+    def held_plan(self, call: CallContext) -> BlockPlan | None:
+        """The plan that the kept remainder is left by."""
+        kept = history_of(call, self.period, self) if self.holds_plans else None
+        return None if kept is None else kept.plan
 
     def scores(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor:
         """What blocks are ranked by, `[B, H, nq, nk]`. q, k `[B, H, N, D]`."""
@@ -290,6 +306,10 @@ class Composed(Method):
     def completes(self) -> bool:
         """Whether the remainder is one that is made after the kernel."""
         return self.remainder_ in ("rectified", "history")
+
+    def extra_density(self, layout: TokenLayout) -> float:
+        """With the remainder "history" everything, every `period` steps."""
+        return 1 / self.period if self.holds_plans else 0.0
 
     def complete(self, part: PartialAttention) -> Tensor:
         """The rectified remainder, or that of earlier steps."""

@@ -176,6 +176,11 @@ class DynamicMethod(BlockSelection):
         """Yes: none of them looks at a token."""
         return True
 
+    @property
+    def keeps_padding_last(self) -> bool:
+        """As the order does."""
+        return self.ordering.keeps_padding_last
+
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
         """Tiles or the curve; None for the raster."""
         return self.key_order(call)

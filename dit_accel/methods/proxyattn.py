@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from dit_accel.reuse import representative_heads
 from dit_accel.selection import Budget, TopK, real_blocks
 from dit_accel.selection.samples import largest_weights, probe_profiles
 from dit_accel.selection.scores import log_mass
+from dit_accel.shard import HeadShard
 from dit_accel.state import CallContext
 from dit_accel.widest import widened
 
@@ -42,6 +43,15 @@ class ProxyAttn(DynamicMethod):
     mass: Share = 0.9
     probes: Size = 4
     probe_rows: Size = 16
+
+    def of_heads(self, shard: HeadShard) -> Self:
+        """With the representatives of these heads.
+
+        Raises:
+            ConfigError: one stands for heads of two processes.
+        """
+        groups = shard.grouped(math.gcd(self.groups, shard.total), f"method.{self.name}.groups").count
+        return self if shard.count == shard.total else self.model_copy(update={"groups": groups})
 
     def scores(self, q: Tensor, k: Tensor, call: CallContext, q_blocks: Blocking, k_blocks: Blocking) -> Tensor:
         """Largest weights of the representatives, for all their heads. q, k `[B, H, N, D]`."""

@@ -68,9 +68,18 @@ class ReTtention(Method):
         return layout.blocks(self.block, video=Blocking.segments(runs, self.block))
 
     @property
+    def cycle(self) -> int:
+        """From one dense step to the next."""
+        return self.period
+
+    @property
     def completes(self) -> bool:
         """The kept rest is added after the kernel."""
         return True
+
+    def extra_density(self, layout: TokenLayout) -> float:
+        """Everything, every `period` steps."""
+        return 1 / self.period
 
     def complete(self, part: PartialAttention) -> Tensor:
         """Dense at a refresh, else the window at its kept share and the kept rest."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -71,6 +71,24 @@ def get_method(name: str, **parameters: Any) -> Method:
         return cls(**parameters)
     except ValidationError as error:
         raise config_error(error, f"method.{name}", list(cls.parameters())) from None
+
+
+def with_parameters(method: Method, changes: Mapping[str, Any]) -> Method:
+    """The method with other parameters; the rest stay as they were given. See `merged_parameters`.
+
+    Raises:
+        ConfigError: as `get_method`.
+    """
+    return get_method(method.name, **merged_parameters(method.model_dump(exclude_unset=True), changes))
+
+
+def merged_parameters(own: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a method with `changes` in their place.
+
+    A `density` takes the place of `densities` too, which would decide in its stead.
+    """
+    replaced = {"densities"} if "density" in changes else set()
+    return {**{key: value for key, value in own.items() if key not in replaced}, **changes}
 
 
 def config_error(error: ValidationError, path: str, known: list[str]) -> ConfigError:

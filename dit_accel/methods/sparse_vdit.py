@@ -46,6 +46,11 @@ class SparseVDiT(Method):
     block: BlockSize = 128
     columns: Annotated[tuple[Count, ...], FROM_LIST] = ()
 
+    @property
+    def keeps_padding_last(self) -> bool:
+        """Yes, but for "multi_diagonal", which stands place by place."""
+        return self.mode != "multi_diagonal"
+
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
         """Token-major for "multi_diagonal", else the raster."""
         return token_major(call.layout, call.layout.prefix_frames) if self.mode == "multi_diagonal" else None

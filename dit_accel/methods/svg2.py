@@ -77,6 +77,11 @@ class SVG2(BlockSelection):
         """Yes."""
         return True
 
+    @property
+    def keeps_padding_last(self) -> bool:
+        """Yes: padding is in no cluster."""
+        return True
+
     def order(self, q: Tensor, k: Tensor, v: Tensor, call: CallContext) -> TokenOrder | None:
         """Video tokens by cluster, queries and keys each by their own; text stays. q, k, v `[B, H, N, D]`."""
         sides = (

@@ -90,6 +90,5 @@ class KeptOrder:
 
 def _places(layout: TokenLayout) -> tuple[Any, ...]:
     """What of a layout an order of its video tokens depends on: guidance branches may differ in their text."""
-    end = layout.video_slice().stop
-    padded = layout.is_padded and layout.valid is not None and min(layout.valid) < end
-    return (layout.grid, layout.prefix_frames, layout.text, layout.text_position, layout.valid if padded else None)
+    valid = layout.valid if layout.pads_video else None
+    return (layout.grid, layout.prefix_frames, layout.text, layout.text_position, valid)

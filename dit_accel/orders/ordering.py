@@ -40,6 +40,16 @@ class Ordering(ABC):
         """Whether guidance branches of a step can stand in one order."""
         return not self.by_content
 
+    @property
+    def cycle(self) -> int:
+        """Steps of which the first makes it and the others keep it. Default 1."""
+        return 1
+
+    @property
+    def keeps_padding_last(self) -> bool:
+        """Whether video tokens that are padding stand last in it. Default False."""
+        return False
+
     @abstractmethod
     def order(self, q: Tensor, k: Tensor, call: CallContext) -> TokenOrder | None:
         """The order for q, k `[B, H, N, D]`, which stand in the raster; None: they stay."""
@@ -73,6 +83,11 @@ class InSpace(Ordering):
     def is_static(self) -> bool:
         """Yes, unless heads differ."""
         return self.name != "axes" or len(self.axes) == 1
+
+    @property
+    def keeps_padding_last(self) -> bool:
+        """The raster does."""
+        return self.name == "raster"
 
     def order(self, q: Tensor, k: Tensor, call: CallContext) -> TokenOrder | None:
         """The order of the grid; q, k `[B, H, N, D]` are not looked at."""
@@ -153,6 +168,16 @@ class KMeans(Ordering):
     @property
     def serves_branches(self) -> bool:
         """It is, within a step and for `renew` steps."""
+        return True
+
+    @property
+    def cycle(self) -> int:
+        """As long as it is kept."""
+        return self.renew
+
+    @property
+    def keeps_padding_last(self) -> bool:
+        """Yes: padding is in no cluster."""
         return True
 
     def order(self, q: Tensor, k: Tensor, call: CallContext) -> TokenOrder:

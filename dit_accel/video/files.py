@@ -15,6 +15,7 @@ import numpy as np
 from dit_accel.errors import ConfigError, UnsupportedError
 
 EXTENSIONS = (".mp4", ".gif", ".png")
+_REMEDIES = "--backend torch, then --method dense, then --dtype bfloat16 or float32"
 
 
 class OutputFile:
@@ -86,16 +87,20 @@ class OutputFile:
             self._partial.unlink(missing_ok=True)
 
 
-def check_frames(frames: np.ndarray) -> None:
+def check_frames(frames: np.ndarray, remedies: str = _REMEDIES) -> None:
     """Refuse frames that would be written as black ones.
+
+    Args:
+        frames: `[T, H, W, 3]`, float.
+        remedies: what to try, as options of the command.
 
     Raises:
         UnsupportedError: they hold NaN or infinite numbers.
     """
     if not np.isfinite(frames).all():
         raise UnsupportedError(
-            "frames hold NaN or infinite numbers, so nothing was written; try --backend torch, then "
-            "--method dense, then --dtype bfloat16 or float32: docs/troubleshooting.md says what each tells"
+            f"frames hold NaN or infinite numbers, so they were not written; try {remedies}: "
+            "docs/troubleshooting.md says what each tells"
         )
 
 

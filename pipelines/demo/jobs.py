@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dit_accel.errors import ConfigError
 from dit_accel.extras.install import store_weights
 from dit_accel.generation import call_pipeline
 from dit_accel.models import TINY, call_parameters, fit_to_model, load_for_preset, stock_pipeline
-from dit_accel.presets import Generation, Preset, list_presets, load_preset
+from dit_accel.presets import Generation, Preset, list_presets, load_preset, streaming_preset
 from dit_accel.presets.schema import TASK_INPUTS, check_size
 from dit_accel.report.records import environment
 from dit_accel.video.files import OutputFile, check_frames, to_uint8
@@ -86,6 +87,7 @@ class Studio:
     def __init__(
         self, preset: str, output_dir: Path, device: str = "auto", dtype: str = "auto", model: str | None = None
     ) -> None:
+        self._name = preset
         self.preset = fit_to_model(load_preset(preset), model)
         if inputs := TASK_INPUTS[self.preset.task].required:
             raise ConfigError("--preset", f"{preset} needs {' and '.join(inputs)}, which the page does not take")
@@ -107,10 +109,11 @@ class Studio:
 
     def for_streams(self) -> Studio:
         """The studio of the model's causal sibling, else this one; both run one job at a time together."""
-        if self.preset.causal is None or self.model not in (None, self.preset.repository):
+        preset = streaming_preset(self._name, self.model not in (None, self.preset.repository))
+        if preset.repository == self.preset.repository:
             return self
-        other = Studio(self.preset.causal, self.output_dir, *self._where)
-        other._busy, other._stop = self._busy, self._stop
+        other = copy(self)
+        other.preset, other.model, other._pipe = preset, None, None
         return other
 
     @property
@@ -124,15 +127,15 @@ class Studio:
         return self._stop.is_set()
 
     @contextmanager
-    def job(self) -> Iterator[Any]:
-        """Hold the pipeline, loaded when it was not, for one job in this thread.
+    def job(self) -> Iterator[None]:
+        """Keep other jobs out while this thread runs one; `load` gives it the pipeline.
 
         Raises:
             RuntimeError: another job is running.
         """
         self._begin()
         try:
-            yield self._load()
+            yield
         finally:
             self._end()
 
@@ -206,7 +209,7 @@ class Studio:
         events: queue.Queue[Event | BaseException | None],
     ) -> None:
         try:
-            pipe = self._load()
+            pipe = self.load()
             for name, preset in runs.items():
                 events.put(self._one(pipe, name, preset, generation, prompt, seed, events.put))
             events.put(None)
@@ -251,10 +254,11 @@ class Studio:
             }
         return Clip(name, pixels, target, times["denoise"], times["total"], report)
 
-    def _load(self) -> Any:
+    def load(self) -> Any:
+        """The pipeline, loaded when it was not; for the job that runs."""
         if self._pipe is None:
             pipe = load_for_preset(self.preset, self.model, *self._where)
-            store_weights(self.preset.extras, pipe)
+            store_weights(self.preset.extras, pipe, self._where[0])
             self._pipe = pipe
         return self._pipe
 

@@ -48,10 +48,10 @@ def stream_tab(studio: Studio, example: str) -> None:
 
     def change(text: str, how: str) -> str:
         try:
-            streamer.say(text, how)
+            is_taken = streamer.say(text, how)
         except DitAccelError as error:
             return f"**Error:** {error}"
-        return "The prompt changes at the next chunk." if studio.is_busy else "Nothing is running."
+        return "The prompt changes at the next chunk." if is_taken else "There is no next chunk."
 
     inputs, outputs = [prompt, height, width, chunks, seed, upload], [status, video, saved]
     gr.on(

@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from dit_accel.errors import ConfigError, UnsupportedError
+from dit_accel.errors import ConfigError
 from dit_accel.pipelines.demo.jobs import Cancelled, Studio
+from dit_accel.pipelines.streaming import StreamingWanPipeline
+from dit_accel.pipelines.streaming.pipeline import check_preset
+from dit_accel.presets import Preset
 from dit_accel.streaming import StreamSettings
-from dit_accel.video.files import OutputFile, to_uint8
+from dit_accel.video.files import OutputFile, check_frames, to_uint8
 
 MOST_CHUNKS = 200
 _MODES = ("cut", "recache", "blend", "keep")
@@ -117,18 +120,25 @@ class Streamer:
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
         self.history: History | None = None
-        self._waiting: list[tuple[str, str]] = []
+        self._is_open = False
+        self._waiting: Change | None = None
         self._lock = threading.Lock()
 
-    def say(self, prompt: str, mode: str) -> None:
-        """Change the prompt at the next chunk.
+    def say(self, prompt: str, mode: str) -> bool:
+        """Change the prompt at the next chunk; of several calls before a chunk the last one counts.
+
+        One that is said before the first chunk, while the model loads, changes the second.
+
+        Returns:
+            Whether a stream is running that has a next chunk; else nothing is changed.
 
         Raises:
             ConfigError: an empty prompt or an unknown mode.
         """
         change = Change(0, prompt, mode)
         with self._lock:
-            self._waiting.append((change.prompt, change.mode))
+            self._waiting = change if self._is_open else None
+            return self._is_open
 
     def run(
         self, history: History, fps: int, settings: StreamSettings | Mapping[str, Any] | None = None
@@ -138,31 +148,46 @@ class Streamer:
         Args:
             history: seed, size, number of chunks, prompts.
             fps: of the written video.
-            settings: of the stream. Default: those of the preset, or of `StreamSettings`.
+            settings: of the stream, or the values that differ from the preset's. Default: the preset's.
 
         Raises:
             RuntimeError: another job is running.
             Cancelled: it was stopped.
-            ConfigError, UnsupportedError: a size the model cannot make, or a model that cannot stream.
+            ConfigError: a size the model cannot make, or a preset that cannot stream.
         """
+        check_preset(self.studio.preset)
         if not 1 <= history.chunks <= MOST_CHUNKS:
             raise ConfigError("chunks", f"expected 1 to {MOST_CHUNKS}, got {history.chunks}")
-        with self.studio.job() as pipe:
-            self.history, self._waiting = history, []
-            planned = {change.chunk: change for change in history.changes}
-            streaming = _streaming_pipeline(pipe)
+        with self.studio.job():
+            self.history = history
+            self._open(history.chunks > 1)
             try:
-                stream = streaming.stream(
-                    planned[min(planned)].prompt,
-                    seed=history.seed,
-                    num_chunks=history.chunks,
-                    height=history.height,
-                    width=history.width,
-                    settings=settings or self.studio.preset.stream,
-                )
-                yield from self._follow(stream, history, planned, fps)
+                streaming = _streaming_pipeline(self.studio.load(), self.studio.preset)
+                yield from self._stream(streaming, history, fps, settings)
             finally:
-                streaming.end_streams()
+                self._open(False)
+
+    def _open(self, is_open: bool) -> None:
+        """Begin or end to take prompts."""
+        with self._lock:
+            self._is_open, self._waiting = is_open, None
+
+    def _stream(
+        self, streaming: Any, history: History, fps: int, settings: StreamSettings | Mapping[str, Any] | None
+    ) -> Iterator[Grown]:
+        planned = {change.chunk: change for change in history.changes}
+        try:
+            stream = streaming.stream(
+                planned[min(planned)].prompt,
+                seed=history.seed,
+                num_chunks=history.chunks,
+                height=history.height,
+                width=history.width,
+                settings=settings,
+            )
+            yield from self._follow(stream, history, planned, fps)
+        finally:
+            streaming.end_streams()
 
     def _follow(self, stream: Any, history: History, planned: dict[int, Change], fps: int) -> Iterator[Grown]:
         pieces: list[np.ndarray] = []
@@ -172,11 +197,12 @@ class Streamer:
             if self.studio.is_stopping:
                 raise Cancelled("stopped")
             change = self._next_change(number, planned, history)
-            if change is not None and number > 0:
+            if change is not None:
                 stream.set_prompt(change.prompt, change.mode)
                 prompt = change.prompt
             chunk = next(stream)
             first = first or time.perf_counter() - begun
+            check_frames(chunk.frames)
             pieces.append(to_uint8(chunk.frames))
             path = self.studio.output_dir / f"{name}-{number:04d}.mp4"
             with OutputFile(path) as file:
@@ -190,20 +216,20 @@ class Streamer:
 
     def _next_change(self, number: int, planned: dict[int, Change], history: History) -> Change | None:
         """The prompt that starts at this chunk: the last one said, else the planned one."""
+        if number == 0:  # what was said while the model loaded waits for the next
+            return None
         with self._lock:
-            said, self._waiting = self._waiting, []
-        if said and number > 0:
-            change = Change(number, *said[-1])
+            said, self._waiting = self._waiting, None
+            self._is_open = number + 1 < history.chunks
+        if said is not None:
+            change = Change(number, said.prompt, said.mode)
             history.changes = [c for c in history.changes if c.chunk != number] + [change]
             return change
         return planned.get(number)
 
 
-def _streaming_pipeline(pipe: Any) -> Any:
-    from diffusers import WanPipeline
-
-    from dit_accel.pipelines.streaming import StreamingWanPipeline
-
-    if not isinstance(pipe, WanPipeline):
-        raise UnsupportedError(f"streaming needs a WanPipeline, the loaded model is a {type(pipe).__name__}")
-    return StreamingWanPipeline(**pipe.components)
+def _streaming_pipeline(pipe: Any, preset: Preset) -> Any:
+    """What `StreamingWanPipeline.from_preset` gives for `preset`, around the components that are loaded."""
+    streaming = StreamingWanPipeline(**pipe.components)
+    streaming.preset, streaming.stream_settings = preset, preset.stream
+    return streaming

@@ -136,7 +136,7 @@ class DenseContext:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over `state_dict()`."""
+        """Take over `state_dict()`, after `reset`."""
 
 
 @dataclass

@@ -64,19 +64,22 @@ class StreamingVaeDecoder:
         self.vae, self.latents_per_call = vae, latents_per_call
         self._scale = LatentScale(vae)
         self._states: list[Any] | None = None
+        self._is_torn = False
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents `[B, C, F, h, w]` to frames `[B, 3, T, H, W]` in [-1, 1]."""
+        """Normalised latents `[B, C, F, h, w]` to frames `[B, 3, T, H, W]` in [-1, 1].
+
+        Raises:
+            UnsupportedError: a call before failed half way, and no state has been loaded since.
+        """
+        self._check_whole()
         z = self._scale.to_vae(latents.to(self.vae.dtype))
         z = self.vae.post_quant_conv(z)
-        pieces = []
-        if self._states is None:
-            self._states = [None] * self.vae._cached_conv_counts["decoder"]
-            pieces.append(self.vae.decoder(z[:, :, :1], feat_cache=self._states, feat_idx=[0], first_chunk=True))
-            z = z[:, :, 1:]
-        for part in z.split(self.latents_per_call, dim=2) if z.shape[2] else ():
-            pieces.append(self.vae.decoder(part, feat_cache=self._states, feat_idx=[0]))
+        # The states change layer by layer; keeping the old ones as well would double their memory.
+        self._is_torn = True
+        pieces = self._pieces(z)
+        self._is_torn = False
         frames = torch.cat(pieces, dim=2)
         if self.vae.config.patch_size is not None:
             from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
@@ -84,13 +87,36 @@ class StreamingVaeDecoder:
             frames = unpatchify(frames, patch_size=self.vae.config.patch_size)
         return frames.clamp(-1.0, 1.0)
 
+    def _check_whole(self) -> None:
+        if self._is_torn:
+            raise UnsupportedError(
+                "streaming decode: a call failed half way through the autoencoder, whose states are of two chunks now; "
+                "load a state that was saved before it, or begin a new stream"
+            )
+
+    def _pieces(self, z: Tensor) -> list[Tensor]:
+        """Frames of latents of the autoencoder, call by call."""
+        pieces = []
+        if self._states is None:
+            self._states = [None] * self.vae._cached_conv_counts["decoder"]
+            pieces.append(self.vae.decoder(z[:, :, :1], feat_cache=self._states, feat_idx=[0], first_chunk=True))
+            z = z[:, :, 1:]
+        for part in z.split(self.latents_per_call, dim=2) if z.shape[2] else ():
+            pieces.append(self.vae.decoder(part, feat_cache=self._states, feat_idx=[0]))
+        return pieces
+
     def state_dict(self) -> dict[str, Any]:
-        """States of the convolutions: a tensor, None, or the mark of an up-sampler that has seen one frame."""
+        """States of the convolutions: a tensor, None, or the mark of an up-sampler that has seen one frame.
+
+        Raises:
+            UnsupportedError: as `decode`.
+        """
+        self._check_whole()
         return {"states": None if self._states is None else [_copy(x) for x in self._states]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over `state_dict()`."""
-        states = state["states"]
+        states, self._is_torn = state["states"], False
         self._states = None if states is None else [_copy(x) for x in states]
 
 

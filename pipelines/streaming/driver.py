@@ -5,38 +5,29 @@ Axis legend: latents are `[B, C, F, h, w]`, normalised as the transformer sees t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dit_accel.pipelines.streaming.attention import CLEAN, Branch, DenseContext
+from dit_accel.pipelines.streaming.finished import Finished
 from dit_accel.pipelines.streaming.ladder import Ladder
 from dit_accel.pipelines.streaming.noise import NoiseSource
 from dit_accel.pipelines.streaming.records import BRANCHES, StreamCalls
 from dit_accel.pipelines.streaming.runtime import CausalWan
+from dit_accel.pipelines.streaming.states import check_origin
 from dit_accel.streaming import StreamSettings
 
+_SHAPE_OF_MODEL = ("num_layers", "num_attention_heads", "attention_head_dim", "text_dim")
 SwitchMode = Literal["cut", "recache", "blend", "keep"]
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A chunk whose latents will not change any more.
-
-    Args:
-        frames: its latent frames.
-        latents: `[B, C, F, h, w]`.
-    """
-
-    frames: range
-    latents: Tensor
 
 
 class ChunkDriver:
     """Makes one stream, chunk after chunk; memory does not grow once the window is full.
+
+    Whatever is called may be called once more after a pass that raised: the stream goes on as if it had not.
 
     Args:
         runtime: the transformer.
@@ -75,6 +66,7 @@ class ChunkDriver:
         self._unwritten: Finished | None = None
         self._recent: list[Finished] = []
         self._blend: tuple[Tensor, Tensor, int, int] | None = None
+        self._blended: int | None = None
 
     def _to_model(self, x: Tensor) -> Tensor:
         return x.to(device=self.device, dtype=self.dtype)
@@ -97,7 +89,7 @@ class ChunkDriver:
     def _make(self) -> Finished:
         """Denoise the next chunk."""
         frames = range(self.frame, self.frame + self._length())
-        return Finished(frames, self._denoise(frames))
+        return Finished(frames.start, self._denoise(frames))
 
     def _length(self) -> int:
         """Frames of the next chunk."""
@@ -115,8 +107,7 @@ class ChunkDriver:
             self.flush()
             part = latents[:, :, at : at + self._length()]
             at += part.shape[2]
-            frames = range(self.frame, self.frame + part.shape[2])
-            given.append(self._finish(Finished(frames, part.to(self.device, torch.float32))))
+            given.append(self._finish(Finished(self.frame, part.to(self.device, torch.float32))))
         return given
 
     def _finish(self, chunk: Finished) -> Finished:
@@ -132,14 +123,14 @@ class ChunkDriver:
     def flush(self) -> None:
         """Write the last finished chunk to the caches; done at the next chunk, so the very last costs no pass."""
         if self._unwritten is not None:
-            chunk, self._unwritten = self._unwritten, None
             for branch in self.branches:
-                self._write(branch, chunk)
+                self._write(branch, self._unwritten)
+            self._unwritten = None
 
     def _write(self, branch: Branch, chunk: Finished) -> None:
         branch.policy.begin_chunk(chunk.frames)
         self.runtime.forward(
-            branch, self._to_model(chunk.latents), self.settings.context_noise, chunk.frames.start, step=CLEAN
+            branch, self._to_model(chunk.latents), self.settings.context_noise, chunk.start, step=CLEAN
         )
 
     def _denoise(self, frames: range) -> Tensor:
@@ -156,10 +147,20 @@ class ChunkDriver:
                 x = self.ladder.noisy(x, self.noise.draw(frames, step + 1).to(self.device), step + 1)
         return x
 
-    def _velocity(self, x: Tensor, timesteps: float | list[float], start: int, **options: Any) -> Tensor:
-        """Output of the model, guided where there are two branches, fp32."""
+    def _velocity(
+        self,
+        x: Tensor,
+        timesteps: float | list[float],
+        start: int,
+        past: Callable[[Branch], Sequence[int]] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Output of the model, guided where there are two branches, fp32; `past` says what a branch attends."""
         x = self._to_model(x)
-        outs = [self.runtime.forward(branch, x, timesteps, start, **options).float() for branch in self.branches]
+        outs = [
+            self.runtime.forward(branch, x, timesteps, start, past=past and past(branch), **options).float()
+            for branch in self.branches
+        ]
         return outs[0] if len(outs) == 1 else outs[1] + self.settings.guidance_scale * (outs[0] - outs[1])
 
     def switch(self, text: Tensor, mode: SwitchMode = "recache", over: int = 1) -> None:
@@ -174,19 +175,21 @@ class ChunkDriver:
         """
         self.flush()
         text = self._to_model(text)
-        self._blend = None
+        self._blend = self._blended = None
         if mode == "blend":
             self._blend = (self.branches[0].text, text, 0, over)
             return
         self._apply(text, mode)
 
     def _step_blend(self) -> None:
-        if self._blend is None:
+        """Move the prompt for the next chunk, once."""
+        if self._blend is None or self._blended == self.made:
             return
         old, new, done, over = self._blend
         share = (done + 1) / over
-        self._blend = (old, new, done + 1, over) if done + 1 < over else None
         self._apply(new if share == 1 else torch.lerp(old, new, share), "recache")
+        self._blended = self.made
+        self._blend = (old, new, done + 1, over) if done + 1 < over else None
 
     def _apply(self, text: Tensor, mode: SwitchMode) -> None:
         self.branches[0].set_text(text)
@@ -197,9 +200,10 @@ class ChunkDriver:
                 branch.cache.restart(self.frame)
             if mode != "keep":
                 branch.policy.reset()
-        # The negative prompt has not changed, and neither have its keys.
         if mode == "recache" and self._recent:
-            self._recache(self.branches[0])
+            # The keys of the negative prompt have not changed: they must go only where the sink goes.
+            for branch in self.branches[:1] if self.settings.keep_sink else self.branches:
+                self._recache(branch)
 
     def _recache(self, branch: Branch) -> None:
         """Run the frames of the window once more, in one pass ("released") or chunk by chunk ("causal")."""
@@ -207,53 +211,56 @@ class ChunkDriver:
         if settings.keep_sink:
             first = max(cache.ring_start, cache.oldest)
         else:
-            kept = self._recent[0].frames.start if settings.window is None else self.frame - settings.window
-            first = max(cache.origin, kept, self._recent[0].frames.start)
+            kept = self._recent[0].start if settings.window is None else self.frame - settings.window
+            first = max(cache.origin, kept, self._recent[0].start)
             cache.restart(first)
-        chunks = [_from(chunk, first) for chunk in self._recent if chunk.frames.stop > first]
+        chunks = [chunk.since(first) for chunk in self._recent if chunk.frames.stop > first]
         if settings.recache == "released" and chunks:
-            joined = torch.cat([chunk.latents for chunk in chunks], dim=2)
-            chunks = [Finished(range(chunks[0].frames.start, self.frame), joined)]
+            chunks = [Finished(chunks[0].start, torch.cat([chunk.latents for chunk in chunks], dim=2))]
         for chunk in chunks:
             self._write(branch, chunk)
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a stream must have in common with this one to take over its state."""
+        config = self.runtime.transformer.config
+        return {
+            "settings": self.settings.model_dump(mode="json", fallback=str),
+            "latents": list(self.noise.shape),
+            "model": {name: config[name] for name in _SHAPE_OF_MODEL} | {"dtype": str(self.dtype)},
+            "policies": [branch.policy.name for branch in self.branches],
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on with the next chunk in another process; the settings are not in it."""
+        """Everything needed to go on with the next chunk in another process."""
         self.flush()
         return {
+            "origin": self.origin,
             "made": self.made,
             "frame": self.frame,
             "noise": self.noise.state_dict(),
-            "recent": [_pack(chunk) for chunk in self._recent],
+            "recent": [chunk.state_dict() for chunk in self._recent],
             "blend": self._blend,
+            "blended": self._blended,
             "branches": [
                 {"text": x.text, "cache": x.cache.state_dict(), "policy": x.policy.state_dict()} for x in self.branches
             ],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over `state_dict()` of a driver with the same settings and model."""
+        """Take over `state_dict()` of a driver with the same settings, size and model, whatever this one has made.
+
+        Raises:
+            ConfigError: they differ; nothing has been taken over.
+        """
+        check_origin(state.get("origin"), self.origin)
         self.made, self.frame = state["made"], state["frame"]
         self.noise.load_state_dict(state["noise"])
-        self._recent = [_unpack(chunk) for chunk in state["recent"]]
-        self._unwritten = None
+        self._recent = [Finished(**chunk) for chunk in state["recent"]]
+        self._unwritten, self._blended = None, state["blended"]
         self._blend = None if state["blend"] is None else tuple(state["blend"])
         for branch, saved in zip(self.branches, state["branches"], strict=True):
             branch.set_text(saved["text"])
             branch.cache.load_state_dict(saved["cache"])
+            branch.policy.reset()
             branch.policy.load_state_dict(saved["policy"])
-
-
-def _from(chunk: Finished, first: int) -> Finished:
-    """The part of a chunk that begins at frame `first` or later."""
-    skip = max(0, first - chunk.frames.start)
-    return Finished(range(chunk.frames.start + skip, chunk.frames.stop), chunk.latents[:, :, skip:])
-
-
-def _pack(chunk: Finished) -> dict[str, Any]:
-    return {"start": chunk.frames.start, "latents": chunk.latents}
-
-
-def _unpack(chunk: dict[str, Any]) -> Finished:
-    start, latents = chunk["start"], chunk["latents"]
-    return Finished(range(start, start + latents.shape[2]), latents)

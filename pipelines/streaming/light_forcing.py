@@ -7,6 +7,8 @@ size, F frames, n blocks per frame, nq query blocks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -167,6 +169,14 @@ class LightForcing(DenseContext):
     def bytes(self) -> int:
         """Bytes of the kept block means."""
         return sum(x.numel() * x.element_size() for frames in self._pooled.values() for x in frames.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The kept block means, by layer and frame."""
+        return {str(layer): {str(frame): x for frame, x in kept.items()} for layer, kept in self._pooled.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over `state_dict()`."""
+        self._pooled = {int(layer): {int(frame): x for frame, x in kept.items()} for layer, kept in state.items()}
 
 
 def _best_blocks(scores: Tensor, chosen: Tensor, always: Tensor, keep: int) -> Tensor:

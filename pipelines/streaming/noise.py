@@ -17,7 +17,7 @@ class NoiseSource:
 
     With `antiphase` rho the initial noise follows eps_f = -rho eps_{f-1} + sqrt(1 - rho²) xi_f: every frame stays
     exactly N(0, I), and energy moves to high temporal frequencies (our reading of arXiv 2602.14027). Re-noising
-    between steps stays independent.
+    between steps stays independent. The recursion begins at frame 0, also where frames were given and not generated.
 
     Args:
         seed: of the stream.
@@ -27,16 +27,12 @@ class NoiseSource:
 
     def __init__(self, seed: int, shape: tuple[int, ...], antiphase: float = 0.0) -> None:
         self.seed, self.shape, self.antiphase = seed, shape, antiphase
-        self._last: tuple[int, Tensor] | None = None
+        self._kept: dict[int, Tensor] = {}
 
     def draw(self, frames: range, step: int = INITIAL) -> Tensor:
-        """Noise `[B, C, F, H, W]` of `frames` for `step`.
-
-        Raises:
-            ValueError: antiphase noise of frames that do not follow the last ones drawn.
-        """
+        """Noise `[B, C, F, H, W]` of `frames`, one or more, for `step`; equal however often they are drawn."""
         if step == INITIAL and self.antiphase:
-            drawn = [self._next_antiphase(frame) for frame in frames]
+            drawn = self._draw_antiphase(frames)
         else:
             drawn = [self._white(frame, step) for frame in frames]
         return torch.stack(drawn, dim=2)
@@ -47,19 +43,23 @@ class NoiseSource:
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
         return torch.randn(self.shape, generator=generator)
 
-    def _next_antiphase(self, frame: int) -> Tensor:
-        fresh = self._white(frame, INITIAL)
-        if frame > 0:
-            if self._last is None or self._last[0] != frame - 1:
-                raise ValueError(f"antiphase noise of frame {frame} needs that of frame {frame - 1}, drawn just before")
-            fresh = (1 - self.antiphase**2) ** 0.5 * fresh - self.antiphase * self._last[1]
-        self._last = (frame, fresh)
-        return fresh
+    def _draw_antiphase(self, frames: range) -> list[Tensor]:
+        """The recursion from the nearest kept frame before `frames`; kept are that before them, and their last."""
+        chain = {frame: x for frame, x in self._kept.items() if frame < frames.start}
+        for frame in range(max(chain, default=-1) + 1, frames.stop):
+            white = self._white(frame, INITIAL)
+            rho = self.antiphase
+            chain[frame] = white if frame == 0 else (1 - rho**2) ** 0.5 * white - rho * chain[frame - 1]
+            if frame < frames.start:
+                chain.pop(frame - 1, None)
+        # A pass that fails is repeated with the same frames: what they follow must stay at hand.
+        self._kept = {frame: chain[frame] for frame in (frames.start - 1, frames.stop - 1) if frame in chain}
+        return [chain[frame] for frame in frames]
 
     def state_dict(self) -> dict[str, Any]:
-        """What is needed to go on: seed and the last frame drawn."""
-        return {"seed": self.seed, "last": self._last}
+        """What is needed to go on: the seed and the kept frames."""
+        return {"seed": self.seed, "kept": list(self._kept.items())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
-        self.seed, self._last = state["seed"], state["last"]
+        self.seed, self._kept = state["seed"], dict(state["kept"])

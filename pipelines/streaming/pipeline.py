@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import WanPipeline
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from dit_accel.errors import ConfigError
+from dit_accel.errors import ConfigError, UnsupportedError
 from dit_accel.models import fit_to_model, load_for_preset
 from dit_accel.pipelines.base import FromPreset
 from dit_accel.pipelines.streaming.attention import DenseContext
@@ -72,13 +73,11 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
             overrides: fields of `StreamSettings`.
 
         Raises:
-            ConfigError: another task or family, extras that streams do not take, an unknown name, wrong settings or no
-                such file, before anything is loaded; or weights that do not fit.
+            ConfigError: another task or family, a model of two transformers, extras that streams do not take, an
+                unknown name, wrong settings or no such file, before anything is loaded; or weights that do not fit.
         """
         preset = fit_to_model(streaming_preset(name, model is not None or checkpoint is not None), model)
-        if (preset.family, preset.task) != ("wan", cls.task):
-            raise ConfigError(f"preset {preset.name}", f"is {preset.family} {preset.task}; streams need wan {cls.task}")
-        _check_extras(preset)
+        check_preset(preset, cls.task)
         if lora is not None and checkpoint is None:
             raise ConfigError("lora", "is merged into a checkpoint; give one")
         for argument, path in (("checkpoint", checkpoint), ("lora", lora)):
@@ -119,8 +118,8 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
             height, width: pixels, multiples of the autoencoder's compression times the patch. Default: the preset's, or
                 480 x 832.
             settings: how to stream, or the values that differ from the pipeline's. Default: the pipeline's.
-            start: frames that the video goes on from: a PIL image, a list of 1 + 4 n images, or normalised latents
-                `[1, C, F, h, w]`.
+            start: frames that the video goes on from: a PIL image, a list of 1 + 4 n images, which are cut to the
+                proportions of the video and scaled, or normalised latents `[1, C, F, h, w]`.
             policy: makes the attention policy. Default: what the settings name.
             decoder: turns latents into frames. Default: the autoencoder, chunk by chunk without seams.
             overlap: decode beside the cache write on CUDA.
@@ -128,8 +127,10 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
 
         Raises:
             ConfigError: a size that the model cannot make, or settings that are wrong.
-            UnsupportedError: a transformer that cannot stream.
+            UnsupportedError: a transformer that cannot stream, or two of them.
         """
+        if self.transformer_2 is not None:
+            raise UnsupportedError("streaming: one transformer runs at every noise level, and this pipeline has two")
         if not isinstance(prompt, str) or not prompt:
             raise ConfigError("prompt", f"expected one text per stream, got {prompt!r}")
         chosen = self._settings(settings)
@@ -193,7 +194,8 @@ class StreamingWanPipeline(FromPreset, WanPipeline):
         frames = start if isinstance(start, list | tuple) else [start]
         if (len(frames) - 1) % _ENCODER_STEP:
             raise ConfigError("start", f"expected 1 + {_ENCODER_STEP} n frames, got {len(frames)}")
-        video = self.video_processor.preprocess_video(list(frames), height=height, width=width)
+        fitted = [ImageOps.fit(x, (width, height)) if isinstance(x, Image.Image) else x for x in frames]
+        video = self.video_processor.preprocess_video(fitted, height=height, width=width)
         encoded = self.vae.encode(video.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
         return LatentScale(self.vae).from_vae(encoded).float()
 
@@ -204,8 +206,24 @@ def _laid_over(base: StreamSettings | None, changes: Mapping[str, Any]) -> Strea
     return stream_settings(**{**base.model_dump(), **changes}) if changes else base
 
 
-def _check_extras(preset: Preset) -> None:
-    """Of the extras of a preset streams take quantisation, which happens while weights are read."""
+def check_preset(preset: Preset, task: str = StreamingWanPipeline.task) -> None:
+    """Refuse a preset that cannot stream, before its model is loaded.
+
+    Streams need one Wan transformer for `task`; of the extras they take quantisation, which happens while weights are
+    read.
+
+    Raises:
+        ConfigError: names the preset or the extra.
+    """
+    where = f"preset {preset.name}"
+    if (preset.family, preset.task) != ("wan", task):
+        raise ConfigError(where, f"is {preset.family} {preset.task}; streams need wan {task}")
+    if preset.model.boundary is not None:
+        raise ConfigError(
+            where,
+            f"has a second transformer for noise levels below {preset.model.boundary}, and a stream runs one at all "
+            "levels; choose a Wan model with one transformer, for example wan2.1-t2v-1.3b-480p",
+        )
     for name in ("cache", "offload", "layerwise_casting", "compile"):
         if getattr(preset.extras, name) is not None:
             raise ConfigError(f"extras.{name}", "streams do without; set it to null in a preset that extends this one")

@@ -36,7 +36,7 @@ def make_policy(settings: StreamSettings, path: str = "stream.attention") -> Cal
 
     Raises:
         ConfigError: neither a policy nor a method, a method that cannot run here, an unknown or wrong parameter, or a
-            memory without a window.
+            memory without a window or with a rolling one.
     """
     name, parameters = settings.attention.name, dict(settings.attention.parameters)
     policy = POLICIES.get(name)
@@ -50,6 +50,10 @@ def make_policy(settings: StreamSettings, path: str = "stream.attention") -> Cal
         return lambda: PlannedContext(method)
     if policy is CompressedMemory and settings.window is None:
         raise ConfigError(path, "compressed_memory keeps the frames that leave the window: set a window")
+    if policy is CompressedMemory and settings.rolling:
+        # Frames between the two would be neither seen nor remembered.
+        reason = "compressed_memory keeps the frames that leave the cache, which a rolling window leaves before"
+        raise ConfigError(path, f"{reason}: set rolling to false, or choose another attention")
     schema = _schema(policy)
     if settings.window is not None and "window" in schema.model_fields:
         parameters.setdefault("window", settings.window)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from dit_accel.pipelines.streaming.attention import CLEAN, Branch
-from dit_accel.pipelines.streaming.driver import ChunkDriver, Finished
+from dit_accel.pipelines.streaming.cache import FrameCache
+from dit_accel.pipelines.streaming.driver import ChunkDriver
+from dit_accel.pipelines.streaming.finished import Finished
 
 
 @dataclass(frozen=True)
@@ -44,34 +46,33 @@ class RollingDriver(ChunkDriver):
     def _make(self) -> Finished:
         """Run windows until a chunk is finished."""
         while True:
-            self._launch()
-            self._window()
+            self.flight = self._window(self._joined())
             if self.flight[0].level == len(self.ladder):
                 done = self.flight.pop(0)
-                length = done.latents.shape[2]
-                return Finished(range(done.start, done.start + length), done.latents)
+                return Finished(done.start, done.latents)
 
-    def _launch(self) -> None:
-        """Let a new chunk of pure noise join, unless the stream winds down."""
+    def _joined(self) -> list[InFlight]:
+        """The chunks in flight and a new one of pure noise, unless the stream winds down."""
         if self.chunks is not None and self.made + len(self.flight) >= self.chunks:
-            return
+            return self.flight
         length = self.settings.chunk
         start = self.flight[-1].start + length if self.flight else self.frame
-        self.flight.append(InFlight(start, 0, self.noise.draw(range(start, start + length)).to(self.device)))
+        return [*self.flight, InFlight(start, 0, self.noise.draw(range(start, start + length)).to(self.device))]
 
-    def _window(self) -> None:
-        """One pass over all chunks in flight."""
+    def _window(self, flight: list[InFlight]) -> list[InFlight]:
+        """The chunks one level further, after one pass over all of them."""
         length = self.settings.chunk
-        x = torch.cat([chunk.latents for chunk in self.flight], dim=2)
-        timesteps = [self.ladder.timesteps[chunk.level] for chunk in self.flight for _ in range(length)]
-        start = self.flight[0].start
+        x = torch.cat([chunk.latents for chunk in flight], dim=2)
+        timesteps = [self.ladder.timesteps[chunk.level] for chunk in flight for _ in range(length)]
+        start = flight[0].start
         for branch in self.branches:
             branch.policy.begin_chunk(range(start, start + x.shape[2]))
-        past = self._working(start, x.shape[2])
-        velocity = self._velocity(x, timesteps, start, step=self.flight[0].level, write=False, past=past)
-        self.flight = [
-            self._down(chunk, part) for chunk, part in zip(self.flight, velocity.split(length, dim=2), strict=True)
-        ]
+
+        def past(branch: Branch) -> list[int]:
+            return self._working(branch.cache, start, x.shape[2])
+
+        velocity = self._velocity(x, timesteps, start, past, step=flight[0].level, write=False)
+        return [self._down(chunk, part) for chunk, part in zip(flight, velocity.split(length, dim=2), strict=True)]
 
     def _down(self, chunk: InFlight, velocity: Tensor) -> InFlight:
         """A chunk one level further: re-noised with its own fresh noise, or clean after the last level."""
@@ -81,10 +82,9 @@ class RollingDriver(ChunkDriver):
             x = self.ladder.noisy(x, self.noise.draw(frames, level).to(self.device), level)
         return InFlight(chunk.start, level, x)
 
-    def _working(self, start: int, length: int) -> list[int]:
+    def _working(self, cache: FrameCache, start: int, length: int) -> list[int]:
         """Cached frames that a window sees: the sink, and the newest others that fill up `settings.window`."""
-        cache, window = self.branches[0].cache, self.settings.window or 0
-        room = max(0, window - length - self.settings.sink)
+        room = max(0, (self.settings.window or 0) - length - self.settings.sink)
         sink = [frame for frame in cache.kept if frame < cache.ring_start]
         rest = [frame for frame in cache.kept if cache.ring_start <= frame < start]
         return [*sink, *rest[len(rest) - min(room, len(rest)) :]]
@@ -98,7 +98,7 @@ class RollingDriver(ChunkDriver):
             branch,
             self._to_model(chunk.latents),
             self.settings.context_noise,
-            chunk.frames.start,
+            chunk.start,
             step=CLEAN,
             past=past,
         )

@@ -53,7 +53,7 @@ class CausalWan:
         module.set_processor(processor)
 
     def close(self) -> None:
-        """Put the replaced processors back."""
+        """Put the replaced processors back; no pass can run after that."""
         for module, processor in self._replaced:
             module.set_processor(processor)
         self._replaced.clear()
@@ -115,7 +115,14 @@ class CausalWan:
 
         Returns:
             The model's output (velocity) `[B, C, F, H, W]`.
+
+        Raises:
+            UnsupportedError: after `close`.
         """
+        if not self._replaced:
+            raise UnsupportedError(
+                "streaming: the stream has ended, since Diffusers' attention processors were put back; begin a new one"
+            )
         frames = range(start, start + latents.shape[2])
         cache = branch.cache
         grid = self.grid(latents)

@@ -44,6 +44,33 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> dict[str
         raise ConfigError("state", f"cannot read a stream's state from {path}: {error}") from error
 
 
+def check_origin(saved: Any, own: dict[str, Any]) -> None:
+    """Whether a state fits the stream that is to take it over.
+
+    Args:
+        saved: what the state says of the stream that it was taken from: dicts of texts, numbers, lists and None.
+        own: the same of this stream.
+
+    Raises:
+        ConfigError: they differ; the message says in what.
+    """
+    if not isinstance(saved, dict):
+        raise ConfigError("state", "does not say which stream it is of; save it with this version of the library")
+    there, here = _flat(saved), _flat(own)
+    differ = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    if differ:
+        what = "; ".join(f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in differ)
+        raise ConfigError("state", f"is of another stream: {what}; begin this one like that one")
+
+
+def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts by their dotted path."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+    return flat
+
+
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[path] = value

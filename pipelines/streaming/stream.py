@@ -14,9 +14,11 @@ from torch import Tensor
 
 from dit_accel.errors import ConfigError
 from dit_accel.pipelines.streaming.decoder import LatentDecoder
-from dit_accel.pipelines.streaming.driver import ChunkDriver, Finished, SwitchMode
-from dit_accel.pipelines.streaming.states import load_state, save_state
+from dit_accel.pipelines.streaming.driver import ChunkDriver, SwitchMode
+from dit_accel.pipelines.streaming.finished import Finished
+from dit_accel.pipelines.streaming.states import check_origin, load_state, save_state
 from dit_accel.report.records import Report
+from dit_accel.streaming import BLEND_CHUNKS
 
 OutputType = Literal["np", "pt", "latent"]
 
@@ -71,20 +73,23 @@ class VideoStream(Iterator[StreamChunk]):
         self._encode = encode
         self._side = torch.cuda.Stream() if overlap and driver.device.type == "cuda" else None
         self._switch: tuple[str, SwitchMode, int] | None = None
-        self._given = [] if start is None else driver.give(start)
+        self._ready = [] if start is None else [(chunk, True) for chunk in driver.give(start)]
+        self._decoded: Tensor | None = None  # of the first chunk that is ready: its decoder has moved on
         self._index = 0
         self._frame = 0
 
     def __next__(self) -> StreamChunk:
         begun = self._now()
-        given = bool(self._given)
-        if not given:
+        if not self._ready:
             self._apply_switch()
-        chunk = self._given.pop(0) if given else self.driver.next()
-        if chunk is None:
-            raise StopIteration
+            if (made := self.driver.next()) is None:
+                raise StopIteration
+            self._ready.append((made, False))
         denoised = self._now()
+        chunk, given = self._ready[0]
         frames = self._decode(chunk)
+        self._ready.pop(0)
+        self._decoded = None
         done = self._now()
         count = 0 if frames is None else len(frames)
         index, first = self._index, self._frame
@@ -100,13 +105,14 @@ class VideoStream(Iterator[StreamChunk]):
     def _decode(self, chunk: Finished) -> Any:
         if self.decoder is None:
             return None
+        frames = self._decoded
         if self._side is None:
-            frames = self.decoder.decode(chunk.latents)
+            self._decoded = frames = self.decoder.decode(chunk.latents) if frames is None else frames
         else:
             main = torch.cuda.current_stream()
             self._side.wait_stream(main)
             with torch.cuda.stream(self._side):
-                frames = self.decoder.decode(chunk.latents)
+                self._decoded = frames = self.decoder.decode(chunk.latents) if frames is None else frames
             chunk.latents.record_stream(self._side)
             if self.driver.chunks is None or self.driver.made < self.driver.chunks:
                 self.driver.flush()
@@ -115,28 +121,30 @@ class VideoStream(Iterator[StreamChunk]):
         frames = (frames[0].transpose(0, 1).float() / 2 + 0.5).clamp(0, 1)
         return frames if self.output_type == "pt" else frames.permute(0, 2, 3, 1).cpu().numpy()
 
-    def set_prompt(self, text: str, mode: SwitchMode = "recache", over: int = 1) -> None:
+    def set_prompt(self, text: str, mode: SwitchMode = "recache", over: int | None = None) -> None:
         """Change the prompt from the next chunk on. Of several calls before a chunk the last one counts.
 
         Args:
             text: the new prompt.
             mode: "recache" (smooth, takes effect at once), "blend" (over `over` chunks), "cut" (new scene) or "keep"
                 (the text alone changes); see `ChunkDriver.switch`.
-            over: chunks of a blend. Default 1.
+            over: chunks of a blend, at least 2. Default 4; 1 for the other modes.
 
         Raises:
-            ConfigError: unknown mode, or `over` without a blend or below 1.
+            ConfigError: unknown mode, or `over` that it does not take.
         """
         if mode not in get_args(SwitchMode):
             raise ConfigError("mode", f"expected one of {', '.join(get_args(SwitchMode))}, got {mode!r}")
-        if over < 1 or (over > 1 and mode != "blend"):
-            raise ConfigError("over", f"expected 1, or more with mode='blend', got {over} with mode={mode!r}")
-        self._switch = (text, mode, over)
+        chosen = over if over is not None else BLEND_CHUNKS if mode == "blend" else 1
+        if chosen < 1 or (chosen > 1) != (mode == "blend"):
+            raise ConfigError("over", f"expected 2 or more for mode='blend', else 1, got {over} with mode={mode!r}")
+        self._switch = (text, mode, chosen)
 
     def _apply_switch(self) -> None:
         if self._switch is not None:
-            (text, mode, over), self._switch = self._switch, None
+            text, mode, over = self._switch
             self.driver.switch(self._encode(text), mode, over)
+            self._switch = None
 
     def finish(self) -> None:
         """Begin no new chunk: the iterator ends after those in flight (there are some in a rolling window only)."""
@@ -159,35 +167,47 @@ class VideoStream(Iterator[StreamChunk]):
         """What the calls of each chunk came to; see `StreamCalls.chunks`."""
         return self.driver.calls.chunks
 
+    @property
+    def _origin(self) -> dict[str, Any]:
+        return {"decoder": None if self.decoder is None else type(self.decoder).__name__}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on in another process, at a chunk boundary; copies of tensors."""
-        given = [{"start": x.frames.start, "latents": x.latents} for x in self._given]
         return {
+            "origin": self._origin,
             "driver": self.driver.state_dict(),
             "decoder": None if self.decoder is None else self.decoder.state_dict(),
-            "given": given,
+            "ready": [(chunk.state_dict(), given) for chunk, given in self._ready],
             "switch": self._switch,
             "index": self._index,
             "frame": self._frame,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()` of a stream with the same model, settings and size."""
+        """Go on from `state_dict()` of a stream with the same model, settings, size and decoder; the prompt is in it.
+
+        Raises:
+            ConfigError: they differ; this stream stays as it is.
+        """
+        check_origin(state.get("origin"), self._origin)
         self.driver.load_state_dict(state["driver"])
         if self.decoder is not None:
             self.decoder.load_state_dict(state["decoder"])
-        self._given = [
-            Finished(range(x["start"], x["start"] + x["latents"].shape[2]), x["latents"]) for x in state["given"]
-        ]
+        self._ready = [(Finished(**chunk), given) for chunk, given in state["ready"]]
+        self._decoded = None
         self._index, self._frame, self._switch = state["index"], state["frame"], state["switch"]
-        self.driver.calls.begin_at(self._index + len(self._given))
+        self.driver.calls.begin_at(self._index + len(self._ready))
 
     def save(self, path: str | Path) -> None:
         """Write `state_dict()` as safetensors."""
         save_state(self.state_dict(), path)
 
     def load(self, path: str | Path) -> None:
-        """Go on from a file of `save`."""
+        """Go on from a file of `save`.
+
+        Raises:
+            ConfigError: no such file, or one of a stream that differs, see `load_state_dict`.
+        """
         self.load_state_dict(load_state(path, self.driver.device))
 
 

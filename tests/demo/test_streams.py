@@ -7,6 +7,9 @@ import pytest
 from dit_accel.errors import ConfigError
 from dit_accel.pipelines.demo.jobs import Cancelled, Studio
 from dit_accel.pipelines.demo.streams import Change, History, Streamer
+from dit_accel.pipelines.streaming import StreamingWanPipeline
+from dit_accel.pipelines.streaming.stream import join_frames
+from dit_accel.video.files import OutputFile
 
 SETTINGS = {"steps": [1000.0, 500.0], "chunk": 2, "window": 4, "sink": 1, "positions": "reindex"}
 
@@ -37,6 +40,62 @@ def test_a_prompt_said_on_the_way_takes_effect_at_the_next_chunk_and_replays(stu
     replayed = list(Streamer(studio).run(history, 10, SETTINGS))
     assert replayed[-1].path.read_bytes() == video
     assert not studio.is_busy
+
+
+def test_a_stream_of_the_page_is_that_of_the_preset(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "extends: tiny-wan-causal\ngeneration: {negative_prompt: a blue square}\nstream: {guidance_scale: 3}\n"
+    )
+    studio = Studio(str(path), tmp_path, device="cpu")
+    (*_, last) = Streamer(studio).run(short(chunks=2), 10)
+    pipe = StreamingWanPipeline.from_preset(path, device="cpu")
+    frames = join_frames(list(pipe.stream("a red ball moving right", seed=3, num_chunks=2, height=32, width=32)))
+    with OutputFile(tmp_path / "expected.mp4") as file:
+        file.write(frames, 10)
+    assert last.path.read_bytes() == (tmp_path / "expected.mp4").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        (
+            "extends: tiny-wan-causal\nextras: {layerwise_casting: {}}\n",
+            r"extras\.layerwise_casting: streams do without",
+        ),
+        ("extends: flux1-dev\n", "is flux t2i; streams need wan t2v"),
+    ],
+)
+def test_a_preset_that_cannot_stream_is_refused_before_its_model_is_loaded(tmp_path, monkeypatch, preset, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(preset)
+    studio = Studio(str(path), tmp_path, device="cpu")
+    monkeypatch.setattr(studio, "load", lambda: pytest.fail("a model was loaded"))
+    with pytest.raises(ConfigError, match=message):
+        next(Streamer(studio).run(short(), 10))
+    assert not studio.is_busy
+
+
+def test_a_prompt_said_while_the_model_loads_changes_the_second_chunk(studio, monkeypatch):
+    streamer, load = Streamer(studio), studio.load
+    assert not streamer.say("nobody hears this", "cut")
+
+    def slowly():
+        assert streamer.say("a blue square", "cut")
+        return load()
+
+    monkeypatch.setattr(studio, "load", slowly)
+    grown = list(streamer.run(short(chunks=3), 10, SETTINGS))
+    assert [event.prompt for event in grown] == ["a red ball moving right", "a blue square", "a blue square"]
+    assert streamer.history.changes[1:] == [Change(1, "a blue square", "cut")]
+
+
+def test_a_prompt_after_the_last_chunk_began_is_not_taken(studio):
+    streamer = Streamer(studio)
+    taken = [streamer.say("a blue square", "cut") for _ in streamer.run(short(chunks=3), 10, SETTINGS)]
+    assert taken == [True, True, False]
+    with studio.job():
+        assert not streamer.say("a blue square", "cut")
 
 
 def test_streams_are_made_with_the_causal_sibling_and_never_beside_another_job(studio):

@@ -118,8 +118,8 @@ def test_a_pipeline_whose_steps_cannot_be_followed_is_refused_at_once(tmp_path):
 def test_extras_are_part_of_loading(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("extends: tiny-wan\nextras: {offload: {mode: model}}\n")
-    with pytest.raises(UnsupportedError, match=r"extras\.offload"), Studio(str(path), tmp_path, "cpu").job():
-        pass
+    with pytest.raises(UnsupportedError, match=r"extras\.offload"):
+        Studio(str(path), tmp_path, "cpu").load()
 
 
 def test_the_tiny_model_runs_at_its_own_size(tmp_path):

@@ -9,10 +9,14 @@ from torch.nn import functional as F
 
 import dit_accel
 from dit_accel.errors import ConfigError
+from dit_accel.layer_methods import check_policy
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
+from dit_accel.planner import Planner, PlanRequest
+from dit_accel.report.records import CallRecord
 from dit_accel.samples.tiny_random import random_wan_pipeline
-from dit_accel.state import CallContext
+from dit_accel.schedule import Schedule
+from dit_accel.state import CallContext, RunState
 
 LAYOUT = TokenLayout((3, 4, 5), 7, "before")
 
@@ -110,6 +114,52 @@ def test_composed_keeps_its_plan_from_one_refresh_to_the_next():
     assert plans[1] is plans[0]
     assert plans[2] is plans[0]
     assert plans[3] is not plans[0]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares", "call_of"),
+    [
+        ({"layer_groups": [[0, 2]]}, False, lambda layer: (layer, "cond")),
+        ({"layer_groups": [[0, 2]], "layer_heads": "index"}, False, lambda layer: (layer, "cond")),
+        ({"refresh": 3}, True, lambda branch: (0, ("cond", "uncond")[branch])),
+        ({"head_groups": 1}, True, lambda branch: (0, ("cond", "uncond")[branch])),
+    ],
+)
+@pytest.mark.parametrize("absent", [None, 0, 1])
+def test_a_rest_goes_with_the_plan_that_left_it(schedule, shares, call_of, absent):
+    """Also where another layer or branch made that plan, and does not run at the next step or has another by then."""
+    layout = TokenLayout((4, 8, 8))
+    method = get_method(
+        "composed", density=0.25, tile=[2, 2, 2], remainder="history", across_branches=shares, ramp=0.0, period=3
+    )
+    planner = Planner(Schedule.make(**schedule))
+    for step in range(6):
+        for number in range(2):
+            if number == absent and step in (1, 3):  # held dense, at a step between refreshes and at one of them
+                continue
+            layer, branch = call_of(number)
+            qkv = tensors(layout, seed=number + 2 * (step // 3))
+            wanted = PlanRequest(method, layer, layout, RunState(layout.grid, step, 0.5, branch))
+            planned, ordered = planner.plan(wanted, qkv, CallRecord("t", layer, step, branch, 0, "", None))
+            out = method.compute(*ordered, planned.plan, planner.call(wanted, 1))
+            # The tensors are those of the last refresh, so that part and rest together are dense again.
+            torch.testing.assert_close(planned.order.restore(out), F.scaled_dot_product_attention(*qkv))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {},
+        {"overrides": [{"layers": [[1, 2]], "parameters": {"density": 0.5}}]},
+        {"head_table": {"modes": {"own": {}, "all": {"method": "dense"}}, "heads": [["all", "own"]]}},
+    ],
+)
+def test_search_steps_do_not_renew_what_a_plan_is_held_for(schedule):
+    method = get_method("composed", remainder="history")
+    check_policy(method, Schedule.make(**schedule))
+    check_policy(get_method("composed"), Schedule.make(search_steps=[0, 3], **schedule))
+    with pytest.raises(ConfigError, match=r"schedule\.search_steps: .*remainder 'history'"):
+        check_policy(method, Schedule.make(search_steps=[0, 3], **schedule))
 
 
 def test_a_density_that_is_no_share_is_refused():

@@ -13,6 +13,7 @@ from dit_accel.layout import TokenLayout
 from dit_accel.methods.flexprefill import jensen_shannon_distance
 from dit_accel.methods.registry import get_method
 from dit_accel.selection.samples import largest_weights, probe_blocks, probe_profiles
+from dit_accel.shard import HeadShard
 from dit_accel.state import CallContext
 
 LAYOUT = TokenLayout((4, 8, 8))
@@ -255,6 +256,22 @@ def test_a_proxy_of_heads_that_are_alike_scores_as_each_of_them():
     group, alone = (cases.video_mask(get_method("proxyattn", block=16, groups=g), LAYOUT, q, k) for g in (2, 4))
     assert torch.equal(group, alone)
     assert not torch.equal(group[:, 0], group[:, 2])
+
+
+@pytest.mark.parametrize(("heads", "groups", "processes"), [(8, 2, 2), (8, 4, 2), (6, 4, 2), (6, 6, 3)])
+def test_a_proxy_stands_for_the_same_heads_whatever_process_holds_them(heads, groups, processes):
+    q, k, _ = cases.tensors(LAYOUT, heads=heads)
+    method, count = get_method("proxyattn", block=16, groups=groups), heads // processes
+    whole = cases.video_mask(method, LAYOUT, q, k)
+    for first in range(0, heads, count):
+        mine, part = method.of_heads(HeadShard(first, count, heads)), slice(first, first + count)
+        assert torch.equal(cases.video_mask(mine, LAYOUT, q[:, part], k[:, part]), whole[:, part])
+    assert method.of_heads(HeadShard(0, heads, heads)) is method
+
+
+def test_a_proxy_for_heads_of_two_processes_is_refused():
+    with pytest.raises(ConfigError, match=r"method\.proxyattn\.groups: .* groups of 4 heads: use more of them"):
+        get_method("proxyattn", groups=2).of_heads(HeadShard(0, 2, 8))
 
 
 def test_rows_of_sparsed_keep_as_many_blocks_of_text_and_of_video_as_one_another():

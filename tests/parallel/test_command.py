@@ -14,7 +14,8 @@ import yaml
 from dit_accel.cli import generate
 from dit_accel.cli.parallel import Degrees, Processes, check_single, processes_here
 from dit_accel.errors import ConfigError
-from dit_accel.presets import load_preset
+from dit_accel.presets import MethodSpec, load_preset
+from dit_accel.schedule import Schedule
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SPARSE = {"name": "composed", "parameters": {"density": 0.3, "tile": [1, 1, 2], "remainder": "drop"}}
@@ -129,6 +130,28 @@ def test_representatives_that_would_stand_for_heads_of_two_processes_are_refused
     Degrees(2).check_preset(_with_groups(preset, 4), 12)
     with pytest.raises(ConfigError, match=r"schedule\.head_groups: .* holds 3 heads; got groups of 4"):
         Degrees(4).check_preset(_with_groups(preset, 3), 12)
+
+
+@pytest.mark.parametrize(
+    ("method", "degrees", "second", "message"),
+    [
+        ("composed", Degrees(4), {"head_groups": 5}, r"schedule\.head_groups: .* holds 10 heads; got groups of 8"),
+        ("clear", Degrees(1, 2), {"max_error": 0.1}, "--ring-degree: max_error"),
+        (
+            "clear",
+            Degrees(1, 2),
+            {"overrides": [{"layers": 1, "parameters": {"remainder": "pooled"}}]},
+            "--ring-degree: method 'clear'",
+        ),
+    ],
+)
+def test_the_second_expert_must_divide_too(method, degrees, second, message):
+    radial = load_preset("wan2.2-t2v-a14b-720p/radial")
+    preset = radial.model_copy(update={"method": MethodSpec(name=method)})
+    degrees.check_preset(preset, 40)
+    for name in ("schedule", "schedule_2"):
+        with pytest.raises(ConfigError, match=message):
+            degrees.check_preset(preset.model_copy(update={name: Schedule.make(**second)}), 40)
 
 
 def _with_groups(preset, groups):

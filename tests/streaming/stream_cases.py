@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import imageio.v2 as imageio
+import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
@@ -9,6 +11,13 @@ from torch import nn
 FRAME = (4, 6)
 TOKENS = 6  # patches of 2 x 2
 CHANNELS = 4
+SETTINGS = "steps: [1000, 500]\nchunk: 2\nwindow: 6\nsink: 2\n"
+"""Settings of a short stream, as the file that `--stream-settings` names."""
+
+
+def frames_of(path):
+    """The frames of a written video."""
+    return np.stack(imageio.mimread(path))
 
 
 def tiny_transformer(layers=2, seed=0, heads=2, head_dim=24, frames=64):

@@ -57,6 +57,8 @@ def test_the_training_pass_is_what_a_stream_computes(chunk, window, sink, positi
     given = torch.cat([torch.zeros(count - 1), levels])[None]
     found = CausalTeacher(model, GRID, 3.0).velocity(excerpt, entries, given, words)
     torch.testing.assert_close(found[:, excerpt.given :], expected, atol=1e-5, rtol=1e-4)
+    half = CausalTeacher(model, GRID, 3.0, is_half=True).velocity(excerpt, entries, given, words)
+    assert 0 < (half[:, excerpt.given :] - expected).norm() / expected.norm() < 0.02
 
 
 def test_an_excerpt_from_later_learns_only_chunks_whose_whole_past_it_has():

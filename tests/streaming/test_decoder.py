@@ -69,6 +69,22 @@ def test_state_round_trip(vae):
         assert torch.equal(other.decode(rest), decoder.decode(rest))
 
 
+def test_a_call_that_fails_half_way_ends_the_stream_until_a_state_is_loaded(vae):
+    latents, decoder = draw(), StreamingVaeDecoder(vae)
+    first = decoder.decode(latents[:, :, :3])
+    state = decoder.state_dict()
+    hook = vae.decoder.conv_out.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        decoder.decode(latents[:, :, 3:])
+    hook.remove()
+    for call in (lambda: decoder.decode(latents[:, :, 3:]), decoder.state_dict):
+        with pytest.raises(UnsupportedError, match="failed half way"):
+            call()
+    decoder.load_state_dict(state)
+    frames = torch.cat([first, decoder.decode(latents[:, :, 3:])], 2)
+    torch.testing.assert_close(frames, one_shot(vae, latents), atol=1e-5, rtol=0)
+
+
 def test_state_does_not_grow(vae):
     decoder, sizes = StreamingVaeDecoder(vae), []
     for _ in range(6):

@@ -146,6 +146,30 @@ def test_recache_without_the_sink_replaces_everything(runtime):
     assert not any(same(before[f], after[f]) for f in after if f in before)
 
 
+def test_recache_without_the_sink_leaves_both_branches_with_the_same_frames(runtime):
+    stream = driver(runtime, keep_sink=False, guidance_scale=2.0, negative=text(5), recache="causal")
+    make(stream, 6)
+    stream.flush()
+    uncond = cached(stream, 1)
+    stream.switch(text(1), "recache")
+    for _ in range(3):
+        first, second = (cached(stream, branch) for branch in (0, 1))
+        assert list(first) == list(second)
+        stream.next()
+        stream.flush()
+    # Its prompt is the old one: a causal recache from a frame on gives it what a stream that begins there has.
+    fresh = runtime.branch(stream.settings, text(5))
+    fresh.cache.restart(4)
+    again = driver(runtime, keep_sink=False, guidance_scale=2.0, negative=text(5), recache="causal")
+    make(again, 6)
+    again.switch(text(1), "recache")
+    for chunk in again._recent:
+        runtime.forward(fresh, chunk.latents, 0.0, chunk.start)
+    after = cached(again, 1)
+    assert all(same(after[f], [torch.stack(fresh.cache.read(i, [f])) for i in (0, 1)]) for f in after)
+    assert not same(after[6], uncond[6])
+
+
 @pytest.mark.parametrize("keep_sink", [True, False])
 def test_causal_recache_under_the_same_prompt_changes_nothing(runtime, keep_sink):
     stream = driver(runtime, recache="causal", keep_sink=keep_sink, window=9, sink=1)
@@ -193,6 +217,14 @@ def test_blend_moves_to_the_new_prompt(runtime):
     shares = [float(((x - text(0)) / (text(1) - text(0))).mean()) for x in seen]
     assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0], abs=1e-4)
     assert torch.equal(seen[3], text(1))
+
+
+def test_a_first_chunk_may_fill_the_window(runtime):
+    stream = driver(runtime, first_chunk=8)
+    make(stream, 3)
+    stream.switch(text(1), "recache")
+    assert stream.next().latents.isfinite().all()
+    assert stream.branches[0].cache.kept == [0, 1, *range(8, 12)]
 
 
 def test_stretched_frequencies_and_antiphase_noise_are_off_by_default_and_change_the_stream(runtime):

@@ -91,6 +91,7 @@ def test_the_script_prints_its_table_with_the_environment(tmp_path, capsys):
     )
     output = tmp_path / "found.json"
     options = ["--preset", str(preset), "--model", str(folder), "--num-prompts", "2", "--marks", "3", "2"]
+    options += ["--processes", "2"]
     evaluate_stream.main([*options, "--output", str(output)])
     out = capsys.readouterr().out
     assert "torch" in out
@@ -99,3 +100,6 @@ def test_the_script_prints_its_table_with_the_environment(tmp_path, capsys):
     assert caption(draw_scene(rng, held_out=True), rng) in out
     (found,) = json.loads(output.read_text())["found"].values()
     assert [len(shown) for shown in found] == [3, 3]
+    with pytest.raises(SystemExit):
+        evaluate_stream.main(["--num-prompts", "1", "--processes", "2"])
+    assert "expected 1 to 1, one per prompt, got 2" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dit_accel.errors import ConfigError
+from dit_accel.errors import ConfigError, UnsupportedError
 from dit_accel.pipelines.streaming import StreamingWanPipeline
 from dit_accel.pipelines.streaming.attention import DenseContext
 from dit_accel.pipelines.streaming.decoder import LatentScale
@@ -17,7 +17,7 @@ from dit_accel.pipelines.streaming.memory import CompressedMemory
 from dit_accel.pipelines.streaming.planned import PlannedContext
 from dit_accel.pipelines.streaming.stream import join_frames
 from dit_accel.samples.tiny_random.wan import random_wan_pipeline
-from dit_accel.streaming import stream_settings
+from dit_accel.streaming import BLEND_CHUNKS, STREAM_PRESETS, stream_settings
 
 SIZE = {"height": 16, "width": 24}
 SETTINGS = {"steps": (1000.0, 500.0), "chunk": 2, "window": 6, "sink": 2}
@@ -108,11 +108,22 @@ def test_settings_name_the_attention_of_a_stream(pipe, attention, kind, values):
         ({"attention": {"name": "light_forcing", "parameters": {"base": 0.1}}}, "expected 0 <= target <= base"),
         ({"attention": {"name": "radial", "parameters": {"dens": 0.1}}}, "did you mean 'density'"),
         ({"attention": {"name": "compressed_memory"}, "window": None}, "set a window"),
+        (
+            {"attention": {"name": "compressed_memory"}, "rolling": True, "positions": "sink_adjacent"},
+            "set rolling to false",
+        ),
     ],
 )
 def test_wrong_attention_is_named(pipe, settings, message):
     with pytest.raises(ConfigError, match=message):
         begin(pipe, settings=settings)
+
+
+def test_an_image_of_other_proportions_is_cut_and_not_stretched(pipe):
+    inner = np.random.default_rng(0).integers(0, 255, (16, 24, 3), dtype=np.uint8)
+    wide = np.pad(inner, ((0, 0), (10, 10), (0, 0)))
+    cut, exact = (begin(pipe, start=Image.fromarray(x), num_chunks=1) for x in (wide, inner))
+    assert torch.equal(next(cut).latents, next(exact).latents)
 
 
 def test_interleaved_streams_do_not_mix(pipe):
@@ -141,6 +152,22 @@ def test_resume_from_a_file(pipe, tmp_path, changes):
         assert np.array_equal(resumed.frames, chunk.frames)
 
 
+def test_a_state_with_other_settings_or_without_a_decoder_is_refused(pipe, tmp_path):
+    attention = {"name": "flashblock", "parameters": {"refresh_steps": (0,), "dense_layers": [0]}}
+    stream = begin(pipe, settings={"attention": attention})
+    first = next(stream)
+    stream.save(tmp_path / "state.safetensors")
+    other = begin(pipe, settings={"attention": attention}, output_type="latent")
+    with pytest.raises(ConfigError, match=r"state: .*decoder is 'StreamingVaeDecoder' there and None here"):
+        other.load(tmp_path / "state.safetensors")
+    assert torch.equal(next(other).latents, first.latents)
+    with pytest.raises(ConfigError, match=r"state: .*settings\.attention\.parameters\.refresh_steps"):
+        begin(pipe).load(tmp_path / "state.safetensors")
+    again = begin(pipe, settings={"attention": attention})
+    again.load(tmp_path / "state.safetensors")
+    assert np.array_equal(next(again).frames, next(stream).frames)
+
+
 def test_start_from_an_image_and_from_a_video(pipe):
     noise = np.random.default_rng(0).integers(0, 255, (5, 16, 24, 3), dtype=np.uint8)
     images = [Image.fromarray(x) for x in noise]
@@ -158,6 +185,14 @@ def test_start_from_an_image_and_from_a_video(pipe):
     assert torch.equal(list(begin(pipe, start=given, num_chunks=1))[2].latents, chunks[2].latents)
     with pytest.raises(ConfigError, match="1 \\+ 4 n frames, got 2"):
         begin(pipe, start=images[:2])
+
+
+@pytest.mark.parametrize("name", STREAM_PRESETS)
+def test_every_published_setting_goes_on_from_an_image(pipe, name):
+    image = Image.new("RGB", (24, 16), "red")
+    chunks = list(pipe.stream(RED, settings=STREAM_PRESETS[name], start=image, num_chunks=1, **SIZE))
+    assert [(chunk.latent_frames, chunk.given) for chunk in chunks] == [(range(1), True), (range(1, 4), False)]
+    assert np.isfinite(chunks[1].frames).all()
 
 
 def test_output_types_and_a_decoder_of_ones_own(pipe):
@@ -208,6 +243,7 @@ def test_the_pipeline_still_generates_and_saves_as_the_stock_one(pipe, tmp_path)
         ({"prompt": ["a", "b"]}, "one text per stream"),
         ({"height": 18}, "height: expected a multiple of 4, got 18; 16 would do"),
         ({"settings": {"windows": 3}}, "did you mean 'window'"),
+        ({"settings": {"first_chunk": 9, "window": 6}}, "window must hold first_chunk, 9 frames, got 6"),
     ],
 )
 def test_wrong_arguments_are_named(pipe, arguments, message):
@@ -215,10 +251,27 @@ def test_wrong_arguments_are_named(pipe, arguments, message):
         pipe.stream(**{"prompt": RED, **SIZE, **arguments})
 
 
-@pytest.mark.parametrize(("mode", "over"), [("fade", 1), ("cut", 2), ("blend", 0)])
+def test_two_experts_do_not_stream(pipe):
+    two = StreamingWanPipeline(**{**pipe.components, "transformer_2": pipe.transformer}, boundary_ratio=0.875)
+    with pytest.raises(UnsupportedError, match="this pipeline has two"):
+        begin(two)
+
+
+@pytest.mark.parametrize(("mode", "over"), [("fade", 1), ("cut", 2), ("blend", 0), ("blend", 1), ("keep", 0)])
 def test_wrong_switches_are_named(pipe, mode, over):
     with pytest.raises(ConfigError, match=r"mode|over"):
         begin(pipe).set_prompt(BLUE, mode, over)
+
+
+def test_a_blend_of_unsaid_length_moves_in_steps(pipe):
+    def after(*change):
+        stream = begin(pipe, num_chunks=3)
+        next(stream)
+        stream.set_prompt(BLUE, *change)
+        return torch.cat([chunk.latents for chunk in stream], 2)
+
+    assert not torch.equal(after("blend"), after("recache"))
+    assert torch.equal(after("blend"), after("blend", BLEND_CHUNKS))
 
 
 @pytest.mark.parametrize("rolling", [False, True])

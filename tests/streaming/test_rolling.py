@@ -28,6 +28,7 @@ class Recorder:
 
     def forward(self, branch, x, timesteps, start, **options):
         past = list(options.get("past") or [])
+        assert set(past) <= set(branch.cache.kept)
         self.calls.append((start, x.shape[2], timesteps, options["step"], past, x))
         out = self.runtime.forward(branch, x, timesteps, start, **options)
         if self.oracle is None or options["step"] == CLEAN:
@@ -41,11 +42,10 @@ def runtime():
     return CausalWan(tiny_transformer())
 
 
-def rolling(runtime, chunks, seed=0, oracle=None, **changes):
+def rolling(runtime, chunks, seed=0, oracle=None, negative=None, **changes):
     recorder = Recorder(runtime, oracle)
-    return RollingDriver(
-        recorder, StreamSettings(**{**ROLLING, **changes}), text(), FRAME, seed, chunks=chunks
-    ), recorder
+    settings = StreamSettings(**{**ROLLING, **changes})
+    return RollingDriver(recorder, settings, text(), FRAME, seed, negative=negative, chunks=chunks), recorder
 
 
 def drain(stream):
@@ -151,6 +151,22 @@ def test_a_switch_holds_for_the_chunks_in_flight(runtime):
     whole = [*before, *drain(stream)]
     for index, (a, b) in enumerate(zip(drain(plain), whole, strict=True)):
         assert torch.equal(a.latents, b.latents) == (index < 3)
+
+
+@pytest.mark.parametrize("keep_sink", [True, False])
+def test_after_a_switch_both_branches_see_the_same_cached_frames(runtime, keep_sink):
+    changes = {"negative": text(5), "guidance_scale": 2.0, "keep_sink": keep_sink}
+    stream, recorder = rolling(runtime, None, **changes)
+    for _ in range(9):
+        stream.next()
+    stream.switch(text(1), "recache")
+    first, second = (branch.cache.kept for branch in stream.branches)
+    assert first == second
+    recorder.calls.clear()
+    stream.next()
+    windows = [call for call in recorder.calls if call[3] != CLEAN]
+    assert len(windows) == 2
+    assert windows[0][4] == windows[1][4] != []
 
 
 def test_finished_chunks_never_change_afterwards(runtime):

@@ -14,47 +14,17 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+from stream_cases import SETTINGS, frames_of
 
 from dit_accel.cli import generate
 from dit_accel.cli.prompts import LivePrompts, parse_line, read_prompts
 from dit_accel.errors import ConfigError
+from dit_accel.pipelines.demo.jobs import Studio
 from dit_accel.pipelines.streaming import StreamingWanPipeline
 from dit_accel.presets import list_presets, load_preset, streaming_preset
 from dit_accel.report.page import read_run, render_page
-from dit_accel.streaming import stream_preset
+from dit_accel.streaming import BLEND_CHUNKS, stream_preset
 from dit_accel.video.growing import StreamingVideoFile
-
-SETTINGS = "steps: [1000, 500]\nchunk: 2\nwindow: 6\nsink: 2\n"
-
-
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path, pipeline_folder):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "stream.yaml").write_text(SETTINGS)
-    usual = [
-        "--stream",
-        "--model",
-        pipeline_folder,
-        "--height",
-        "16",
-        "--width",
-        "24",
-        "--stream-settings",
-        "stream.yaml",
-    ]
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["generate-video", *map(str, [*usual, *arguments])])
-        with pytest.raises(SystemExit) as left:
-            generate.main()
-        captured = capsys.readouterr()
-        return left.value.code or 0, captured.out, captured.err
-
-    return run
-
-
-def frames_of(path):
-    return np.stack(imageio.mimread(path))
 
 
 def test_a_stream_becomes_a_video_and_a_report(command, tmp_path):
@@ -142,14 +112,6 @@ def test_settings_name_a_policy_with_parameters(command, tmp_path):
     assert (code, "stream.attention.parameters.top: unknown key" in err) == (2, True), err
 
 
-def test_typed_prompts_change_the_stream_and_its_end_ends_it(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\ncut: a blue square\n"))
-    code, out, err = command("--prompt", "a red ball", "--live", "--output", "o.mp4")
-    assert code == 0, err
-    assert "a blue square (cut)" in out
-    assert len(frames_of(tmp_path / "o.mp4")) >= 3
-
-
 def test_a_checkpoint_is_loaded(command, tmp_path, pipeline_folder):
     pipe = StreamingWanPipeline.from_preset("tiny-wan", str(pipeline_folder), window=9)
     assert pipe.stream_settings.window == 9
@@ -181,6 +143,7 @@ def test_a_checkpoint_is_loaded(command, tmp_path, pipeline_folder):
         (["--prompt", "x", "--prompts-file", "none.yaml"], "cannot read none.yaml"),
         (["--prompt", "x", "--lora", "x.pt"], "lora: is merged into a checkpoint"),
         (["--prompt", "x", "--preset", "wan2.1-i2v-14b-480p"], "streams need wan t2v"),
+        (["--prompt", "x", "--preset", "wan2.2-t2v-a14b-480p"], "a second transformer for noise levels below 0.875"),
         (["--prompt", "x", "--image", "none.png"], "--image: cannot read"),
         (["--prompt", "x", "--negative-prompt", "y"], "--negative-prompt: this stream runs without guidance"),
         (["--prompt", "x", "--num-chunks", 3, "--seconds", 20], "got --num-chunks 3 and --seconds 20.0"),
@@ -258,6 +221,45 @@ def test_a_model_streams_by_its_causal_sibling_unless_other_weights_are_given(tm
         assert streaming_preset(path) == load_preset(path)
 
 
+OWN = """
+extends: tiny-wan
+generation: {height: 32, width: 48, fps: 5, negative_prompt: a blue square}
+extras: {quantization: {backend: torchao}}
+"""
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_what_a_file_says_holds_for_the_causal_sibling_too(tmp_path, is_whole):
+    path = tmp_path / "mine.yaml"
+    path.write_text(OWN)
+    if is_whole:
+        path.write_text(load_preset(path).to_yaml())
+    found, sibling = streaming_preset(path), load_preset("tiny-wan-causal")
+    assert (found.repository, found.stream, found.causal) == (sibling.repository, sibling.stream, None)
+    said = {"height": 32, "width": 48, "fps": 5, "negative_prompt": "a blue square"}
+    assert found.generation.model_dump(include=set(said)) == said
+    if not is_whole:
+        assert found.generation == sibling.generation.model_copy(update=said)
+    assert found.extras.quantization.backend == "torchao"
+    assert Studio(str(path), tmp_path).for_streams().preset == found
+    path.write_text(OWN.replace("quantization: {backend: torchao}", "compile: {}"))
+    with pytest.raises(ConfigError, match=r"extras\.compile: streams do without"):
+        StreamingWanPipeline.from_preset(path)
+
+
+def test_a_file_says_the_size_of_a_stream(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(OWN.partition("extras")[0])
+    words = "generate-video --stream --preset mine.yaml --prompt x --num-chunks 1 --output o.mp4 --device cpu"
+    monkeypatch.setattr(sys, "argv", words.split())
+    with pytest.raises(SystemExit) as left:
+        generate.main()
+    assert left.value.code in (0, None)
+    report = json.loads((tmp_path / "o.json").read_text())
+    assert (report["size"], report["fps"]) == ([32, 48], 5)
+    assert frames_of(tmp_path / "o.mp4").shape[1:3] == (32, 48)
+
+
 def test_every_named_sibling_is_the_same_model_and_streams():
     named = {preset.name: preset.causal for preset in map(load_preset, list_presets()) if preset.causal is not None}
     assert "tiny-wan" in named
@@ -283,6 +285,7 @@ def test_options_of_streams_need_the_flag(command, monkeypatch, capsys):
         ("prompt: a", "list"),
         ("- {prompt: a, chunk: 0}", "0.chunk"),
         ("- {prompt: a, mode: cut, over: 2}", "over is for mode blend"),
+        ("- {prompt: a, mode: blend, over: 1}", "of at least 2 chunks, got 1 with mode blend"),
     ],
 )
 def test_prompts_files_are_checked(tmp_path, text, message):
@@ -297,6 +300,7 @@ def test_typed_lines():
     assert parse_line("a: colon stays").prompt == "a: colon stays"
     blend = parse_line("blend 4: a blue square\n")
     assert (blend.prompt, blend.mode, blend.over) == ("a blue square", "blend", 4)
+    assert parse_line("blend: a blue square").over == BLEND_CHUNKS > 1
     assert parse_line("cutting: grass").mode == "recache"
 
 
@@ -312,7 +316,7 @@ def test_of_several_typed_lines_the_last_prompt_counts():
     assert changes[-1] == "two"
 
 
-@pytest.mark.parametrize("line", ["blend 0: x", "cut 3: x"])
+@pytest.mark.parametrize("line", ["blend 0: x", "blend 1: x", "cut 3: x"])
 def test_a_typed_line_that_is_wrong_does_not_end_the_stream(line, capsys):
     live = LivePrompts(io.StringIO(f"good\n{line}\n"))
     live._lines.put(None)
@@ -352,7 +356,7 @@ def test_a_killed_writer_leaves_a_playable_file(tmp_path):
 
 
 def test_a_killed_stream_leaves_a_playable_file(tmp_path, pipeline_folder):
-    (tmp_path / "stream.yaml").write_text(SETTINGS)
+    (tmp_path / "stream.yaml").write_text(f"{SETTINGS}positions: reindex\n")
     words = ["--stream", "--model", pipeline_folder, "--height", "16", "--width", "24", "--prompt", "a red ball"]
     words += ["--stream-settings", "stream.yaml", "--num-chunks", "5000", "--output", "o.mp4", "--fps", "4"]
     child = subprocess.Popen(

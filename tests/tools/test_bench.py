@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import sys
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
 
 from dit_accel.acceleration import accelerate
+from dit_accel.bench import timing
 from dit_accel.bench.attention import measure, variants
 from dit_accel.bench.options import Options
 from dit_accel.bench.random_blocks import RandomBlocks
@@ -30,6 +32,18 @@ from dit_accel.methods.registry import get_method
 from dit_accel.presets import list_presets, load_preset
 
 CPU = Options(torch.device("cpu"), torch.float32, rounds=2)
+
+
+class Clock:
+    """Every reading is 1 ms after the one before."""
+
+    now = 0.0
+
+    def __call__(self):
+        self.now += 1e-3
+        return self.now
+
+
 SMALL = Shape("small", TokenLayout((3, 9, 10), 7, "after"), 2, 16, "a test")
 
 
@@ -125,6 +139,35 @@ def test_each_method_is_verified_before_it_is_timed(monkeypatch):
         verify(methods[0], SMALL, CPU)
 
 
+REUSING = [
+    get_method("re_ttention", period=2, block=16),
+    get_method("composed", remainder="history", period=3, density=0.3, block=16, order="raster"),
+]
+
+
+@pytest.mark.parametrize("method", REUSING, ids=lambda method: method.name)
+def test_the_step_after_a_dense_one_is_verified(monkeypatch, method):
+    """What is kept must give dense again on the same tensors, and the kernel be right on others."""
+    assert verify(method, SMALL, CPU) < 1e-4
+    complete, attend = type(method).complete, base.block_attention
+
+    def forgetful(self, part):
+        out = complete(self, part)
+        return out - part.call.memory["history"].rest if part.call.step else out
+
+    def wrong(q, k, v, plan, **options):
+        out, lse = attend(q, k, v, plan, **options)
+        return (out if options["backend"] == "reference" else out * 1.5), lse
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(method), "complete", forgetful)
+        with pytest.raises(DitAccelError, match="wrong"):
+            verify(method, SMALL, CPU)
+    monkeypatch.setattr(base, "block_attention", wrong)
+    with pytest.raises(DitAccelError, match="wrong"):
+        verify(method, SMALL, CPU)
+
+
 def test_a_row_holds_what_was_measured():
     dynamic, static = measure(SMALL, [get_method("composed", density=0.3), get_method("radial", block=32)], CPU)
     for row in (dynamic, static):
@@ -141,6 +184,50 @@ def test_a_row_holds_what_was_measured():
     assert dynamic.overhead > 0
     assert static.select_ms == 0
     assert static.select_first_ms > 0
+
+
+class Renewing(RandomBlocks):
+    """Its order takes 400 ms more at every fourth step, by a clock of its own."""
+
+    name = "renewing"
+    clock: ClassVar[Clock] = Clock()
+
+    @property
+    def cycle(self):
+        return 4
+
+    def order(self, q, k, v, call):
+        self.clock.now += 0.4 * (call.step % 4 == 0)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_costs_of_some_steps_count_for_all(monkeypatch, rounds):
+    monkeypatch.setattr(timing, "clock_for", lambda device: Renewing.clock)
+    (row,) = measure(SMALL, [Renewing()], replace(CPU, rounds=rounds))
+    assert row.order_ms == pytest.approx(101)
+    assert (row.dense_ms, row.attend_ms) == pytest.approx((1, 1))
+    assert row.ratio == pytest.approx(1 / 102)
+
+
+def test_dense_steps_count_in_density():
+    method = get_method("re_ttention", period=3, block=16)
+    q, k, v = torch.randn(3, 1, 2, SMALL.layout.tokens, 16)
+    (row,) = measure(SMALL, [method], replace(CPU, rounds=1))
+    assert row.density == pytest.approx(method.plan(SMALL.layout, q, k, v)[1].density + 1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "cycle"),
+    [
+        ("radial", {}, 1),
+        ("aurora", {}, 4),
+        ("composed", {"order": "tile", "renew": 3, "remainder": "history", "period": 5}, 5),
+        ("composed", {"order": "kmeans", "renew": 3, "density": 0.5}, 3),
+        ("re_ttention", {}, 5),
+    ],
+)
+def test_methods_say_after_how_many_steps_their_costs_repeat(name, parameters, cycle):
+    assert get_method(name, **parameters).cycle == cycle
 
 
 def test_heads_are_left_out_to_keep_the_time_limit():
@@ -171,6 +258,9 @@ def test_a_step_runs_the_whole_transformer():
     assert row["ratio"] > 0
     assert (row["dense_backend"], row["note"]) == ("sdpa", "")
     assert row["verified_error"] < 1e-3
+    (always,) = measure_step(small, built, [get_method("re_ttention", period=1, block=16)], rounds=1)
+    (row,) = measure_step(small, built, [get_method("re_ttention", period=2, block=16)], rounds=1)
+    assert row["density"] == pytest.approx(always["density"] - 0.5)  # dense at every second step
     unknown = preset.model_copy(update={"repository": "someone/else"})
     with pytest.raises(ConfigError, match="someone/else"):
         build(unknown, 1, torch.device("cpu"), torch.float32)

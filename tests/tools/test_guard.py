@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import dit_accel
+from dit_accel.engine import Engine
 from dit_accel.error_estimate import CONFIDENCE, estimate_error, rows_to_check, sample_rows
 from dit_accel.errors import ConfigError
 from dit_accel.guard import Guard, hash_seed
@@ -16,7 +19,8 @@ from dit_accel.kernels import block_attention
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.registry import get_method
 from dit_accel.samples.tiny_random import random_wan_pipeline
-from dit_accel.state import CallContext
+from dit_accel.schedule import Schedule
+from dit_accel.state import CallContext, RunState
 
 LAYOUT = TokenLayout((15, 17, 16))  # 4080 tokens: no multiple of a block
 
@@ -198,26 +202,79 @@ def test_density_falls_again_only_after_a_calm_while():
     assert seen[4:] == [0.25] * 6
 
 
-@pytest.mark.parametrize(
-    ("frames", "bounds", "checked"),
-    [
-        (15, [0.001] * 9, [0, 3, 6]),
-        (15, [0.09, 0.09, 0.03, 0.001, 0.001, 0.001, 0.001, 0.09, 0.03], [0, 1, 2, 5, 8]),
-        (48, [0.001] * 4, [0, 1, 2, 3]),
-    ],
-)
-def test_checks_are_rarer_in_short_sequences_unless_a_layer_is_over_budget(monkeypatch, frames, bounds, checked):
-    """Then their cost is under 1 % of that of attention, which falls with the length."""
-    layout, key, guard = TokenLayout((frames, 17, 16)), (0, "c"), Guard(0.05)
-    method, seen = get_method("composed", density=0.2), []
-    q = torch.zeros(1, 1, layout.tokens, 1)
-    for step, bound in enumerate(bounds):
-        guard.choose(key, (method,), step, layout.tokens)
+@pytest.mark.parametrize(("tokens", "mean"), [(4080, 3), (6000, 2), (11_999, 2), (12_000, 1), (75_600, 1)])
+def test_checks_are_rarer_in_short_sequences_and_fall_on_every_step_of_a_period(monkeypatch, tokens, mean):
+    """Then their cost is under 1 % of that of attention, which falls with the length, and nothing periodic hides."""
+    seen = checked(monkeypatch, lambda step: 0.001, tokens, steps=300)
+    gaps = [later - earlier for earlier, later in pairwise(seen)]
+    assert set(gaps) == set(range(1, 2 * mean))
+    assert len(seen) == pytest.approx(300 / mean, rel=0.15)
+    for period in (2, 3, 4, 5):
+        assert Counter(step % period for step in seen).most_common()[-1][1] > 300 / mean / period / 2
+    assert seen == checked(monkeypatch, lambda step: 0.001, tokens, steps=300)
+
+
+def test_a_layer_over_budget_is_checked_at_every_step(monkeypatch):
+    seen = checked(monkeypatch, lambda step: 0.09 if step < 20 else 0.03, 4080, steps=24)
+    assert seen[:21] == list(range(21))
+    assert len(seen) < 24
+
+
+def checked(monkeypatch, bound, tokens, steps):
+    """The steps that are checked, given the error bound at every step."""
+    layout, key, guard = TokenLayout((tokens, 1, 1)), (0, "c"), Guard(0.05)
+    monkeypatch.setattr("dit_accel.guard._raised", lambda methods, track: methods)
+    monkeypatch.setattr("dit_accel.guard.sample_rows", lambda *_: (None, None))
+    q, seen = torch.zeros(1, 1, 1, 1), []
+    for step in range(steps):
+        guard.choose(key, (get_method("composed"),), step, tokens)
         if guard.is_due(key, step):
             seen.append(step)
-            monkeypatch.setattr("dit_accel.guard.estimate_error", lambda *_, b=bound: torch.tensor([b / 2, b]))
+            told = torch.tensor([bound(step) / 2, bound(step)])
+            monkeypatch.setattr("dit_accel.guard.estimate_error", lambda *_, told=told: told)
             guard.check(key, step, q, q, q, q, layout, 0.2)
-    assert seen == checked
+    return seen
+
+
+def watched(method, inputs, steps, seed=0, **schedule):
+    """True errors, levels and reasons of steps of one layer at 4,096 tokens; `inputs` draws q, k, v `[B, N, H, D]`."""
+    layer = nn.Identity()
+    engine = Engine(method, Schedule(**schedule), [layer], break_even=1.0, seed=seed)
+    seen = []
+    for step in range(steps):
+        q, k, v = inputs()
+        exact = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        engine.begin(RunState((4, 32, 32), step, 0.5))
+        out = engine.attend(layer, q, k, v, dense=lambda exact=exact: exact)
+        seen.append((true_error(out, exact), engine.calls[-1]))
+    return seen
+
+
+def test_a_remainder_that_is_renewed_now_and_then_is_checked_in_between():
+    """Checks every third step would all fall on the steps that compute everything."""
+    generator = torch.Generator().manual_seed(0)
+    method = get_method("composed", density=0.25, remainder="history", period=3)
+    seen = watched(method, lambda: 1.5 * torch.randn(3, 1, 4096, 1, 16, generator=generator), steps=4, max_error=0.05)
+    assert seen[1][0] > 1  # all tokens are new at every step: what is kept is of no use
+    assert [call.error is None for _, call in seen[:2]] == [True, False]
+    assert all("dense until" in call.reason for _, call in seen[2:])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_plan_that_grows_stale_is_checked_in_between(seed):
+    """Queries find their keys elsewhere at every step: a fresh plan is exact, a kept one useless."""
+    generator = torch.Generator().manual_seed(0)
+
+    def moved():
+        code = 12 * F.normalize(torch.randn(64, 16, generator=generator), dim=-1)
+        k = code.repeat_interleave(64, 0)
+        q = code[torch.randperm(64, generator=generator)].repeat_interleave(64, 0)
+        return q[None, :, None], k[None, :, None], torch.randn(1, 4096, 1, 16, generator=generator)
+
+    method = get_method("composed", order="raster", density=0.1, remainder="drop")
+    seen = watched(method, moved, steps=9, seed=seed, max_error=0.2, refresh=3)
+    assert seen[0][0] < 0.2 < 1 < seen[1][0]
+    assert any(call.level or call.reason for _, call in seen)
 
 
 def test_what_ran_dense_because_that_is_faster_comes_back_at_the_highest_density_that_is_not():
@@ -253,9 +310,9 @@ def test_the_report_holds_estimate_and_bound_and_the_result_does_not_change():
     assert (frames == checked).all()
     assert all(call.error is None for call in plain_run.calls)
     rows = run.to_dict()["calls"]
-    # The second step is not checked: the sequence is short, and all layers keep to the budget.
-    assert all(0 <= row["error"] <= row["error_bound"] for row in rows if row["step"] == 0)
-    assert not any("error" in row for row in rows if row["step"] == 1)
+    # Later steps are checked now and then: the sequence is short, and all layers keep to the budget.
+    assert all("error" in row for row in rows if row["step"] == 0)
+    assert all(0 <= row["error"] <= row["error_bound"] for row in rows if "error" in row)
     assert run.worst_error is not None
     assert f"bound {run.worst_error[1]:.3f}" in run.summary()
 

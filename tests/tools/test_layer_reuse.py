@@ -11,6 +11,7 @@ import torch
 
 import dit_accel
 from dit_accel.calibrate.layers import LayerObserver, solve_groups
+from dit_accel.calibrate.observer import Observer
 from dit_accel.calibrate.statistics import Statistics
 from dit_accel.cli import main
 from dit_accel.engine import DenseCall
@@ -102,6 +103,25 @@ def test_a_new_forward_pass_forgets_the_plans_of_the_last():
     for step in (0, 1):
         observer(dense_call(0, step))
     assert torch.isinf(sums.error[0, 0, 0, 1])
+
+
+@pytest.mark.parametrize("layer_heads", ["union", "index"])
+def test_what_a_method_keeps_goes_with_the_plan_that_left_it(layer_heads):
+    """With its own plan a layer does as it does alone, whatever those of other layers leave behind."""
+    method = get_method("composed", order="raster", block=16, density=0.3, remainder="history", period=3, ramp=0.0)
+    sums, alone = Statistics.empty(3, 1, 3), Statistics.empty(3, 3, 1)
+    observers = [
+        LayerObserver(method, 2, layer_heads, Schedule(), sums),
+        Observer([method], Schedule(), alone),
+    ]
+    for step, layer in itertools.product(range(5), range(3)):
+        call = dense_call(layer, step)
+        for observer in observers:
+            observer(call)
+    torch.testing.assert_close(sums.error[0, :, 0, 0], alone.error[0, :, :, 0].sum(1))
+    torch.testing.assert_close(sums.density[0, :, 0, 0], alone.density[0, :, :, 0].mean(1))
+    if layer_heads == "index":  # a union of heads is denser
+        torch.testing.assert_close(sums.density[0, 1:, 0, 1], sums.density[0, :-1, 0, 0])
 
 
 def test_static_methods_have_nothing_to_share():
