@@ -104,7 +104,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def split_parameters(model: nn.Module, skip: tuple[str, ...] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Weights for Muon (hidden matrices and convolutions) and the rest for AdamW.
+    """Weights in training: for Muon (hidden matrices and convolutions), and the rest for AdamW.
 
     Args:
         model: the model.
@@ -113,6 +113,8 @@ def split_parameters(model: nn.Module, skip: tuple[str, ...] = ()) -> tuple[list
     hidden: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
         is_hidden = weight.ndim >= 2 and min(weight.shape[:2]) > 8 and not any(part in name for part in skip)
         (hidden if is_hidden else rest).append(weight)
     return hidden, rest

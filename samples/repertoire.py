@@ -1,15 +1,14 @@
 """What the small models are taught: a repertoire draws captioned clips and knows the words of their captions.
 
 `BASIC` is one plain shape on a plain background (`clips`), drawn with OpenCV. `FULL` is all of `scenes`, drawn with
-PyTorch on the device of the training. Captions of `BASIC` are captions of `FULL`. `MIXED` draws a batch of the one and
-two of the other in turn, for a model that knows the first and is to learn the second.
+PyTorch on the device of the training. Captions of `BASIC` are captions of `FULL`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import islice
 
 import numpy as np
 import torch
@@ -109,14 +108,6 @@ def _draw_full(
         yield Drawn(pixels, objects, captions)
 
 
-def _draw_mixed(
-    seed: int, canvas: Canvas, size: int, held_out: bool, device: str | torch.device, workers: int
-) -> Iterator[Drawn]:
-    parts = (_draw_basic, _draw_full, _draw_full)
-    streams = [draw(seed + n, canvas, size, held_out, device, workers // 2) for n, draw in enumerate(parts)]
-    yield from map(next, cycle(streams))
-
-
 @dataclass(frozen=True)
 class Says:
     """Whether some word of a caption begins in one of some ways."""
@@ -138,8 +129,7 @@ _FULL_MEANINGS = (
 )
 BASIC = Repertoire("basic", 24, tuple(clips.vocabulary()), _BASIC_MEANINGS, _draw_basic)
 FULL = Repertoire("full", 48, tuple(language.vocabulary()), _FULL_MEANINGS, _draw_full)
-MIXED = Repertoire("mixed", FULL.text_tokens, FULL.vocabulary, FULL.meanings, _draw_mixed)
-REPERTOIRES = {repertoire.name: repertoire for repertoire in (BASIC, FULL)}  # that models are judged by
+REPERTOIRES = {repertoire.name: repertoire for repertoire in (BASIC, FULL)}
 
 
 def repertoire_of(tokenizer: PreTrainedTokenizerFast) -> Repertoire:

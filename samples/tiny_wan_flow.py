@@ -161,7 +161,8 @@ def train_transformer(
         recipe: sizes and settings.
         bank: what to learn from.
         seed: of the pictures that are shown.
-        start: transformer and text encoder of the recipe's sizes to begin with. Default: new ones.
+        start: transformer and text encoder of the recipe's sizes to begin with; weights that ask for no gradients
+            stay as they are. Default: new ones.
 
     Raises:
         OutOfTime: the time of this call is over; the next goes on.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from dit_accel.samples.repertoire import BASIC, FULL, MIXED, Repertoire
+from dit_accel.samples.repertoire import BASIC, FULL, Repertoire
 from dit_accel.samples.scenes.draw import Canvas
 from dit_accel.samples.tiny_wan_model import TinyWanSizes
 
@@ -176,10 +176,11 @@ class Recipe:
         name: of the table `RECIPES`.
         repertoire: what it is taught.
         sizes: of its parts.
-        vae, flow, causal: the stages.
+        vae, flow, causal: the stages; the first is that of `start` where there is one.
         is_half: whether passes run in bfloat16 where PyTorch's autocast allows it.
         workers: processes that draw scenes.
-        start: of the model that this one is grown from. Default None: it is made from nothing.
+        start: of the model that this one is grown from, whose autoencoder and text encoder it keeps. Default None: it
+            is made from nothing.
     """
 
     name: str
@@ -259,33 +260,28 @@ FULL_MODEL = Recipe(
     is_half=True,
     workers=8,
 )
-# The full size on a processor: grown from the small model, and taught with few frames at a time at first.
+# The small model, grown to the layers and heads of the full one and taught further, on a processor.
 GROWN = Recipe(
     name="grown",
-    repertoire=MIXED,
-    sizes=replace(FULL_SIZES, vae_blocks=1),
-    vae=VaeRecipe(
-        crops=(Crop(33, 64, 1), Crop(9, 64, 4), Crop(33, 64, 1), Crop(17, 64, 2), Crop(33, 64, 1), Crop(1, 64, 24)),
-        pace=Pace(6000),
-        edge_weight=1.0,
-        ema=0.98,
-        rates=(0.003, 6e-4),  # larger ones ruin in a hundred steps what the autoencoder can do
-    ),
+    repertoire=BASIC,
+    sizes=replace(SMALL.sizes, heads=FULL_SIZES.heads, layers=FULL_SIZES.layers, ffn_dim=FULL_SIZES.ffn_dim),
+    vae=SMALL.vae,
     flow=FlowRecipe(
         canvas=Canvas(33, 64, 64),
-        clips=10_000,
+        clips=2400,
         encode_batch=4,
         draws=(
-            Draw(latent_frames=2, batch=18, shares=(0.45, 0.30, 0.10)),
+            Draw(latent_frames=2, batch=18, shares=(0.35, 0.25, 0.10)),
             Draw(latent_frames=3, batch=12, shares=(0.25, 0.20, 0.12)),
-            Draw(latent_frames=5, batch=8, shares=(0.15, 0.20, 0.18)),
-            Draw(latent_frames=9, batch=4, shares=(0.10, 0.18, 0.28)),
-            Draw(latent_frames=17, batch=2, shares=(0.05, 0.12, 0.32)),
+            Draw(latent_frames=5, batch=8, shares=(0.20, 0.22, 0.20)),
+            Draw(latent_frames=9, batch=4, shares=(0.12, 0.20, 0.30)),
+            Draw(latent_frames=17, batch=2, shares=(0.08, 0.13, 0.28)),
         ),
-        pace=Pace(3200),
-        save_every=100,
-        probe=Fade(1.0, 0.3, 0.4, 0.5),
-        rates=(0.01, 1e-3),
+        pace=Pace(1600),
+        ema=0.995,
+        save_every=50,
+        probe=Fade(0.5, 0.2, 0.4, 0.5),
+        rates=(0.008, 8e-4),
     ),
     causal=CausalRecipe(Canvas(65, 64, 64, endless=True), 1000, batch=2, pace=Pace(1200), rates=(0.005, 5e-4)),
     is_half=True,

@@ -23,7 +23,6 @@ from dit_accel.samples.tiny_wan_run import Place, TrainingRun, cosine_rate, line
 
 _HELD_OUT_SEED, _WHOLE = 10_000_019, Canvas(33, 64, 64)
 _TUNING_SEED, _TUNING_EMA = 4242, 0.98
-_FAITHFUL = 0.1  # weight of the distance from the latents of a teacher
 _JITTER = 0.02  # noise on the latents while the decoder learns
 
 
@@ -72,16 +71,13 @@ def load_vae(work: Path, sizes: TinyWanSizes) -> AutoencoderKLWan:
     return vae
 
 
-def fit_vae(
-    place: Place, vae: AutoencoderKLWan, recipe: Recipe, seed: int, teacher: AutoencoderKLWan | None = None
-) -> int:
+def fit_vae(place: Place, vae: AutoencoderKLWan, recipe: Recipe, seed: int) -> int:
     """Train; the averaged weights end in `vae`. The number of steps that took.
 
     Args:
         place: where to run, and until when.
         vae: what is trained.
         recipe, seed: as everywhere.
-        teacher: whose latents the first channels keep, so that a transformer made with it can be used further.
 
     Raises:
         OutOfTime: the time of this call is over; the next goes on.
@@ -109,22 +105,13 @@ def fit_vae(
         with place.precision():
             mean = vae.encode(pixels).latent_dist.mean
             decoded = vae.decode(mean + _JITTER * torch.randn_like(mean)).sample
-            drift = mean.new_zeros(()) if teacher is None else _drift(mean, pixels, teacher)
         loss = reconstruction_loss(decoded.float(), pixels, settings.edge_weight) + 1e-5 * mean.float().square().mean()
-        run.backward(loss + _FAITHFUL * drift)
+        run.backward(loss)
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         run.update(step, cosine_rate(step, done))
         run.log("autoencoder", step, done, loss)
     vae.load_state_dict(run.average)
     return step + 1
-
-
-def _drift(mean: Tensor, pixels: Tensor, teacher: AutoencoderKLWan) -> Tensor:
-    """Mean squared distance of latents from those of a teacher with as many channels or fewer, in its deviations."""
-    with torch.no_grad():
-        known = teacher.encode(pixels).latent_dist.mean
-    unit = torch.tensor(teacher.config.latents_std, device=mean.device).view(1, -1, 1, 1, 1)
-    return ((mean[:, : known.shape[1]].float() - known.float()) / unit).square().mean()
 
 
 def tune_decoder(place: Place, vae: AutoencoderKLWan, recipe: Recipe, seed: int) -> None:

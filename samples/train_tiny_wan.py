@@ -23,7 +23,7 @@ from dit_accel.errors import ConfigError
 from dit_accel.models import check_model
 from dit_accel.samples.team import Team
 from dit_accel.samples.tiny_wan_flow import train_transformer
-from dit_accel.samples.tiny_wan_grown import start_from, train_grown_vae
+from dit_accel.samples.tiny_wan_grown import start_from, take_vae
 from dit_accel.samples.tiny_wan_recipes import RECIPES, Pace, Recipe
 from dit_accel.samples.tiny_wan_run import OutOfTime, Place
 from dit_accel.samples.tiny_wan_vae import encode_bank, train_vae
@@ -50,7 +50,7 @@ def run_stages(place: Place, output: Path, recipe: Recipe, seed: int, start: Pat
         first = replace(place, work=place.work / "start-work", is_half=recipe.start.is_half)
         first.work.mkdir(exist_ok=True)
         run_stages(first, start, recipe.start, seed)
-    vae = train_vae(place, recipe, seed) if start is None else train_grown_vae(place, start, recipe, seed)
+    vae = train_vae(place, recipe, seed) if start is None else take_vae(place, start, recipe)
     place.check_time("the bank of clips")
     bank = encode_bank(place, vae, recipe, flow.canvas, flow.clips, flow.encode_batch, seed)
     begin = None if start is None else start_from(start, recipe)
