@@ -82,7 +82,7 @@ def accelerate(
     check_backend(backend)
     resolved = load_preset(preset) if isinstance(preset, (str, Path)) else preset
     timing = {key: value for key, value in parameters.items() if key in Schedule.model_fields}
-    policy, timetable = resolve_policy(resolved, method, schedule, parameters)
+    policy, timetable = resolve_policy(resolved, method, schedule, parameters, schedule_2)
     models = _transformers(pipe)
     second = second_schedule(resolved, schedule, schedule_2, timing, models, policy, method) or timetable
     families = {name: (family or family_of(model)).for_model(model) for name, model in models.items()}

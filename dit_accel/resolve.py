@@ -16,7 +16,11 @@ Asked = Schedule | Mapping[str, Any] | None
 
 
 def resolve_policy(
-    preset: Preset | None, method: str | Method | None, schedule: Asked, parameters: dict[str, Any]
+    preset: Preset | None,
+    method: str | Method | None,
+    schedule: Asked,
+    parameters: dict[str, Any],
+    schedule_2: Asked = None,
 ) -> tuple[Method, Schedule]:
     """Merge preset, method, schedule and keyword arguments; what stands later wins.
 
@@ -25,6 +29,7 @@ def resolve_policy(
         method: name or `Method`; in place of the preset's, and of its head table.
         schedule: in place of the preset's.
         parameters: parameters of the method and fields of the schedule; the latter are taken out of it.
+        schedule_2: what the call gives for the second expert, which may heed parameters that the first does not.
 
     Raises:
         ConfigError: unknown method or parameter, wrong type, value out of range, or a parameter that the preset's head
@@ -43,7 +48,7 @@ def resolve_policy(
             name, chosen = preset.method.name, preset.method.parameters
         policy = get_method(name, **merged_parameters(chosen, parameters))
     if preset is not None and method is None and schedule is None and "head_table" not in timing:
-        _check_heeded(preset, parameters)
+        _check_heeded(preset, schedule_2, parameters)
     check_policy(policy, timetable)
     return policy, timetable
 
@@ -100,13 +105,14 @@ def _under_method(schedule: Schedule, preset: Preset, asked: str | Method | None
     return fields
 
 
-def _check_heeded(preset: Preset, parameters: Mapping[str, Any]) -> None:
-    """Refuse a parameter that no head would run under, since the head tables of a preset decide it for all.
+def _check_heeded(preset: Preset, schedule_2: Asked, parameters: Mapping[str, Any]) -> None:
+    """Refuse a parameter that no head would run under, since the head tables decide it for all.
 
     Raises:
         ConfigError: there is one.
     """
-    schedules = [each for each in (preset.schedule, preset.schedule_2) if each is not None]
+    second = preset.schedule_2 if schedule_2 is None else Schedule.make("schedule_2", **_fields(schedule_2))
+    schedules = [each for each in (preset.schedule, second) if each is not None]
     for name in parameters:
         if all(_decides(each, name) for each in schedules):
             raise ConfigError(

@@ -76,7 +76,8 @@ class FromPreset(_Pipeline):
         given = {key: value for key, value in overrides.items() if key not in _SETTINGS_BESIDE}
         # A misspelt parameter shows here, not after a model has been loaded.
         check_backend(overrides.get("backend", "auto"))
-        resolve_policy(preset, given.pop("method", None), given.pop("schedule", None), given)
+        asked = given.pop("method", None), given.pop("schedule", None)
+        resolve_policy(preset, *asked, given, overrides.get("schedule_2"))
         pipe = load_for_preset(preset, model, device or "auto", dtype or "auto", cls)
         pipe.preset = preset
         set_guider(pipe, preset.generation)

@@ -96,6 +96,13 @@ def test_a_parameter_that_one_expert_heeds_is_taken(without):
     assert resolve_policy(preset, None, None, {"density": 0.5})[0].density == 0.5
 
 
+def test_a_parameter_that_a_second_schedule_of_the_call_heeds_is_taken():
+    preset = preset_with([AURORA], 2)
+    assert resolve_policy(preset, None, None, {"density": 0.5}, {"dense_steps": 1})[0].density == 0.5
+    with pytest.raises(ConfigError, match=r"^density: the head table"):
+        resolve_policy(preset, None, None, {"density": 0.5}, preset.schedule)
+
+
 def test_a_parameter_that_some_heads_heed_is_taken():
     preset = preset_with([{}, AURORA])
     method, schedule = resolve_policy(preset, None, None, {"density": 0.5})
