@@ -277,7 +277,7 @@ GROWN = Recipe(
             Draw(latent_frames=9, batch=4, shares=(0.12, 0.20, 0.30)),
             Draw(latent_frames=17, batch=2, shares=(0.08, 0.13, 0.28)),
         ),
-        pace=Pace(1600),
+        pace=Pace(1140),
         ema=0.995,
         save_every=50,
         probe=Fade(0.5, 0.2, 0.4, 0.5),

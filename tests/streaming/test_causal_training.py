@@ -159,7 +159,8 @@ def test_the_shipped_causal_model_shares_all_but_its_transformer_with_the_bidire
     assert all((folder / f).read_bytes() == (base / f).read_bytes() for f in kept)
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 20e6
     one, other = (json.loads((x / "transformer" / "config.json").read_text()) for x in (folder, base))
-    assert {k: v for k, v in one.items() if k[0] != "_"} == {k: v for k, v in other.items() if k[0] != "_"}
+    sizes = {"num_layers", "num_attention_heads", "ffn_dim"}
+    assert {k for k in other if k[0] != "_" and one[k] != other[k]} <= sizes
 
 
 def test_the_shipped_causal_model_keeps_the_color_of_its_object(shipped):
