@@ -59,7 +59,7 @@ def grow_transformer(model: WanTransformer3DModel, sizes: TinyWanSizes, seed: in
     old, grown = model.config, make_transformer(sizes)
     rows = _copied_rows(old.num_attention_heads, old.ffn_dim, sizes, seed)
     generator = torch.Generator().manual_seed(seed)
-    weights = spread_layers(model.state_dict(), "blocks", old.num_layers, sizes.layers)
+    weights = spread_layers(model.state_dict(), old.num_layers, sizes.layers)
     target = grown.state_dict()
     for name, weight in weights.items():
         if name.endswith("scale_shift_table"):
@@ -105,14 +105,14 @@ def _widen(
     return made
 
 
-def spread_layers(weights: dict[str, Tensor], stem: str, old: int, new: int) -> dict[str, Tensor]:
-    """Weights of a stack of `old` layers, as one of `new`: layers in between copy the one before and add nothing."""
-    spread = {name: weight for name, weight in weights.items() if f"{stem}." not in name}
+def spread_layers(weights: dict[str, Tensor], old: int, new: int) -> dict[str, Tensor]:
+    """Weights of a transformer of `old` layers, as of one of `new`: new layers copy the one before and add nothing."""
+    spread = {name: weight for name, weight in weights.items() if not name.startswith("blocks.")}
     places = [index * old // new for index in range(new)]
     for index, source in enumerate(places):
         is_new = index > 0 and places[index - 1] == source
         for name, weight in weights.items():
-            if name.startswith(f"{stem}.{source}."):
+            if name.startswith(f"blocks.{source}."):
                 adds = is_new and any(part in name for part in _ADDS)
-                spread[name.replace(f"{stem}.{source}.", f"{stem}.{index}.", 1)] = (weight * (not adds)).clone()
+                spread[name.replace(f"blocks.{source}.", f"blocks.{index}.", 1)] = (weight * (not adds)).clone()
     return spread

@@ -1,8 +1,8 @@
 """Train the small Wan pipeline from nothing: `python samples/train_tiny_wan.py --work work/tiny-wan`.
 
 Stages: autoencoder, bank of encoded clips, transformer with its text encoder, export. A killed run resumes from the
-work folder; a finished stage is not run again. `--size grown` makes the model that ships: it trains the small one and
-grows it, or grows the one that `--start` names; `--processes 2` makes best use of two cores. On a GPU `--size full
+work folder; a finished stage is not run again. Without `--size` the model that ships is made: a small one is trained
+and grown, or that of `--start` is grown; `--processes 2` makes best use of two cores. On a GPU `--size full
 --device cuda` makes the full model; where a GPU is lent for minutes at a time, `--max-minutes 9` saves and stops with
 status 75 until everything is done.
 """
@@ -98,7 +98,7 @@ def read_place(arguments: argparse.Namespace, recipe: Recipe) -> Place:
 def main(given: Sequence[str] | None = None) -> None:
     """Run all stages that are not finished yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=RECIPES, default="small", help="which recipe")
+    parser.add_argument("--size", choices=RECIPES, default="grown", help="which recipe")
     parser.add_argument("--work", type=Path, default=Path("work/tiny-wan"), help="folder of checkpoints and logs")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny-wan", help="folder of the result")
     parser.add_argument("--start", type=Path, default=None, help="with --size grown: pipeline folder to grow")

@@ -126,7 +126,7 @@ def export(output: Path, start: Path, average: dict[str, Tensor]) -> None:
 def main(given: Sequence[str] | None = None) -> None:
     """Encode the clips and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=RECIPES, default="small", help="which recipe")
+    parser.add_argument("--size", choices=RECIPES, default="grown", help="which recipe")
     parser.add_argument("--work", type=Path, default=Path("work/tiny-wan-causal"), help="folder of checkpoints")
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent / "tiny-wan-causal", help="folder of the result"
