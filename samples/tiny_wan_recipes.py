@@ -283,7 +283,9 @@ GROWN = Recipe(
         probe=Fade(0.5, 0.2, 0.4, 0.5),
         rates=(0.008, 8e-4),
     ),
-    causal=CausalRecipe(Canvas(65, 64, 64, endless=True), 1000, batch=2, pace=Pace(1200), rates=(0.005, 5e-4)),
+    causal=CausalRecipe(
+        Canvas(65, 64, 64, endless=True), clips=600, batch=2, pace=Pace(514), rates=(0.005, 5e-4), save_every=50
+    ),
     is_half=True,
     start=SMALL,
 )

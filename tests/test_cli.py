@@ -341,7 +341,7 @@ def test_dit_accel_lists_shows_and_examines(monkeypatch, capsys, tmp_path):
     assert "decay: 1.0" in shown
     told = run(monkeypatch, capsys, main.main, "doctor")[1]
     assert "backend torch: usable" in told
-    small = next(line for line in told.splitlines() if line.startswith("weights") and "tiny-wan" in line)
+    (small,) = [line for line in told.splitlines() if line.startswith("weights") and "tiny-wan" in line]
     assert "about 0.1 GiB in" in small
     assert " fit into " in small
     assert f"fp32 products on the CPU: {products.library()}" in told

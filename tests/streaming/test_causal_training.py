@@ -157,14 +157,14 @@ def test_the_shipped_causal_model_shares_all_but_its_transformer_with_the_bidire
     kept = [f.relative_to(base) for f in base.rglob("*") if f.is_file() and f.parent != base]
     kept = [f for f in kept if f.parts[0] != "transformer"]
     assert all((folder / f).read_bytes() == (base / f).read_bytes() for f in kept)
-    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 20e6
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 40e6
     one, other = (json.loads((x / "transformer" / "config.json").read_text()) for x in (folder, base))
-    sizes = {"num_layers", "num_attention_heads", "ffn_dim"}
-    assert {k for k in other if k[0] != "_" and one[k] != other[k]} <= sizes
+    assert {k: v for k, v in one.items() if k[0] != "_"} == {k: v for k, v in other.items() if k[0] != "_"}
 
 
-def test_the_shipped_causal_model_keeps_the_color_of_its_object(shipped):
-    stream = shipped.stream("a red ball moving right", seed=0, num_chunks=4)
+def test_the_shipped_causal_model_keeps_its_object(shipped):
+    steps = {"steps": [1000.0, 750.0, 500.0, 250.0]}  # half of those it is made for, for speed
+    stream = shipped.stream("a red ball moving right", seed=0, num_chunks=3, settings=steps)
     shown = [describe(np.round(chunk.frames * 255).astype(np.uint8)) for chunk in stream]
-    assert [chunk["color"] for chunk in shown] == ["red"] * 4
-    assert [chunk["background"] for chunk in shown] == ["black"] * 4
+    found = [(chunk["color"], chunk["shape"], chunk["background"]) for chunk in shown]
+    assert found == [("red", "ball", "black")] * 3
