@@ -190,10 +190,10 @@ def train_transformer(
     ]
     run = TrainingRun(place, "flow", both, optimizers, settings.ema, {"probe": probe}, settings.save_every)
 
-    def finish() -> None:
+    def finish(step: int, done: float) -> None:
         export(place.work, output, recipe, run.average)
-        if settings.shows:
-            show_samples(output, place, recipe, seed, f"{run.seconds:05.0f}")
+        if settings.shown and (done >= 1 or step % settings.show_every == 0):
+            show_samples(output, place, recipe, seed, step)
 
     for step, done in run.steps(settings.pace, finish):
         phase = sum(done >= share for share in _PHASES)

@@ -130,7 +130,8 @@ class FlowRecipe:
         pace: its length.
         ema: as in `VaeRecipe`.
         save_every: steps between checkpoints.
-        shows: whether each checkpoint writes a picture of what the model makes of held-out captions.
+        shown: held-out captions; pictures of what the model makes of them are written on the way. 0: none are.
+        show_every: steps between pictures, a multiple of `save_every`; the last is of the finished model.
         probe: weight of the probe's loss.
         rates: learning rates of Muon and of AdamW.
     """
@@ -142,7 +143,8 @@ class FlowRecipe:
     encode_batch: int = 8
     ema: float = 0.998
     save_every: int = 200
-    shows: bool = False
+    shown: int = 2
+    show_every: int = 400
     probe: Fade = Fade()
     rates: tuple[float, float] = (0.02, 2e-3)
 
@@ -247,7 +249,8 @@ FULL_MODEL = Recipe(
         pace=Pace(20_000, minutes=12.5),
         ema=0.998,
         save_every=500,
-        shows=True,
+        shown=6,
+        show_every=500,
     ),
     causal=CausalRecipe(
         Canvas(65, 64, 64, endless=True),
@@ -280,6 +283,7 @@ GROWN = Recipe(
         pace=Pace(1140),
         ema=0.995,
         save_every=50,
+        show_every=200,
         probe=Fade(0.5, 0.2, 0.4, 0.5),
         rates=(0.008, 8e-4),
     ),

@@ -124,10 +124,11 @@ class TrainingRun:
         """Of training so far, those before a kill counted in as far as they were saved."""
         return self._before + time.monotonic() - self._begun
 
-    def steps(self, pace: Pace, export: Callable[[], None] | None = None) -> Iterator[tuple[int, float]]:
+    def steps(self, pace: Pace, export: Callable[[int, float], None] | None = None) -> Iterator[tuple[int, float]]:
         """Numbers of the steps still to do, each with the share of the training that is done before it.
 
-        Between steps it calls `export` and saves the state now and then, at the end, and when the time is over.
+        Between steps it calls `export`, with the steps and the share that are done, and saves the state: now and then,
+        at the end, and when the time is over.
 
         Raises:
             OutOfTime: the time of this call is over.
@@ -141,7 +142,7 @@ class TrainingRun:
             done, is_late = team.agree(pace.done(step, self.seconds), is_late)
             if team.leads and (done >= 1 or is_late or step % self.save_every == 0):
                 if export is not None:
-                    export()  # first: a run killed in between does some steps again, and misses no export
+                    export(step, done)  # first: a run killed in between does some steps again, and misses no export
                 self._save(step)
             if done < 1 and is_late:
                 raise OutOfTime(f"step {step} of {self.checkpoint}; run the same command again to go on")

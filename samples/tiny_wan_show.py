@@ -14,7 +14,7 @@ from diffusers import WanPipeline
 from dit_accel.samples.tiny_wan_recipes import Recipe
 from dit_accel.samples.tiny_wan_run import Place
 
-_CAPTIONS, _STEPS, _GUIDANCE = 6, 20, 4.0
+_STEPS, _GUIDANCE = 20, 4.0
 _SHOWN = 6  # frames of a clip
 _ZOOM = 2
 _LINE = 14  # pixels of a caption's line
@@ -67,16 +67,16 @@ def contact_sheet(clips: Sequence[np.ndarray], captions: Sequence[str]) -> np.nd
     return np.concatenate(rows)
 
 
-def show_samples(folder: Path, place: Place, recipe: Recipe, seed: int, name: str) -> Path:
-    """Write `samples_<name>.png` in the work folder: what the pipeline of `folder` makes of held-out captions."""
+def show_samples(folder: Path, place: Place, recipe: Recipe, seed: int, step: int) -> Path:
+    """Write `samples_<step>.png` in the work folder: what the pipeline of `folder` makes of held-out captions."""
     pipe = WanPipeline.from_pretrained(folder, dtype=torch.float32).to(place.device)
     pipe.set_progress_bar_config(disable=True)
-    canvas = recipe.flow.canvas
-    drawn = islice(recipe.repertoire.batches(seed, canvas, 1, held_out=True), _CAPTIONS)
+    canvas, shown = recipe.flow.canvas, recipe.flow.shown
+    drawn = islice(recipe.repertoire.batches(seed, canvas, 1, held_out=True), shown)
     captions = [text for batch in drawn for text in batch.captions]
     with place.precision():
         size = (canvas.frames, canvas.height, canvas.width)
-        made = generate_clips(pipe, captions, size, range(_CAPTIONS))
-    path = place.work / f"samples_{name}.png"
+        made = generate_clips(pipe, captions, size, range(shown))
+    path = place.work / f"samples_{step:05}.png"
     cv2.imwrite(str(path), cv2.cvtColor(contact_sheet(made, captions), cv2.COLOR_RGB2BGR))
     return path

@@ -77,7 +77,7 @@ def train_causal(
     run = TrainingRun(place, "causal", model, optimizers, recipe.ema, save_every=recipe.save_every)
     kinds = [kind for kind in excerpts(settings, bank.latents.shape[2]) if kind]
     most = max(len(excerpt.chunks) for kind in kinds for excerpt in kind)
-    for step, done in run.steps(recipe.pace, lambda: export(output, Path(check_model(start)), run.average)):
+    for step, done in run.steps(recipe.pace, lambda *_: export(output, Path(check_model(start)), run.average)):
         excerpt = draw_excerpt(kinds, run.kinds)
         clips = place.team.part(recipe.batch) * (most // len(excerpt.chunks))  # of short excerpts more
         rows = torch.randint(len(bank.captions), (clips,))

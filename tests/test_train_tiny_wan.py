@@ -53,7 +53,6 @@ MINUTE = replace(
         pace=Pace(3),
         encode_batch=2,
         save_every=2,
-        shows=True,
     ),
     causal=CausalRecipe(Canvas(17, 16, 16, endless=True), clips=2, batch=2, pace=Pace(1), rates=(0.005, 5e-4)),
     workers=0,
@@ -92,12 +91,12 @@ def test_a_training_that_is_stopped_goes_on_to_a_pipeline(tmp_path):
     assert len(bank.captions) == len(bank.objects) == 5
     for step in (1, 2):
         with pytest.raises(OutOfTime, match=f"step {step} of"):
-            train_transformer(late, output, replace(MINUTE, flow=replace(flow, shows=False)), bank)
+            train_transformer(late, output, replace(MINUTE, flow=replace(flow, shown=0)), bank)
     train_transformer(late, output, MINUTE, bank)
     state = torch.load(tmp_path / "flow_checkpoint.pt", weights_only=True)
     assert state["step"] == 3
     assert state["seconds"] > 0
-    assert len(list(tmp_path.glob("samples_*.png"))) == 1
+    assert [picture.name for picture in tmp_path.glob("samples_*")] == ["samples_00003.png"]
     pipe = WanPipeline.from_pretrained(output)
     assert repertoire_of(pipe.tokenizer) is FULL
     assert torch.isfinite(torch.cat([p.flatten() for p in pipe.transformer.parameters()])).all()
@@ -106,7 +105,7 @@ def test_a_training_that_is_stopped_goes_on_to_a_pipeline(tmp_path):
 def test_two_processes_train_one_model(tmp_path, capsys):
     place = Place(tmp_path, team=Team(size=2))
     vae = train_vae(Place(tmp_path), MINUTE, 0)
-    recipe = replace(MINUTE, flow=replace(MINUTE.flow, shows=False))
+    recipe = replace(MINUTE, flow=replace(MINUTE.flow, shown=0))
     bank = encode_bank(place, vae, recipe, recipe.flow.canvas, 5, 2, 0)
     with pytest.raises(OutOfTime, match="step 1 of"):
         replace(place, deadline=0.0).together(train_transformer, tmp_path / "model", recipe, bank)
@@ -164,7 +163,7 @@ def test_one_command_makes_both_models_and_judges_them(tmp_path, capsys):
     )
     work.mkdir()
     output.mkdir()
-    recipe = replace(MINUTE, flow=replace(MINUTE.flow, shows=False))
+    recipe = replace(MINUTE, flow=replace(MINUTE.flow, shown=0))
     make_tiny_wan.make(Place(work), output, recipe, seed=0, prompts=2, preset=str(preset))
     told = capsys.readouterr().out
     assert told.count("| 2 |") == 3  # generated, drawn, and through the autoencoder
