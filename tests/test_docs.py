@@ -25,6 +25,7 @@ SMALL_CALL = {
     "num_frames": 5,
     "num_inference_steps": 5,
 }  # more steps than presets keep dense
+SMALL_STREAM = {"num_chunks": 2, "height": 32, "width": 32}
 # What makes a command small enough for a test, whatever the text says.
 SMALL_OPTIONS = {
     "generate-video": ["--num-inference-steps", "2"],
@@ -57,12 +58,23 @@ def pages_with(*kinds):
     return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES if any(blocks(page, *kinds))]
 
 
+def with_sizes(call, sizes):
+    """`call` with these arguments instead of those that the text gives."""
+
+    @functools.wraps(call)
+    def small(self, *args, **kwargs):
+        return call(self, *args, **{**kwargs, **sizes})
+
+    return small
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder where the paths of the documentation exist, and pipelines that make small clips whatever is asked."""
     from diffusers import WanPipeline
 
     from dit_accel.methods import registry
+    from dit_accel.pipelines.streaming import StreamingWanPipeline
 
     registry.list_methods()
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))  # a page may register a method of its own
@@ -71,13 +83,11 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "docs" / "results").mkdir(parents=True)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a ball"}\n')
     (tmp_path / "prompts.yaml").write_text("- {chunk: 1, prompt: a ball}\n- {chunk: 2, prompt: a star, mode: cut}\n")
-    call = WanPipeline.__call__
-
-    @functools.wraps(call)
-    def small(self, *args, **kwargs):
-        return call(self, *args, **{**kwargs, **SMALL_CALL})
-
-    monkeypatch.setattr(WanPipeline, "__call__", small)
+    for pipeline, name, sizes in (
+        (WanPipeline, "__call__", SMALL_CALL),
+        (StreamingWanPipeline, "stream", SMALL_STREAM),
+    ):
+        monkeypatch.setattr(pipeline, name, with_sizes(getattr(pipeline, name), sizes))
     return tmp_path
 
 
